@@ -1,0 +1,16 @@
+"""What every test runs under: double precision, no silent promotion, annotations checked.
+
+Warnings are errors by `pyproject.toml`. Nothing here outlives the test process, and gflow itself
+never touches JAX's configuration.
+"""
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Must come before the first import of gflow: from here on its modules are compiled with every
+# annotation of shape and dtype checked at each call.
+install_import_hook("gflow", "beartype.beartype")
