@@ -1,0 +1,33 @@
+"""Exact gradient flow of deep linear networks, far enough to see its limits.
+
+>>> import gflow
+>>> data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+>>> problem = gflow.Problem(data, loss=gflow.Exponential())
+>>> weights = gflow.init.balanced((2, 3, 1), end_to_end=(0.1, 0.1))
+>>> flow = gflow.gradient_flow(problem, weights, until=gflow.LogRisk(-100), save=5)
+>>> flow.attrs["status"]
+'reached'
+"""
+
+from gflow.dynamics import clocks as clocks
+from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
+from gflow.dynamics.flow import gradient_flow as gradient_flow
+from gflow.dynamics.until import (
+    LogRisk as LogRisk,
+    LogTime as LogTime,
+    Misalignment as Misalignment,
+    Steps as Steps,
+    Time as Time,
+)
+from gflow.problem import datasets as datasets, init as init, observables as observables
+from gflow.problem.data import Dataset as Dataset
+from gflow.problem.losses import (
+    AbstractLoss as AbstractLoss,
+    Exponential as Exponential,
+    Logistic as Logistic,
+    PolynomialTail as PolynomialTail,
+)
+from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
+from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
+from gflow.problem.risk import Problem as Problem
+from gflow.record import load as load, save as save

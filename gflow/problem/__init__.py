@@ -1,0 +1,1 @@
+"""The pure mathematics of one problem: data, network, loss and their risk."""

@@ -1,0 +1,161 @@
+"""Starts: weights at time zero for deep linear networks (public as ``gflow.init``).
+
+Every function returns a tuple of float64 NumPy matrices, ``weights[k]`` of shape
+``(widths[k + 1], widths[k])``, ordered from input to output. Random starts take a seed and are the
+same on every machine and every version of JAX.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import jax
+import numpy as np
+
+from gflow.problem.network import check_weights, end_to_end
+from gflow.problem.risk import Problem
+
+LayerWeights = tuple[np.ndarray, ...]
+
+
+def gaussian(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
+    r"""Independent entries $\mathcal N(0, \text{scale}^2/d_{k-1})$ (LeCun's scaling).
+
+    With ``scale=1`` a layer keeps the expected norm of what passes through it.
+    """
+    return _random(widths, lambda rows, columns: scale / np.sqrt(columns), seed)
+
+
+def xavier(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
+    r"""Gaussian entries of variance $2\,\text{scale}^2/(d_{k-1} + d_k)$ (Glorot, Bengio)."""
+    return _random(widths, lambda rows, columns: scale * np.sqrt(2 / (rows + columns)), seed)
+
+
+def he(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
+    r"""Gaussian entries of variance $2\,\text{scale}^2/d_{k-1}$ (He et al. 2015)."""
+    return _random(widths, lambda rows, columns: scale * np.sqrt(2 / columns), seed)
+
+
+def orthogonal(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
+    """Each layer ``scale`` times a random matrix with orthonormal rows or columns (Haar)."""
+    rng = np.random.default_rng(seed)
+
+    def layer(rows: int, columns: int) -> np.ndarray:
+        q, r = np.linalg.qr(rng.normal(size=(max(rows, columns), min(rows, columns))))
+        q = q * np.sign(np.diag(r))
+        return scale * (q if rows >= columns else q.T)
+
+    return tuple(layer(rows, columns) for rows, columns in _shapes(widths))
+
+
+def balanced(
+    widths: Sequence[int],
+    end_to_end: Sequence[float] | np.ndarray | None = None,
+    *,
+    scale: float = 1.0,
+    seed: int | None = None,
+) -> LayerWeights:
+    r"""A balanced start $W_{k+1}^\top W_{k+1} = W_k W_k^\top$ with a given end-to-end vector.
+
+    With one output a balanced network is rank one: $W_k = \sigma u_k u_{k-1}^\top$ with
+    $u_0 = w/\lVert w\rVert$, $u_L = 1$ and $\sigma = \lVert w\rVert^{1/L}$. The paper's
+    $D$ is then zero, and alignment and rank one hold exactly at all times.
+
+    Args:
+        widths: the widths $(d_0, …, d_L)$, $d_L = 1$.
+        end_to_end: the vector $w$, shape (d_0,), not zero; a random direction of norm
+            ``scale ** depth`` if not given.
+        scale: the layers' norm $\sigma$ when ``end_to_end`` is not given.
+        seed: of the hidden directions $u_k$. None takes the first unit vectors, which are
+            balanced to the last bit; a random basis is balanced to round-off.
+    """
+    shapes = _shapes(widths)
+    rng = np.random.default_rng(0 if seed is None else seed)
+    direction = rng.normal(size=shapes[0][1])
+    if end_to_end is None:
+        sigma = float(scale)
+    else:
+        direction = np.asarray(end_to_end, dtype=np.float64)
+        if direction.shape != (shapes[0][1],) or not np.all(np.isfinite(direction)):
+            raise ValueError(
+                f"`end_to_end` has shape {direction.shape}; expected ({shapes[0][1]},) finite "
+                "numbers, one for each input of `widths`."
+            )
+        sigma = float(np.linalg.norm(direction)) ** (1 / len(shapes))
+    if sigma == 0.0:
+        raise ValueError(
+            "`end_to_end` is zero; expected a vector that is not: the balanced network with zero "
+            "product is the saddle at the origin."
+        )
+    units = [direction / np.linalg.norm(direction)]
+    for rows, _ in shapes[:-1]:
+        hidden = np.eye(rows)[0] if seed is None else rng.normal(size=rows)
+        units.append(hidden / np.linalg.norm(hidden))
+    units.append(np.ones(1))
+    return tuple(sigma * np.outer(after, before) for before, after in pairwise(units))
+
+
+def zero_first(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
+    """The paper's recipe $W_1(0) = 0$, the other layers as :func:`gaussian`.
+
+    It meets the assumption on the start with equality, $R(W(0)) = R(0)$, for any data.
+    """
+    first, *rest = gaussian(widths, scale=scale, seed=seed)
+    return (np.zeros_like(first), *rest)
+
+
+def from_arrays(arrays: Sequence[np.ndarray]) -> LayerWeights:
+    """Given layer matrices from input to output, checked and copied to float64."""
+    return tuple(np.array(layer) for layer in check_weights(tuple(arrays)))
+
+
+def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
+    r"""The nearest start of the same shape that satisfies $R(W(0)) \le R(0)$.
+
+    The last layer's sign is flipped when the product points uphill,
+    $\langle\nabla R(0), w\rangle > 0$, and the last layer is then halved until the risk is
+    at most that of zero; both leave the other layers alone. A start that already satisfies the
+    assumption is returned as it is.
+
+    Raises:
+        ValueError: when the product is orthogonal to the gradient at zero, so no scaling helps.
+    """
+    *rest, last = from_arrays(weights)
+    with jax.enable_x64(True):
+        at_zero = float(problem.log_risk_at_zero())
+
+        def excess(factor: float) -> float:
+            return float(problem.log_risk((*rest, factor * last))) - at_zero
+
+        if excess(1.0) <= 0.0:
+            return (*rest, last)
+        # R(0) has the gradient l'(0) mean_i z_i, with l' < 0.
+        w = np.asarray(end_to_end((*rest, last)))
+    factor = float(np.sign(np.mean(problem.data.signed_inputs, axis=0) @ w))
+    if factor == 0.0:
+        raise ValueError(
+            "`weights` have an end-to-end vector orthogonal to the gradient of the risk at zero; "
+            "no sign or scale of the last layer brings the risk below that of zero. Use another "
+            "seed, or `gflow.init.zero_first`."
+        )
+    with jax.enable_x64(True):
+        while excess(factor) > 0.0:
+            factor /= 2
+    return (*rest, factor * last)
+
+
+def _random(
+    widths: Sequence[int], deviation: Callable[[int, int], float], seed: int
+) -> LayerWeights:
+    rng = np.random.default_rng(seed)
+    return tuple(deviation(*shape) * rng.normal(size=shape) for shape in _shapes(widths))
+
+
+def _shapes(widths: Sequence[int]) -> list[tuple[int, int]]:
+    widths = list(widths)
+    bad = [width for width in widths if int(width) != width or width < 1]
+    if len(widths) < 2 or bad or widths[-1] != 1:
+        raise ValueError(
+            f"`widths` is {tuple(widths)}; expected at least two positive integers from the "
+            "dimension of the inputs to one output, such as (2, 10, 10, 1)."
+        )
+    return [(int(after), int(before)) for before, after in pairwise(widths)]

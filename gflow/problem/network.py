@@ -1,0 +1,224 @@
+r"""Networks: how weights turn a data point into a margin.
+
+Conventions, said once: ``weights[k]`` has shape ``(widths[k + 1], widths[k])``, ``k = 0`` touches
+the input and is the paper's $W_1$; there is one output, ``widths[-1] == 1``, and the
+end-to-end vector of a deep linear network is $w = (W_L \cdots W_1)^\top$.
+
+Every network offers *coordinates* $c(W) \in \mathbb R^m$ in which the margins are linear,
+$q = A\,c(W)$. For a deep linear network $c = w$ and $A$ is the matrix of signed
+inputs, so that no per-example work is ever done; for any other network $c = q$ itself and
+$A$ is the identity. Gradients are pulled back through $c$, and an implicit solver
+needs only the $m \times m$ matrices that live in these coordinates.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from gflow.problem.data import Dataset
+
+Array = jax.Array | np.ndarray
+Weights = PyTree[Array]
+"""A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
+
+
+class AbstractNetwork(eqx.Module):
+    """A network with one real output, seen through the margins of a data set."""
+
+    @abstractmethod
+    def design(self, data: Dataset) -> Array | None:
+        """The matrix $A$ (points, m) with $q = A c$; None stands for the identity."""
+
+    @abstractmethod
+    def coordinates(self, weights: Weights, data: Dataset) -> Array:
+        """The coordinates $c(W)$, shape (m,)."""
+
+    @abstractmethod
+    def pullback(
+        self, weights: Weights, data: Dataset
+    ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
+        r"""The coordinates, and the map from a cotangent to its pullback and squared norm.
+
+        Returns:
+            ``c`` and a function taking $\bar c$ (m,) to
+            $(G^\top \bar c, \lVert G^\top \bar c\rVert^2)$, $G = \partial c/\partial W$.
+        """
+
+    @abstractmethod
+    def check(self, weights: Weights, data: Dataset) -> Weights:
+        """``weights`` as float64 NumPy arrays; a ValueError says what does not fit ``data``."""
+
+
+class DeepLinear(AbstractNetwork):
+    r"""The deep linear network $x \mapsto W_L \cdots W_1 x$ of any widths, one output.
+
+    Its depth and widths are those of the weights it is given.
+    """
+
+    def design(self, data: Dataset) -> Array:
+        return data.signed_inputs
+
+    def coordinates(self, weights: Weights, data: Dataset) -> Array:
+        return end_to_end(weights)
+
+    def pullback(
+        self, weights: Weights, data: Dataset
+    ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
+        # With l_k = W_L ... W_{k+1} (a row) and r_k = W_{k-1} ... W_1 cbar (a column) the pullback
+        # is the outer product l_k^T r_k^T, of squared norm |l_k|^2 |r_k|^2: vector times matrix
+        # only, each matrix read twice and its gradient written once.
+        lefts = left_products(weights)
+
+        def pull(cotangent: Array) -> tuple[Weights, Array]:
+            right = cotangent
+            gradient = []
+            squared_norm = jnp.zeros((), cotangent.dtype)
+            for left, matrix in zip(lefts[1:], weights, strict=True):
+                gradient.append(jnp.outer(left, right))
+                squared_norm = squared_norm + jnp.sum(left**2) * jnp.sum(right**2)
+                right = matrix @ right
+            return tuple(gradient), squared_norm
+
+        return lefts[0], pull
+
+    def check(self, weights: Weights, data: Dataset) -> Weights:
+        weights = check_weights(weights)
+        if weights[0].shape[1] != data.dim:
+            raise ValueError(
+                f"`weights[0]` has shape {weights[0].shape}; expected {data.dim} columns, the "
+                "dimension of the data's inputs. Weights are ordered from input to output."
+            )
+        return weights
+
+
+class Network(AbstractNetwork):
+    r"""Any network with one output, given by its forward function.
+
+    The margins are $q_i = y_i f(W; x_i)$; per-example gradients are vmapped.
+
+    Args:
+        apply: ``apply(weights, x)`` with ``x`` of shape (d,), returning a scalar; pure JAX.
+        homogeneity: the degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$,
+            if there is one; the normalised margin $\min_i q_i/\lVert W\rVert^L$ needs it.
+    """
+
+    apply: Callable[[Any, Array], Array] = eqx.field(static=True)
+    homogeneity: float | None = eqx.field(static=True, default=None)
+
+    def design(self, data: Dataset) -> None:
+        return None
+
+    def coordinates(self, weights: Weights, data: Dataset) -> Array:
+        outputs = jax.vmap(lambda x: self.apply(weights, x))(jnp.asarray(data.inputs))
+        return outputs * data.labels
+
+    def pullback(
+        self, weights: Weights, data: Dataset
+    ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
+        coordinates, vjp = jax.vjp(lambda weights: self.coordinates(weights, data), weights)
+
+        def pull(cotangent: Array) -> tuple[Weights, Array]:
+            (gradient,) = vjp(cotangent)
+            return gradient, squared_norm(gradient)
+
+        return coordinates, pull
+
+    def check(self, weights: Weights, data: Dataset) -> Weights:
+        weights = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=np.float64), weights)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+            if not np.all(np.isfinite(leaf)):
+                raise ValueError(
+                    f"`weights{jax.tree_util.keystr(path)}` has NaN or infinite entries; "
+                    "expected finite numbers."
+                )
+        out = jax.eval_shape(self.apply, weights, data.inputs[0])
+        if out.shape != ():
+            raise ValueError(
+                f"`apply(weights, x)` returns shape {out.shape}; expected a scalar, shape (). "
+                "Only networks with one output are supported: index or squeeze the output."
+            )
+        return weights
+
+
+def left_products(weights: Weights) -> list[Array]:
+    r"""The rows $l_k = W_L \cdots W_{k+1}$ for k = 0 … L; ``l_0`` is $w$, ``l_L`` is [1].
+
+    Evaluated from the output, vector times matrix: 2P flops for P weights.
+    """
+    row = jnp.ones_like(jnp.asarray(weights[-1])[:, 0])
+    rows = [row]
+    for matrix in reversed(weights):
+        row = row @ matrix
+        rows.append(row)
+    return rows[::-1]
+
+
+def end_to_end(weights: Weights) -> Float[Array, " d"]:
+    r"""The end-to-end vector $w = (W_L \cdots W_1)^\top$, shape (d,).
+
+    >>> import numpy as np
+    >>> end_to_end((np.array([[1.0, 2.0]]), np.array([[3.0]]))).tolist()
+    [3.0, 6.0]
+    """
+    return left_products(weights)[0]
+
+
+def squared_norm(tree: PyTree[Array]) -> Array:
+    """Sum of the squares of all entries of a pytree."""
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))  # pyright: ignore
+
+
+def widths(weights: Weights) -> tuple[int, ...]:
+    """The widths $(d_0, d_1, …, d_L)$ of a deep linear network; ``depth = len(widths) - 1``."""
+    return (weights[0].shape[1], *(matrix.shape[0] for matrix in weights))
+
+
+def check_weights(weights: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    """The layers of a deep linear network as float64 NumPy matrices, validated.
+
+    Raises:
+        ValueError: when there is no layer, a layer is not a finite matrix, neighbours do not fit,
+            or there is more than one output.
+    """
+    if isinstance(weights, np.ndarray | jax.Array) or not isinstance(weights, Sequence):
+        raise ValueError(
+            f"`weights` is a {type(weights).__name__}; expected a tuple of matrices from input to "
+            "output. For one layer write `(matrix,)`."
+        )
+    if len(weights) == 0:
+        raise ValueError("`weights` is empty; expected at least one matrix, shape (1, d).")
+    checked: list[np.ndarray] = []
+    for k, layer in enumerate(weights):
+        matrix = np.asarray(layer, dtype=np.float64)
+        if matrix.ndim != 2:
+            raise ValueError(
+                f"`weights[{k}]` has shape {matrix.shape}; expected a matrix, "
+                "shape (width after the layer, width before it)."
+            )
+        if 0 in matrix.shape:
+            raise ValueError(
+                f"`weights[{k}]` has shape {matrix.shape}; expected widths of at least 1."
+            )
+        if not np.all(np.isfinite(matrix)):
+            raise ValueError(
+                f"`weights[{k}]` has NaN or infinite entries; expected finite numbers."
+            )
+        if checked and matrix.shape[1] != checked[-1].shape[0]:
+            raise ValueError(
+                f"`weights[{k}]` has shape {matrix.shape}; expected {checked[-1].shape[0]} "
+                f"columns, the rows of `weights[{k - 1}]`. Weights are ordered from input to "
+                "output."
+            )
+        checked.append(matrix)
+    if checked[-1].shape[0] != 1:
+        raise ValueError(
+            f"`weights[{len(checked) - 1}]` has shape {checked[-1].shape}; expected one row: the "
+            "theory and gflow treat networks with one output."
+        )
+    return tuple(checked)

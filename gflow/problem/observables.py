@@ -1,0 +1,186 @@
+r"""Observables: pure functions of a problem and its weights (public as ``gflow.observables``).
+
+Nothing that tends to zero is computed as a difference of numbers near one: misalignment is half a
+squared distance of unit vectors, rank-one gaps come from the trailing singular values, direction
+and margin gaps from the difference of directions. Quantities quadratic in a small angle are thus
+right far below machine precision; those linear in it (direction error, margin gap) carry an
+absolute error of about 1e-16.
+
+Singular vectors follow the paper: $W_k \approx \sigma_k u_k v_k^\top$ with the largest
+singular value $\sigma_k = \lVert W_k\rVert_2$.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.problem.max_margin import MaxMargin
+from gflow.problem.network import Array, DeepLinear, Weights, end_to_end, squared_norm
+from gflow.problem.risk import Problem
+
+
+class Singular(NamedTuple):
+    """The leading singular triple of a matrix and the squared norm of the rest."""
+
+    value: Array
+    left: Array
+    right: Array
+    tail: Array
+    r"""$\sum_{j\ge2}\sigma_j^2 = \lVert W\rVert_F^2 - \lVert W\rVert_2^2$."""
+
+
+def singular(matrix: Array) -> Singular:
+    """The leading singular triple; its sign makes the largest entry of ``right`` positive.
+
+    The vectors are NaN where they are undefined: for a zero matrix, and where the two largest
+    singular values agree to round-off.
+    """
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    right = vt[0]
+    sign = jnp.sign(right[jnp.argmax(jnp.abs(right))])
+    second = s[1] if s.shape[0] > 1 else jnp.zeros_like(s[0])
+    defined = s[0] - second > 8 * jnp.finfo(s.dtype).eps * s[0]
+    sign = jnp.where(defined, sign, jnp.nan)
+    return Singular(s[0], sign * u[:, 0], sign * right, jnp.sum(s[1:] ** 2))
+
+
+def misalignment(before: Singular, after: Singular) -> Array:
+    r"""Misalignment $1 - |\langle v_{k+1}, u_k\rangle| = \frac12\lVert v_{k+1} \mp u_k\rVert^2$."""
+    sign = jnp.where(jnp.dot(after.right, before.left) < 0, -1.0, 1.0)
+    return jnp.sum((after.right - sign * before.left) ** 2) / 2
+
+
+def largest_misalignment(weights: Weights) -> Array:
+    """The largest misalignment over all pairs of neighbouring layers; 0 for one layer."""
+    layers = [singular(matrix) for matrix in weights]
+    pairs = [misalignment(a, b) for a, b in pairwise(layers)]
+    return jnp.max(jnp.stack(pairs)) if pairs else jnp.zeros((), weights[0].dtype)
+
+
+def imbalance(weights: Weights) -> tuple[Array, ...]:
+    r"""The conserved matrices $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$, k = 1 … L-1."""
+    return tuple(b.T @ b - a @ a.T for a, b in pairwise(weights))
+
+
+def imbalance_drift(weights: Weights, start: tuple[Array, ...]) -> Array:
+    r"""The largest change $\lVert D_k - D_k(0)\rVert_F$, relative to $\max_k\lVert W_k\rVert_F^2$.
+
+    Zero for the exact flow, and for one layer.
+    """
+    changes = [
+        jnp.sum((now - before) ** 2) for now, before in zip(imbalance(weights), start, strict=True)
+    ]
+    if not changes:
+        return jnp.zeros((), weights[0].dtype)
+    largest = jnp.max(jnp.stack([jnp.sum(matrix**2) for matrix in weights]))
+    return jnp.sqrt(jnp.max(jnp.stack(changes))) / largest
+
+
+def margin(problem: Problem, weights: Weights) -> Array:
+    r"""The normalised margin $\min_i q_i/\lVert w\rVert$ of a deep linear network."""
+    return jnp.min(problem.margins(weights)) / jnp.linalg.norm(end_to_end(weights))
+
+
+def smoothed_margin(problem: Problem, weights: Weights) -> Array:
+    r"""Lyu and Li's $\tilde\gamma = \ell^{-1}(\sum_i\ell(q_i))/\prod_k\lVert W_k\rVert_F$.
+
+    Never decreases along the flow once $\sum_i\ell(q_i) < \ell(0)$ (arXiv 1906.05890,
+    theorem 4.1, in its form for multi-homogeneous networks).
+    """
+    losses = problem.loss_slopes(problem.margins(weights))
+    return problem.loss.inverse(losses.log_total) / _norm_product(weights)
+
+
+def gradient_alignment(problem: Problem, weights: Weights) -> Array:
+    r"""The cosine of the angle between the weights and $-\nabla R$.
+
+    Tends to one for homogeneous networks (Ji and Telgarsky, arXiv 2006.06657).
+    """
+    _, gradient = problem.log_risk_and_gradient(weights)
+    inner = sum(jnp.sum(w * g) for w, g in zip(weights, gradient, strict=True))
+    return -inner / jnp.sqrt(squared_norm(weights) * squared_norm(gradient))
+
+
+class Reference(eqx.Module):
+    """What observables are measured against: the maximum-margin solution and the start."""
+
+    direction: Array
+    max_margin: Array
+    slack: Array
+    r"""$\langle z_i, \bar u\rangle - \gamma$, shape (points,); exactly zero on the support."""
+    imbalance: tuple[Array, ...]
+
+    @classmethod
+    def of(cls, solution: MaxMargin, problem: Problem, weights: Weights) -> "Reference":
+        """The reference of a run; NaN throughout where the data are not separable."""
+        z = np.asarray(problem.data.signed_inputs)
+        start = tuple(np.asarray(matrix) for matrix in imbalance(weights))
+        if not solution.separable:
+            nothing = np.full(z.shape, np.nan)
+            return cls(nothing[0], np.float64(np.nan), nothing[:, 0], start)
+        slack = np.maximum(z @ solution.direction - solution.margin, 0.0)
+        slack[np.asarray(solution.support)] = 0.0
+        return cls(np.asarray(solution.direction), np.float64(solution.margin), slack, start)
+
+
+def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[str, Array]:
+    """Every observable that a record of a deep linear network holds, by name."""
+    w = end_to_end(weights)
+    norm = jnp.linalg.norm(w)
+    margins = problem.margins(weights)
+    smallest = jnp.min(margins)
+    product = _norm_product(weights)
+    layers = [singular(matrix) for matrix in weights]
+    frobenius = jnp.stack([jnp.sqrt(jnp.sum(matrix**2)) for matrix in weights])
+    spectral = jnp.stack([layer.value for layer in layers])
+    # With r^2 = tail/|W|_F^2: 1 - sigma/|W|_F = r^2/(1 + sigma/|W|_F) and
+    # |W/|W|_F - u v^T|_F^2 = (1 - sigma/|W|_F)^2 + r^2.
+    tail = jnp.stack([layer.tail for layer in layers]) / frobenius**2
+    gap = tail / (1 + spectral / frobenius)
+    pairs = [misalignment(a, b) for a, b in pairwise(layers)]
+    misaligned = jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype)
+    toward = w / norm - reference.direction
+    # gamma - <z_i, w>/|w| = -<z_i, w/|w| - u> - slack_i
+    margin_gap = jnp.max(-(jnp.asarray(problem.data.signed_inputs) @ toward) - reference.slack)
+    return {
+        "log_risk": problem.log_risk(weights),
+        "margin": smallest / norm,
+        "margin_gap": margin_gap,
+        "layer_margin": smallest / product,
+        "smoothed_margin": smoothed_margin(problem, weights),
+        "direction_error": jnp.linalg.norm(toward),
+        "direction_alignment": jnp.abs(jnp.dot(w / product, layers[0].right)),
+        "alignment": 1 - misaligned,
+        "misalignment": misaligned,
+        "frobenius_norm": frobenius,
+        "spectral_norm": spectral,
+        "rank_one_residual": jnp.sqrt(gap**2 + tail),
+        "rank_one_gap": gap,
+        "imbalance_drift": imbalance_drift(weights, reference.imbalance),
+        "end_to_end": w,
+    }
+
+
+def general(problem: Problem, weights: Weights) -> dict[str, Array]:
+    """The observables that make sense for any network."""
+    margins = problem.margins(weights)
+    norm = jnp.sqrt(squared_norm(weights))
+    found = {"log_risk": problem.log_risk(weights), "min_margin": jnp.min(margins), "norm": norm}
+    homogeneity = getattr(problem.network, "homogeneity", None)
+    if homogeneity is not None:
+        total = problem.loss_slopes(margins).log_total
+        found["margin"] = jnp.min(margins) / norm**homogeneity
+        found["smoothed_margin"] = problem.loss.inverse(total) / norm**homogeneity
+    return found
+
+
+def is_deep_linear(problem: Problem) -> bool:
+    """Whether the layer-wise observables apply."""
+    return isinstance(problem.network, DeepLinear)
+
+
+def _norm_product(weights: Weights) -> Array:
+    return jnp.prod(jnp.stack([jnp.sqrt(jnp.sum(matrix**2)) for matrix in weights]))

@@ -1,0 +1,144 @@
+r"""A problem is data × network × loss; its risk lives in the log domain.
+
+With margins $q_i = y_i f(W; x_i)$ ($\langle w, z_i\rangle$ for a linear network) the
+risk is the MEAN loss $R = \frac1n\sum_i \ell(q_i)$. It underflows within the first moments
+of an interesting run, so neither it nor its gradient is ever formed:
+
+$$\log R = \operatorname{LSE}_i \log\ell(q_i) - \log n, \qquad
+g = \nabla\log R = -\sum_i s_i \nabla q_i, \qquad
+s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
+"""
+
+import warnings
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from gflow.problem.data import Dataset
+from gflow.problem.losses import AbstractLoss, Logistic
+from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
+
+
+class LossSlopes(NamedTuple):
+    """The loss at the margins: what the risk, its gradient and its curvature are made of."""
+
+    log_risk: Array
+    slopes: Array
+    r"""$s_i = -\ell'(q_i)/\sum_j\ell(q_j)$, shape (points,); their sum is 1 for
+    exponential loss."""
+    log_total: Array
+    r"""$\log\sum_j\ell(q_j)$."""
+
+
+class Problem(eqx.Module):
+    """A classification problem: ``Problem(data, network=DeepLinear(), loss=Logistic())``.
+
+    All methods are pure JAX functions of the weights: ``jit``, ``vmap`` and ``grad`` them freely.
+    They compute in the precision of their input; the accuracy that gflow states holds in float64
+    (run them inside ``jax.enable_x64(True)``, as the two verbs do for themselves).
+    """
+
+    data: Dataset
+    network: AbstractNetwork
+    loss: AbstractLoss
+    design: Array | None
+
+    def __init__(
+        self,
+        data: Dataset,
+        network: AbstractNetwork | None = None,
+        loss: AbstractLoss | None = None,
+    ):
+        self.data = _expect("data", data, Dataset)
+        self.network = _expect("network", network or DeepLinear(), AbstractNetwork)
+        self.loss = _expect("loss", loss or Logistic(), AbstractLoss)
+        self.design = self.network.design(self.data)
+
+    def margins(self, weights: Weights) -> Array:
+        """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,)."""
+        return self.spread(self.network.coordinates(weights, self.data))
+
+    def log_risk(self, weights: Weights) -> Array:
+        r"""$\log R(W)$, natural logarithm of the mean loss."""
+        return self.loss_slopes(self.margins(weights)).log_risk
+
+    def log_risk_and_gradient(self, weights: Weights) -> tuple[Array, Weights]:
+        r"""$\log R$ and $g = \nabla \log R$, the latter shaped as the weights."""
+        log_risk, gradient, _ = self.log_risk_gradient_and_norm(weights)
+        return log_risk, gradient
+
+    def log_risk_gradient_and_norm(self, weights: Weights) -> tuple[Array, Weights, Array]:
+        r"""$\log R$, $g = \nabla\log R$ and $\lVert g\rVert^2$."""
+        coordinates, pull = self.network.pullback(weights, self.data)
+        losses = self.loss_slopes(self.spread(coordinates))
+        gradient, squared_norm = pull(-self.gather(losses.slopes))
+        return losses.log_risk, gradient, squared_norm
+
+    def log_risk_at_zero(self) -> Array:
+        r"""$\log R(0) = \log\ell(0)$, the level of the paper's assumption on the start."""
+        return self.loss.log_value(jnp.zeros(()))
+
+    def loss_slopes(self, margins: Array) -> LossSlopes:
+        """The log risk and the slopes $s_i$ at given margins."""
+        log_total = logsumexp(self.loss.log_value(margins))
+        return LossSlopes(
+            log_risk=log_total - np.log(margins.shape[0]),
+            slopes=jnp.exp(self.loss.log_slope(margins) - log_total),
+            log_total=log_total,
+        )
+
+    def spread(self, coordinates: Array) -> Array:
+        """$A c$: from the network's coordinates to the margins."""
+        return coordinates if self.design is None else self.design @ coordinates
+
+    def gather(self, slopes: Array) -> Array:
+        r"""$A^\top s$: from a covector on the margins to one on the coordinates."""
+        return slopes if self.design is None else slopes @ self.design
+
+    def check(self, weights: Weights) -> Weights:
+        """``weights`` in float64, validated; warns where the paper's assumption fails.
+
+        Raises:
+            ValueError: when the weights do not fit the data or the gradient vanishes there.
+        """
+        weights = self.network.check(weights, self.data)
+        with jax.enable_x64(True):
+            log_risk, norm = (float(value) for value in risk_and_slope(self, weights))
+            at_zero = float(self.log_risk_at_zero())
+        if not np.isfinite(log_risk):
+            raise ValueError(
+                f"`weights` give log R = {log_risk}; expected a finite risk. The margins overflow: "
+                "start from smaller weights."
+            )
+        if norm == 0.0:
+            raise ValueError(
+                "`weights` have zero gradient: the start is a saddle of the risk and gradient flow "
+                "stays there for ever. Start from weights whose product or gradient is not zero "
+                "(at most one layer may vanish)."
+            )
+        if log_risk > at_zero:
+            warnings.warn(
+                f"R(W(0)) = exp({log_risk:.6g}) exceeds R(0) = exp({at_zero:.6g}), so the "
+                "assumption of Ji and Telgarsky on the start fails: the flow may end at a saddle "
+                "instead of reaching zero risk. `gflow.init.admissible` repairs a start.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return weights
+
+
+@eqx.filter_jit
+def risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
+    r"""$\log R$ and $\lVert\nabla\log R\rVert^2$, compiled."""
+    log_risk, _, squared_norm = problem.log_risk_gradient_and_norm(weights)
+    return log_risk, squared_norm
+
+
+def _expect(name: str, value: object, kind: type):
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` is a {type(value).__name__}; expected a gflow {kind.__name__}.")
+    return value
