@@ -1,0 +1,1 @@
+"""What one looks at along a trajectory: observables, closed forms, theorems."""

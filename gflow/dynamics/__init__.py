@@ -1,0 +1,1 @@
+"""Moving through weight space: gradient flow and gradient descent."""

@@ -1,0 +1,120 @@
+r"""Clocks: the coordinate $s$ in which the solver steps (public as ``gflow.clocks``).
+
+Every clock walks the same path at its own speed. With $g = \nabla\log R$
+
+$$\frac{dW}{ds} = -\mu\,g, \qquad \frac{d\log R}{ds} = -\mu\lVert g\rVert^2, \qquad
+\frac{dt}{ds} = \frac{\mu}{R},$$
+
+where $\dot W = -\nabla R$ in physical time. Plain log-loss time, $\mu = 1$, is not
+offered: for three layers or more the weights blow up in finite $s$.
+"""
+
+import math
+from abc import abstractmethod
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from gflow.problem.network import Array
+
+
+class AbstractClock(eqx.Module):
+    """A strictly increasing function of physical time along the flow."""
+
+    name: eqx.AbstractClassVar[str]
+    centred: eqx.AbstractClassVar[bool]
+    r"""Whether the clock follows the risk: its stiffness is then that of $\log R$ (centred
+    Gauss–Newton matrix), else that of $R$ itself."""
+
+    @abstractmethod
+    def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
+        r"""The speed $\mu$ at clock value ``s``; ``squared_norm`` is $\lVert g\rVert^2$."""
+
+    @abstractmethod
+    def read(self, log_risk: float, log_time: float) -> float:
+        """The clock's value $s$ at a given risk and time."""
+
+    def at_log_risk(self, log_risk: float) -> float | None:
+        """The clock's value where the risk has a given value; None if the clock cannot know."""
+        return self.read(log_risk, -math.inf) if self.centred else None
+
+    def log_risk_at(self, s: Array) -> Array | None:
+        """The risk that the clock's value implies, or None: the free error monitor."""
+        return None
+
+    def at_log_time(self, log_time: float) -> float | None:
+        """The clock's value at a given time; None if the clock cannot know."""
+        return None if self.centred else self.read(math.nan, log_time)
+
+
+class Time(AbstractClock):
+    r"""$s = t$, $\mu = R$: short horizons, and comparison with descent at given times."""
+
+    name = "Time"
+    centred = False
+
+    def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
+        return jnp.exp(log_risk)
+
+    def read(self, log_risk: float, log_time: float) -> float:
+        return math.exp(log_time)
+
+
+class LogTime(AbstractClock):
+    r"""$s = \log(1 + t)$, $\mu = R\,e^s$: given times on a long horizon."""
+
+    name = "LogTime"
+    centred = False
+
+    def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
+        return jnp.exp(s + log_risk)
+
+    def read(self, log_risk: float, log_time: float) -> float:
+        return log1p_exp(log_time)
+
+
+class Risk(AbstractClock):
+    r"""$s = -\log R$, $\mu = 1/\lVert g\rVert^2$: even spacing in the log risk.
+
+    $-\log R - s$ vanishes for the exact flow: a free error monitor.
+    """
+
+    name = "Risk"
+    centred = True
+
+    def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
+        return 1 / squared_norm
+
+    def read(self, log_risk: float, log_time: float) -> float:
+        return -log_risk
+
+    def log_risk_at(self, s: Array) -> Array:
+        return -s
+
+
+class LogRisk(AbstractClock):
+    r"""$s = \operatorname{asinh}(-\log R)$, $\mu = \sqrt{1+\log^2 R}/\lVert g\rVert^2$.
+
+    For small risk $s = \log(-2\log R) + O(\log^{-2} R)$, in which everything asymptotic is
+    smooth; near and above $R = 1$ it is the risk clock, so that one clock serves the whole
+    run. $-\log R - \sinh s$ vanishes for the exact flow: a free error monitor.
+    """
+
+    name = "LogRisk"
+    centred = True
+
+    def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
+        return jnp.hypot(1.0, log_risk) / squared_norm
+
+    def read(self, log_risk: float, log_time: float) -> float:
+        return math.asinh(-log_risk)
+
+    def log_risk_at(self, s: Array) -> Array:
+        return -jnp.sinh(s)
+
+
+def log1p_exp(log_time: float) -> float:
+    r"""$\log(1 + t)$ from $\log t$, for every float."""
+    if log_time > 0:
+        return log_time + math.log1p(math.exp(-log_time))
+    return math.log1p(math.exp(log_time))

@@ -1,0 +1,46 @@
+"""A progress bar for runs that take more than two seconds."""
+
+from types import TracebackType
+from typing import Any, Self
+
+
+class ProgressBar:
+    """Moves from the start's progress to the goal's; stays invisible for the first two seconds.
+
+    Args:
+        label: the text before the bar.
+        begin, goal: the stopping rule's progress at the start and at the end.
+        show: True or False; None shows it when standard error is a terminal or a notebook.
+    """
+
+    def __init__(self, label: str, begin: float, goal: float, show: bool | None):
+        from tqdm.auto import tqdm
+
+        self.begin = begin
+        self.span = goal - begin
+        self.bar: Any = tqdm(
+            total=100.0,
+            desc=label,
+            delay=2.0,
+            leave=False,
+            disable=None if show is None else not show,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def update(self, progress: float, note: str = "") -> None:
+        """Move to ``progress`` and show ``note`` behind the bar."""
+        done = min(100.0, max(0.0, 100.0 * (progress - self.begin) / self.span))
+        if done == done and done >= self.bar.n:  # not NaN, never backwards
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(done - self.bar.n)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()

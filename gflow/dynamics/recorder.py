@@ -1,0 +1,140 @@
+"""From saved weights to a record: the part of a run that flow and descent share."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow import record
+from gflow.problem import observables as obs
+from gflow.problem.network import Array, Weights, widths
+from gflow.problem.risk import Problem
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Observable = Callable[[Problem, Weights], Array]
+
+
+class Recorder:
+    """Evaluates observables on saved states as a run goes on and builds the record at its end.
+
+    Only the observables' values are kept, and the weights too if asked for, so that memory does
+    not grow with the number of steps. It may be built at any time of a run: what it holds is valid.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        weights: Weights,
+        observables: Mapping[str, Observable] | None,
+        keep_weights: bool,
+    ):
+        self.problem = problem
+        self.start = weights
+        self.extra = dict(observables or {})
+        for name, function in self.extra.items():
+            if not callable(function) or name in record.VARIABLES:
+                raise ValueError(
+                    f"`observables[{name!r}]` is {function!r}; expected a function of "
+                    "(problem, weights) under a name that the record does not use already."
+                )
+        self.keep_weights = keep_weights
+        self.deep_linear = obs.is_deep_linear(problem)
+        self.reference = None
+        if self.deep_linear:
+            solution = problem.data.max_margin()
+            self.reference = obs.Reference.of(solution, problem, weights)
+        self.points: list[dict[str, Any]] = []
+        self.kept: list[Weights] = []
+        self.last = weights
+        self.began = time.perf_counter()
+
+    def save(self, weights: Weights, **scalars: Any) -> None:
+        """Add one point: its observables, and ``scalars`` that the caller knows."""
+        values = _evaluate(self.problem, weights, self.reference, tuple(self.extra.items()))
+        self.points.append({**values, **scalars})
+        self.last = weights
+        if self.keep_weights:
+            self.kept.append(jax.tree.map(np.asarray, weights))
+
+    def record(self, **attrs: Any) -> "xr.Dataset":
+        """The record of all points saved so far, with provenance."""
+        columns = {name: [point[name] for point in self.points] for name in self.points[0]}
+        dims: dict[str, tuple[str, ...]] = {}
+        constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
+        for label, weights in (("initial", self.start), ("final", self.last)):
+            for name, leaf in _named(weights):
+                axes = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
+                constants[f"{label}_{name}"] = (axes, np.asarray(leaf), f"{label} {name}")
+        if self.keep_weights:
+            for index, (name, leaf) in enumerate(_named(self.start)):
+                columns[name] = [jax.tree.leaves(kept)[index] for kept in self.kept]
+                dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
+        if self.deep_linear:
+            solution = self.problem.data.max_margin()
+            constants["max_margin_direction"] = (
+                ("coordinate",),
+                solution.direction
+                if solution.separable
+                else np.full(self.problem.data.dim, np.nan),
+                "maximum-margin direction through the origin",
+            )
+        return record.build(
+            columns,
+            constants=constants,
+            extra_dims=dims,
+            attrs={
+                **attrs,
+                **self._provenance(),
+                "wall_time": time.perf_counter() - self.began,
+            },
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        problem, data = self.problem, self.problem.data
+        digest = hashlib.sha256()
+        for _, leaf in _named(self.start):
+            digest.update(np.ascontiguousarray(leaf, dtype=np.float64).tobytes())
+        facts: dict[str, Any] = {
+            "dataset": data.name,
+            "num_points": data.num_points,
+            "network": type(problem.network).__name__,
+            "loss": repr(problem.loss),
+            "exponential_tail": problem.loss.exponential_tail,
+            "log_risk_at_zero": float(problem.log_risk_at_zero()),
+            "start_sha256": digest.hexdigest(),
+        }
+        if self.deep_linear:
+            solution = data.max_margin()
+            facts |= {
+                "widths": widths(self.start),
+                "separable": solution.separable,
+                "max_margin": solution.margin if solution.separable else None,
+                "margin_upper_bound": solution.margin_upper,
+            }
+        return facts
+
+
+@eqx.filter_jit
+def _evaluate(
+    problem: Problem,
+    weights: Weights,
+    reference: obs.Reference | None,
+    extra: tuple[tuple[str, Observable], ...],
+) -> dict[str, Array]:
+    if reference is None:
+        values = obs.general(problem, weights)
+    else:
+        values = obs.standard(problem, weights, reference)
+    return values | {name: jnp.asarray(function(problem, weights)) for name, function in extra}
+
+
+def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:
+    """Each array of the weights under the name it has in a record: ``weights_1`` at the input."""
+    return [(f"weights_{k}", leaf) for k, leaf in enumerate(jax.tree.leaves(weights), start=1)]

@@ -1,0 +1,267 @@
+"""The adaptive loop around a diffrax solver's ``step``.
+
+diffrax's solvers make the step; the loop here decides how long it is and when to stop. It is not
+``diffrax.diffeqsolve`` because a flow needs four things that call does not offer: the next step
+size carried across a stop, so that a run in segments is the uninterrupted run bit for bit; landing
+exactly on saved points and stopping conditions by steps, never by interpolation, whose error is
+orders of magnitude larger; an error norm in which $u = tR$ is purely relative; and a reason
+for every stop, with everything computed so far.
+"""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from gflow.dynamics.field import FlowField, FlowState
+from gflow.dynamics.until import AbstractRule, Coordinates
+from gflow.problem.network import Array
+from gflow.problem.observables import largest_misalignment
+
+RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF, IMPRECISE = range(8)
+"""Why ``advance`` returned: the clock landed on its target, a watched rule was crossed, the step
+count was met, the segment's budget of attempts is used, the step size vanished, an explicit
+solver's step is limited by stability, the solver has lost its precision."""
+
+SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
+
+
+class Tolerance(eqx.Module):
+    """The error norm: a step of norm at most one is accepted.
+
+    Weights: root mean square of ``error / (atol + rtol max(|before|, |after|))``. The scaled time
+    $u$ becomes small without being unimportant and is held to ``rtol`` alone.
+    """
+
+    rtol: Array
+    atol: Array
+
+    def norm(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
+        def scaled(e: Array, a: Array, b: Array) -> Array:
+            return jnp.sum((e / (self.atol + self.rtol * jnp.maximum(abs(a), abs(b)))) ** 2)
+
+        leaves = jax.tree.leaves(jax.tree.map(scaled, error[0], before[0], after[0]))
+        size = sum(leaf.size for leaf in jax.tree.leaves(before.weights))
+        weights = jnp.sqrt(sum(leaves) / size)
+        u = jnp.maximum(abs(before.scaled_time), abs(after.scaled_time))
+        time = abs(error.scaled_time) / (self.rtol * u + jnp.finfo(u.dtype).tiny)
+        return jnp.maximum(weights, time)
+
+
+class Carry(eqx.Module):
+    """Everything a run needs to go on; a pytree of arrays that can be saved and restored."""
+
+    s: Array
+    state: FlowState
+    next_step: Array
+    solver_state: Any
+    error: Array
+    """Norm of the last accepted step's error, the memory of the step-size control."""
+    num_steps: Array
+    num_rejected: Array
+    previous: tuple[Array, FlowState, Any]
+    """Where the last accepted step began: (s, state, solver state)."""
+
+
+class Limits(NamedTuple):
+    """Where a call of ``advance`` stops."""
+
+    s_end: Array
+    """The clock's target, infinite when it is not known."""
+    num_steps: Array
+    """Accepted steps in all."""
+    goals: tuple[Array, ...]
+    """The progress at which each watched rule is met."""
+    attempts: Array
+    """Steps to try in this call."""
+
+
+@eqx.filter_jit
+def start(
+    field: FlowField,
+    solver: diffrax.AbstractSolver,
+    tolerance: Tolerance,
+    s: Array,
+    state: FlowState,
+) -> Carry:
+    """A carry at the beginning of a run, with a first step of 1 % of the state's own scale."""
+    slope = field(s, state)
+    weights = FlowState(state.weights, jnp.zeros_like(s))
+    motion = FlowState(slope.weights, jnp.zeros_like(s))
+    size = tolerance.norm(weights, weights, weights)
+    step = 0.01 * size / tolerance.norm(motion, weights, weights)
+    term = diffrax.ODETerm(field)
+    solver_state = solver.init(term, s, s + step, state, None)
+    zero = jnp.zeros((), jnp.int64)
+    previous = (s, state, solver_state)
+    return strong(Carry(s, state, step, solver_state, jnp.ones_like(s), zero, zero, previous))
+
+
+def observe(
+    field: FlowField, state: FlowState, num_steps: Array, rules: tuple[AbstractRule, ...]
+) -> Coordinates:
+    """The coordinates that the rules look at; what no rule needs is not computed."""
+    log_risk = field.problem.log_risk(state.weights)
+    return Coordinates(
+        log_risk=log_risk,
+        log_time=jnp.log(state.scaled_time) - log_risk,
+        num_steps=num_steps,
+        misalignment=largest_misalignment(state.weights)
+        if any(rule.needs_misalignment for rule in rules)
+        else jnp.full_like(log_risk, jnp.nan),
+    )
+
+
+@eqx.filter_jit
+def advance(
+    field: FlowField,
+    solver: diffrax.AbstractSolver,
+    tolerance: Tolerance,
+    rules: tuple[AbstractRule, ...],
+    carry: Carry,
+    limits: Limits,
+) -> tuple[Carry, Array]:
+    """Step until one of ``limits`` is met; returns the carry and why it stopped.
+
+    Args:
+        rules: the stopping rules to watch after each accepted step, one for each of
+            ``limits.goals``.
+    """
+    term = diffrax.ODETerm(field)
+    exponent = 1 / jnp.asarray(solver.error_order(term), carry.s.dtype)
+
+    def attempt(loop: tuple[Carry, Array, Array]) -> tuple[Carry, Array, Array]:
+        carry, tried, _ = loop
+        # A last step that fits is cut to land on the target; one that almost fits is halved, so
+        # that no tiny step is left over.
+        remaining = limits.s_end - carry.s
+        lands = carry.next_step >= remaining
+        halved = carry.next_step > remaining / 2
+        step = jnp.where(lands, remaining, jnp.where(halved, remaining / 2, carry.next_step))
+        s = jnp.where(lands, limits.s_end, carry.s + step)
+        state, error, _, solver_state, result = solver.step(
+            term, carry.s, s, carry.state, None, carry.solver_state, jnp.array(False)
+        )
+        norm = tolerance.norm(error, carry.state, state)
+        sound = (result == diffrax.RESULTS.successful) & jnp.isfinite(norm)
+        norm = jnp.where(sound, jnp.maximum(norm, 1e-10), jnp.inf)
+        accept = norm <= 1
+        # Proportional-integral control (Gustafsson 1991) after an accepted step, plain integral
+        # control after a rejected one; a step that was cut does not shorten the next.
+        steady = norm ** (-0.7 * exponent) * carry.error ** (0.4 * exponent)
+        factor = jnp.where(accept, steady, jnp.minimum(norm ** (-exponent), 1.0))
+        following = step * jnp.clip(SAFETY * factor, SHRINK, GROW)
+        following = jnp.where(
+            accept & (lands | halved), jnp.maximum(following, carry.next_step), following
+        )
+        moved = Carry(
+            s=s,
+            state=state,
+            next_step=following,
+            solver_state=solver_state,
+            error=norm,
+            num_steps=carry.num_steps + 1,
+            num_rejected=carry.num_rejected,
+            previous=(carry.s, carry.state, carry.solver_state),
+        )
+        stayed = eqx.tree_at(
+            lambda c: (c.next_step, c.num_rejected), carry, (following, carry.num_rejected + 1)
+        )
+        carry = jax.tree.map(lambda a, b: jnp.where(accept, a, b), moved, stayed)
+        at = observe(field, carry.state, carry.num_steps, rules) if rules else None
+        crossed = [
+            rule.progress(at) >= goal for rule, goal in zip(rules, limits.goals, strict=True)
+        ]  # pyright: ignore
+        vanished = following <= 4 * jnp.finfo(s.dtype).eps * jnp.abs(carry.s)
+        reason = jnp.select(
+            [
+                accept & lands,
+                accept & jnp.any(jnp.array([False, *crossed])),
+                accept & (carry.num_steps >= limits.num_steps),
+                ~accept & vanished,
+                tried + 1 >= limits.attempts,
+            ],
+            [LANDED, CROSSED, COUNTED, STALLED, TIRED],
+            RUNNING,
+        )
+        return carry, tried + 1, reason
+
+    carry, _, reason = jax.lax.while_loop(
+        lambda loop: loop[2] == RUNNING,
+        attempt,
+        (carry, jnp.zeros((), jnp.int64), jnp.array(RUNNING)),
+    )
+    return carry, reason
+
+
+@eqx.filter_jit
+def land(
+    field: FlowField, solver: diffrax.AbstractSolver, rule: AbstractRule, carry: Carry, goal: Array
+) -> Carry:
+    """Shorten the last accepted step so that it ends where ``rule`` reaches ``goal``.
+
+    The step's length is found by the Illinois variant of regula falsi, each trial a true step of
+    the solver from where the last one began.
+    """
+    term = diffrax.ODETerm(field)
+    s0, state0, solver_state0 = carry.previous
+
+    def trial(s: Array) -> tuple[Array, FlowState, Any]:
+        state, _, _, solver_state, _ = solver.step(
+            term, s0, s, state0, None, solver_state0, jnp.array(False)
+        )
+        at = observe(field, state, carry.num_steps, (rule,))
+        return rule.progress(at) - goal, state, solver_state
+
+    start = rule.progress(observe(field, state0, carry.num_steps, (rule,))) - goal
+    end = rule.progress(observe(field, carry.state, carry.num_steps, (rule,))) - goal
+    near = 1e-13 * jnp.maximum(1.0, jnp.abs(goal))
+
+    def unfinished(loop: tuple) -> Array:
+        (*_, miss), tries, *_ = loop
+        return (jnp.abs(miss) > near) & (tries < 60)
+
+    def refine(loop: tuple) -> tuple:
+        (low, below, high, above, _, _), tries, *_ = loop
+        # A start without a finite progress (no alignment yet) is bisected.
+        weight = jnp.where(jnp.isfinite(below), below / (below - above), 0.5)
+        s = low + (high - low) * weight
+        miss, state, solver_state = trial(s)
+        left = miss < 0
+        bracket = (
+            jnp.where(left, s, low),
+            jnp.where(left, miss, below / 2),
+            jnp.where(left, high, s),
+            jnp.where(left, above / 2, miss),
+            s,
+            miss,
+        )
+        return bracket, tries + 1, state, solver_state
+
+    bracket = (s0, start, carry.s, end, carry.s, end)
+    (*_, s, _), _, state, solver_state = jax.lax.while_loop(
+        unfinished, refine, (bracket, jnp.array(0), carry.state, carry.solver_state)
+    )
+    return eqx.tree_at(
+        lambda c: (c.s, c.state, c.solver_state, c.next_step),
+        carry,
+        (s, state, solver_state, jnp.maximum(carry.next_step, carry.s - s0)),
+    )
+
+
+def strong(tree: PyTree[Array]) -> PyTree[Array]:
+    """The same arrays without JAX's weak types, so that one compilation serves them all."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype), tree)
+
+
+def default_atol(state: FlowState, rtol: float) -> float:
+    """``rtol`` times the typical entry of the smallest layer that is not zero, at most one.
+
+    A start near the saddle at zero is then resolved as well as one of order one.
+    """
+    sizes = [float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(state.weights)]
+    return rtol * min([1.0, *(size for size in sizes if size > 0)])

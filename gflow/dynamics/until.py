@@ -1,0 +1,231 @@
+"""Stopping rules, the same for flow and descent: ``until=LogRisk(-1e6) | Time(1e9)``.
+
+A rule watches one coordinate of the trajectory. To compare and to space saved points every rule
+maps its coordinate to a *progress* that increases along the run and in which an even grid is a
+sensible one (roughly the logarithm of the coordinate).
+"""
+
+import math
+from abc import abstractmethod
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.dynamics.clocks import AbstractClock
+from gflow.problem.network import Array
+
+
+class Coordinates(NamedTuple):
+    """Where a trajectory stands: what stopping rules look at."""
+
+    log_risk: Array
+    log_time: Array
+    num_steps: Array
+    misalignment: Array
+    """Largest over the pairs of neighbouring layers; NaN where nobody asked for it."""
+
+
+class AbstractRule(eqx.Module):
+    """One stopping condition; join several with ``|``: whichever comes first."""
+
+    value: eqx.AbstractVar[float]
+    needs_misalignment: eqx.AbstractClassVar[bool]
+
+    def __or__(self, other: "AbstractRule | AnyOf") -> "AnyOf":
+        return AnyOf((self,)) | other
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value:.12g})"
+
+    @abstractmethod
+    def progress(self, at: Coordinates) -> Array:
+        """The rule's increasing coordinate at a point of the trajectory; pure JAX."""
+
+    @abstractmethod
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        """The increasing coordinate of values given in the rule's own coordinate."""
+
+    @property
+    def goal(self) -> float:
+        """The progress at which the rule is met."""
+        return float(self.progress_of(np.asarray(self.value, dtype=np.float64)))
+
+    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
+        """The clock's value at a given progress, or None when the clock cannot know it."""
+        return None
+
+
+class LogRisk(AbstractRule):
+    r"""Stop when $\log R$ has fallen to ``value`` (natural logarithm of the mean loss)."""
+
+    value: float
+    needs_misalignment = False
+
+    def __init__(self, value: float):
+        self.value = _finite("LogRisk", value)
+
+    def progress(self, at: Coordinates) -> Array:
+        return jnp.arcsinh(-at.log_risk)
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return np.arcsinh(-value)
+
+    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
+        return clock.at_log_risk(-math.sinh(progress))
+
+
+class LogTime(AbstractRule):
+    r"""Stop when $\log t$ has reached ``value``; descent's time is the sum of its steps."""
+
+    value: float
+    needs_misalignment = False
+
+    def __init__(self, value: float):
+        self.value = _finite("LogTime", value)
+
+    def progress(self, at: Coordinates) -> Array:
+        return jnp.logaddexp(0.0, at.log_time)
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return np.logaddexp(0.0, value)
+
+    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
+        return clock.at_log_time(_log_expm1(progress))
+
+
+class Time(AbstractRule):
+    r"""Stop when the time $t$ of $\dot W = -\nabla R$ has reached ``value`` > 0."""
+
+    value: float
+    needs_misalignment = False
+
+    def __init__(self, value: float):
+        self.value = _finite("Time", value)
+        if self.value <= 0:
+            raise ValueError(f"`Time({value})`: expected a positive time; the run starts at 0.")
+
+    def progress(self, at: Coordinates) -> Array:
+        return jnp.logaddexp(0.0, at.log_time)
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return np.log1p(value)
+
+    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
+        return clock.at_log_time(_log_expm1(progress))
+
+
+class Steps(AbstractRule):
+    """Stop after ``value`` steps: descent's iterations, the flow's accepted solver steps."""
+
+    value: int
+    needs_misalignment = False
+
+    def __init__(self, value: int):
+        if int(value) != value or value < 1:
+            raise ValueError(f"`Steps({value})`: expected a positive whole number of steps.")
+        self.value = int(value)
+
+    def progress(self, at: Coordinates) -> Array:
+        return jnp.log1p(1.0 * at.num_steps)
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return np.log1p(value)
+
+
+class Misalignment(AbstractRule):
+    r"""Stop when $1 - |\langle v_{k+1}, u_k\rangle|$ is at most ``value`` for every pair."""
+
+    value: float
+    needs_misalignment = True
+
+    def __init__(self, value: float):
+        self.value = _finite("Misalignment", value)
+        if not 0 < self.value < 1:
+            raise ValueError(f"`Misalignment({value})`: expected a number between 0 and 1.")
+
+    def progress(self, at: Coordinates) -> Array:
+        return -jnp.log(at.misalignment)
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return -np.log(value)
+
+
+class AnyOf(eqx.Module):
+    """Several rules, of which the first that is met stops the run. Built with ``|``.
+
+    The first rule written is the leading one: saved points are spaced in its coordinate.
+    """
+
+    rules: tuple[AbstractRule, ...]
+
+    def __or__(self, other: "AbstractRule | AnyOf") -> "AnyOf":
+        if not isinstance(other, AbstractRule | AnyOf):
+            return NotImplemented
+        return AnyOf(self.rules + (other.rules if isinstance(other, AnyOf) else (other,)))
+
+
+def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
+    """The rules joined in ``until``, the leading one first."""
+    if isinstance(until, AnyOf):
+        return until.rules
+    if isinstance(until, AbstractRule):
+        return (until,)
+    raise ValueError(
+        f"`until` is {until!r}; expected a stopping rule: gflow.LogRisk(v), Time(t), LogTime(v), "
+        "Steps(k) or Misalignment(v), joined with | if there are several."
+    )
+
+
+def save_grid(rule: AbstractRule, start: float, save: int | np.ndarray) -> np.ndarray:
+    """The progress of the points to save after the start, increasing, the rule's goal last.
+
+    Args:
+        rule: the leading stopping rule.
+        start: the progress at the start of the run.
+        save: the number of points in all, both ends counted, spaced evenly in progress; or an
+            array of values of the rule's own coordinate.
+    """
+    goal = rule.goal
+    if np.ndim(save) == 0:
+        count = int(save)
+        if count != save or count < 2:
+            raise ValueError(
+                f"`save` is {save}; expected at least 2 points (both ends are always saved), or "
+                "an array of values of the stopping rule's coordinate."
+            )
+        if not math.isfinite(start):
+            start = goal - count  # a layer or product that is zero has no misalignment yet
+        return np.linspace(start, goal, count)[1:]
+    values = np.asarray(save, dtype=np.float64)
+    if values.ndim != 1 or not np.all(np.isfinite(values)):
+        raise ValueError(
+            f"`save` has shape {values.shape} or entries that are not finite; expected a 1-d "
+            f"array of values of {type(rule).__name__}."
+        )
+    grid = rule.progress_of(values)
+    if np.any(np.diff(grid) <= 0):
+        raise ValueError(
+            f"`save` is not strictly ordered along the run; expected values of "
+            f"{type(rule).__name__} from the start towards {rule.value}."
+        )
+    inside = grid[(grid > start) & (grid < goal)]
+    if np.any(grid > goal + 1e-12 * max(1.0, abs(goal))):
+        raise ValueError(
+            f"`save` goes beyond the stopping rule {type(rule).__name__}({rule.value}); expected "
+            "values between the start and the end of the run."
+        )
+    return np.append(inside, goal)
+
+
+def _finite(name: str, value: float) -> float:
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}({value})`: expected a finite number.")
+    return value
+
+
+def _log_expm1(x: float) -> float:
+    r"""$\log(e^x - 1)$ for positive ``x``: from $\log(1 + t)$ to $\log t$."""
+    return x + math.log(-math.expm1(-x)) if x > 0 else -math.inf

@@ -1,0 +1,163 @@
+"""Records: every trajectory is a labelled ``xarray.Dataset``, saved as one netCDF file.
+
+Dimensions: ``point`` along the trajectory, numbered from 0; ``layer`` from 1 at the input; ``pair``
+of neighbouring layers (k, k+1), numbered by k; ``coordinate`` of the input space. The table below
+says what each variable is; a record explains itself through the same words in its attributes.
+"""
+
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SCHEMA = "gflow-record-1"
+
+_POINT, _LAYER, _PAIR = ("point",), ("point", "layer"), ("point", "pair")
+
+VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
+    "log_risk": (_POINT, "log R, natural logarithm of the mean loss"),
+    "log_time": (_POINT, "log t, natural logarithm of the time of dW/dt = -grad R"),
+    "num_steps": (_POINT, "accepted solver steps, or descent iterations, so far"),
+    "log_step_size": (_POINT, "logarithm of descent's latest step size"),
+    "margin": (_POINT, "normalised margin min_i q_i / |w|"),
+    "margin_gap": (_POINT, "max margin minus normalised margin, absolute error 1e-16"),
+    "layer_margin": (_POINT, "min_i q_i / prod_k |W_k|_F"),
+    "smoothed_margin": (_POINT, "l^-1(sum_i l(q_i)) / prod_k |W_k|_F"),
+    "min_margin": (_POINT, "unnormalised margin min_i q_i"),
+    "norm": (_POINT, "Euclidean norm of all weights"),
+    "direction_error": (_POINT, "| w/|w| - max-margin direction |"),
+    "direction_alignment": (_POINT, "| <w / prod_k |W_k|_F, v_1> |"),
+    "alignment": (_PAIR, "|<v_{k+1}, u_k>| of neighbouring layers"),
+    "misalignment": (_PAIR, "1 - |<v_{k+1}, u_k>|, free of cancellation"),
+    "frobenius_norm": (_LAYER, "|W_k|_F"),
+    "spectral_norm": (_LAYER, "|W_k|_2"),
+    "rank_one_residual": (_LAYER, "| W_k/|W_k|_F - u_k v_k^T |_F"),
+    "rank_one_gap": (_LAYER, "1 - |W_k|_2/|W_k|_F, free of cancellation"),
+    "imbalance_drift": (_POINT, "largest change of a conserved matrix / largest |W_k|_F^2"),
+    "clock_error": (_POINT, "|-log R minus its value by the clock| / max(1, -log R)"),
+    "end_to_end": (("point", "coordinate"), "w = (W_L ... W_1)^T"),
+}
+"""Name: (dimensions, meaning). All quantities are dimensionless."""
+
+
+def build(
+    points: Mapping[str, Sequence[Any]],
+    *,
+    constants: Mapping[str, tuple[Sequence[str], Any, str]],
+    attrs: Mapping[str, Any],
+    extra_dims: Mapping[str, Sequence[str]] | None = None,
+) -> "xr.Dataset":
+    """A record from per-point values.
+
+    Args:
+        points: for each variable its values, one a saved point.
+        constants: for each further variable (dimensions, value, meaning).
+        attrs: provenance of the whole run; None values are dropped, booleans become 0 or 1.
+        extra_dims: dimensions after ``point`` of variables that the table does not list.
+    """
+    import xarray as xr
+
+    data: dict[str, Any] = {}
+    for name, values in points.items():
+        stacked = np.stack([np.asarray(value) for value in values])
+        if name in VARIABLES:
+            dims, meaning = VARIABLES[name]
+        else:
+            after = (extra_dims or {}).get(name) or [
+                f"{name}_{axis}" for axis in range(stacked.ndim - 1)
+            ]
+            dims, meaning = ("point", *after), name
+        data[name] = (dims, stacked, {"long_name": meaning, "units": "1"})
+    for name, (dims, value, meaning) in constants.items():
+        data[name] = (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
+    record = xr.Dataset(data)
+    starts = {"point": 0, "layer": 1, "pair": 1, "coordinate": 0}
+    numbers = {
+        dim: (dim, np.arange(first, first + record.sizes[dim]))
+        for dim, first in starts.items()
+        if dim in record.sizes
+    }
+    record = record.assign_coords(numbers)
+    clean = {key: _plain(value) for key, value in attrs.items() if value is not None}
+    record.attrs = {"schema": SCHEMA, **clean, **versions()}
+    return record
+
+
+def versions() -> dict[str, str]:
+    """The versions that produced a record."""
+    found = {"python": platform.python_version()}
+    for package in ("gflow", "jax", "diffrax", "optax", "numpy"):
+        try:
+            found[f"{package}_version"] = version(package)
+        except PackageNotFoundError:
+            found[f"{package}_version"] = "unknown"
+    return found
+
+
+def save(record: "xr.Dataset", path: str | os.PathLike[str]) -> Path:
+    """Write a record to one netCDF file that plain ``xarray.open_dataset`` reads.
+
+    The file appears whole or not at all: it is written beside its final place and renamed.
+
+    Raises:
+        OSError: when the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` is {path}; its folder {path.parent} does not exist. Create it first."
+        )
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        record.to_netcdf(partial, engine="netcdf4", format="NETCDF4")
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> "xr.Dataset":
+    """Read a record that :func:`save` wrote, into memory.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is not a gflow record.
+    """
+    import xarray as xr
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"`path` is {path}; there is no such file.")
+    try:
+        with xr.open_dataset(path, engine="netcdf4") as stored:
+            record = stored.load()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`path` is {path}, which cannot be read as netCDF ({error}); expected a file written "
+            "by `gflow.save`. It may be truncated."
+        ) from error
+    if record.attrs.get("schema") != SCHEMA:
+        raise ValueError(
+            f"`path` is {path}, a netCDF file with schema {record.attrs.get('schema')!r}; expected "
+            f"{SCHEMA!r}, as written by `gflow.save`."
+        )
+    return record
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as netCDF can store it."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if isinstance(value, tuple | list):
+        return np.asarray(value)
+    return value

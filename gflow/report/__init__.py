@@ -1,0 +1,1 @@
+"""What a person reads: records, figures, the reproduction of the paper."""
