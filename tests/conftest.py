@@ -5,7 +5,8 @@ never touches JAX's configuration.
 """
 
 import jax
-from jaxtyping import install_import_hook
+import jaxtyping
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -13,4 +14,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Must come before the first import of gflow: from here on its modules are compiled with every
 # annotation of shape and dtype checked at each call.
-install_import_hook("gflow", "beartype.beartype")
+jaxtyping.install_import_hook("gflow", "typechecker.checked")
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations unchecked, as for a user: to see what gflow itself says of a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

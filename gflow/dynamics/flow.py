@@ -12,11 +12,12 @@ import numpy as np
 
 from gflow.dynamics import clocks, stepping
 from gflow.dynamics.field import FlowField, FlowState
+from gflow.dynamics.gauss_newton import GaussNewton
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.stepping import Carry, Limits, Tolerance
 from gflow.dynamics.until import AbstractRule, AnyOf, LogTime, Steps, Time, as_rules, save_grid
-from gflow.problem.network import Weights
+from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem, risk_and_slope
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def gradient_flow(
         keep_weights: record the weights at every saved point as ``weights_1``, ``weights_2``, …
         clock: what the solver steps in, from ``gflow.clocks``; by default ``LogTime`` if the
             leading rule is a time and ``LogRisk`` otherwise.
-        solver: any adaptive diffrax solver; by default gflow chooses.
+        solver: any adaptive diffrax solver. By default gflow chooses: :class:`GaussNewton` where
+            its linear algebra costs nothing beside the field, else ``diffrax.Dopri8`` as long as
+            accuracy limits its step and ``GaussNewton`` from where stability would.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a weight; by default ``rtol`` times the typical entry of the
             smallest layer that is not zero, at most ``rtol``.
@@ -86,7 +89,8 @@ def gradient_flow(
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)
         clock = clock or default_clock(rules[0])
-        run = _Run(problem, clock, solver or diffrax.Dopri8(), weights, rtol, atol)
+        solvers = (solver,) if solver is not None else default_solvers(problem)
+        run = _Run(problem, clock, solvers, weights, rtol, atol)
         recorder.save(weights, **run.scalars())
         status, message = _follow(run, recorder, rules, save, progress, max_steps)
         return recorder.record(
@@ -95,10 +99,10 @@ def gradient_flow(
             message=message,
             until=" | ".join(map(repr, rules)),
             clock=clock.name,
-            solver=type(run.solver).__name__,
+            solver=", then ".join(run.used),
             rtol=rtol,
             atol=float(run.tolerance.atol),
-            num_rejected=int(run.carry.num_rejected),
+            **run.counts(),
         )
 
 
@@ -107,27 +111,86 @@ def default_clock(rule: AbstractRule) -> clocks.AbstractClock:
     return clocks.LogTime() if isinstance(rule, Time | LogTime) else clocks.LogRisk()
 
 
+SMALL_SYSTEM = 64
+"""Up to so many coordinates the implicit solver's dense systems cost less than an explicit
+solver's extra evaluations, and one compilation serves the whole run."""
+
+
+def default_solvers(problem: Problem) -> tuple[diffrax.AbstractAdaptiveSolver, ...]:
+    """The solvers of a run, each used until the flow is too stiff for it."""
+    small = problem.data.num_points if problem.design is None else min(problem.design.shape)
+    if small <= SMALL_SYSTEM:
+        return (GaussNewton(),)
+    return (diffrax.Dopri8(), GaussNewton())
+
+
 class _Run:
-    """A flow on its way: the field, the solver and the carry between two calls of ``advance``."""
+    """A flow on its way: the field, the solvers and the carry between two calls of ``advance``."""
 
     def __init__(
         self,
         problem: Problem,
         clock: clocks.AbstractClock,
-        solver: diffrax.AbstractAdaptiveSolver,
+        solvers: tuple[diffrax.AbstractAdaptiveSolver, ...],
         weights: Weights,
         rtol: float,
         atol: float | None,
     ):
         self.field = FlowField(problem, clock)
-        self.solver = solver
+        self.solver, *self.stiffer = solvers
+        self.used: list[str] = []
+        self.explicit_evaluations = self.began_at = 0
         state = FlowState(weights, np.zeros(()))
         atol = stepping.default_atol(state, rtol) if atol is None else atol
         self.tolerance = Tolerance(np.float64(rtol), np.float64(atol))
         s = clock.read(float(risk_and_slope(problem, state.weights)[0]), -math.inf)
-        self.carry: Carry = stepping.start(
-            self.field, solver, self.tolerance, np.float64(s), state
+        self._begin(np.float64(s), state)
+
+    def _begin(self, s: Array, state: FlowState, before: Carry | None = None) -> None:
+        """Start the current solver at a state, keeping the counts of the one ``before``."""
+        carry = stepping.start(self.field, self.solver, self.tolerance, s, state)
+        if before is not None:
+            carry = eqx.tree_at(
+                lambda c: (c.num_steps, c.num_rejected, c.next_step),
+                carry,
+                (before.num_steps, before.num_rejected, before.next_step),
+            )
+        self.carry: Carry = carry
+        self.used.append(type(self.solver).__name__)
+
+    def advance(self, rules: tuple[AbstractRule, ...], limits: Limits) -> int:
+        """Go on until one of ``limits``; where the solver finds the flow stiff, use the next."""
+        self.carry, reason = stepping.advance(
+            self.field,
+            self.solver,
+            self.tolerance,
+            rules,
+            self.carry,
+            limits,
+            watch_stiffness=bool(self.stiffer),
         )
+        if int(reason) == stepping.STIFF:
+            self.explicit_evaluations += self._explicit_evaluations()
+            self.began_at = int(self.carry.num_steps)
+            self.solver, *self.stiffer = self.stiffer
+            self._begin(self.carry.s, self.carry.state, self.carry)
+        return int(reason)
+
+    def counts(self) -> dict[str, int]:
+        """Rejected steps; field evaluations and Newton iterations of the accepted ones."""
+        evaluations = self.explicit_evaluations + self._explicit_evaluations()
+        evaluations += int(getattr(self.carry.solver_state, "num_evaluations", 0))
+        return {
+            "num_rejected": int(self.carry.num_rejected),
+            "num_field_evaluations": evaluations,
+            "num_newton_iterations": int(getattr(self.carry.solver_state, "num_iterations", 0)),
+        }
+
+    def _explicit_evaluations(self) -> int:
+        """Of the current solver since it began, if it is a Runge–Kutta method with a tableau."""
+        tableau = getattr(self.solver, "tableau", None)
+        stages = 0 if tableau is None else len(tableau.c) + 1 - int(tableau.fsal)
+        return stages * (int(self.carry.num_steps) - self.began_at)
 
     def scalars(self) -> dict[str, object]:
         """What a saved point holds beside the observables of its weights."""
@@ -220,35 +283,28 @@ def _reach(
     rules = tuple(target.rule for target in watched)
     s_end = min(target.clock for target in targets)
     steps = min(target.steps for target in targets)
-    while True:
-        tried = int(run.carry.num_steps + run.carry.num_rejected)
+    while (tried := int(run.carry.num_steps + run.carry.num_rejected)) < max_steps:
         limits = Limits(
             s_end=np.float64(s_end),
             num_steps=np.int64(steps),
             goals=tuple(np.float64(target.progress) for target in watched),
             attempts=np.int64(min(ATTEMPTS_A_CALL, max_steps - tried)),
         )
-        carry, reason = stepping.advance(
-            run.field, run.solver, run.tolerance, rules, run.carry, limits
-        )
-        run.carry = carry
-        reason = int(reason)
-        if reason == stepping.CROSSED:
-            return _land_first(run, watched)
-        if reason == stepping.LANDED:
-            return next(target for target in targets if target.clock == s_end)
-        if reason == stepping.COUNTED:
-            return next(target for target in targets if target.steps == steps)
-        lead = targets[0].rule
-        bar.update(run.progress(lead), f"{int(carry.num_steps)} steps")
-        if reason == stepping.STALLED:
-            return _Failure("stalled", _why_stalled(run))
-        if int(carry.num_steps + carry.num_rejected) >= max_steps:
-            return _Failure(
-                "max_steps",
-                f"{max_steps} steps were tried before {lead!r} was reached; raise `max_steps`, "
-                "or loosen `rtol`",
-            )
+        match run.advance(rules, limits):
+            case stepping.CROSSED:
+                return _land_first(run, watched)
+            case stepping.LANDED:
+                return next(target for target in targets if target.clock == s_end)
+            case stepping.COUNTED:
+                return next(target for target in targets if target.steps == steps)
+            case stepping.STALLED:
+                return _Failure("stalled", _why_stalled(run))
+        bar.update(run.progress(targets[0].rule), f"{int(run.carry.num_steps)} steps")
+    return _Failure(
+        "max_steps",
+        f"{max_steps} steps were tried before {targets[0].rule!r} was reached; raise "
+        "`max_steps`, or loosen `rtol`",
+    )
 
 
 def _land_first(run: _Run, watched: list[_Target]) -> _Target:

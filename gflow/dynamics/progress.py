@@ -1,7 +1,7 @@
 """A progress bar for runs that take more than two seconds."""
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 
 class ProgressBar:
@@ -34,7 +34,7 @@ class ProgressBar:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.bar.n)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(

@@ -70,8 +70,8 @@ class Recorder:
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
         for label, weights in (("initial", self.start), ("final", self.last)):
             for name, leaf in _named(weights):
-                axes = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
-                constants[f"{label}_{name}"] = (axes, np.asarray(leaf), f"{label} {name}")
+                axes = tuple(f"{name}_{axis}" for axis in range(leaf.ndim))
+                constants[f"{label}_{name}"] = (axes, leaf, f"{label} {name}")
         if self.keep_weights:
             for index, (name, leaf) in enumerate(_named(self.start)):
                 columns[name] = [jax.tree.leaves(kept)[index] for kept in self.kept]
@@ -137,4 +137,5 @@ def _evaluate(
 
 def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:
     """Each array of the weights under the name it has in a record: ``weights_1`` at the input."""
-    return [(f"weights_{k}", leaf) for k, leaf in enumerate(jax.tree.leaves(weights), start=1)]
+    leaves = enumerate(jax.tree.leaves(weights), start=1)
+    return [(f"weights_{k}", np.asarray(leaf)) for k, leaf in leaves]

@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.until import AbstractRule, Coordinates
-from gflow.problem.network import Array
+from gflow.problem.network import Array, Weights, squared_norm
 from gflow.problem.observables import largest_misalignment
 
 RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF, IMPRECISE = range(8)
@@ -28,6 +28,10 @@ count was met, the segment's budget of attempts is used, the step size vanished,
 solver's step is limited by stability, the solver has lost its precision."""
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
+
+STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
+"""A run is stiff when step times spectral radius has exceeded the first in so many looks in a row,
+one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
 
 
 class Tolerance(eqx.Module):
@@ -63,6 +67,8 @@ class Carry(eqx.Module):
     """Norm of the last accepted step's error, the memory of the step-size control."""
     num_steps: Array
     num_rejected: Array
+    num_stiff: Array
+    """Looks in a row that found the step limited by stability."""
     previous: tuple[Array, FlowState, Any]
     """Where the last accepted step began: (s, state, solver state)."""
 
@@ -98,7 +104,7 @@ def start(
     solver_state = solver.init(term, s, s + step, state, None)
     zero = jnp.zeros((), jnp.int64)
     previous = (s, state, solver_state)
-    return strong(Carry(s, state, step, solver_state, jnp.ones_like(s), zero, zero, previous))
+    return strong(Carry(s, state, step, solver_state, jnp.ones_like(s), zero, zero, zero, previous))
 
 
 def observe(
@@ -124,12 +130,14 @@ def advance(
     rules: tuple[AbstractRule, ...],
     carry: Carry,
     limits: Limits,
+    watch_stiffness: bool = False,
 ) -> tuple[Carry, Array]:
     """Step until one of ``limits`` is met; returns the carry and why it stopped.
 
     Args:
         rules: the stopping rules to watch after each accepted step, one for each of
             ``limits.goals``.
+        watch_stiffness: stop also where the step is limited by stability (for explicit solvers).
     """
     term = diffrax.ODETerm(field)
     exponent = 1 / jnp.asarray(solver.error_order(term), carry.s.dtype)
@@ -166,6 +174,9 @@ def advance(
             error=norm,
             num_steps=carry.num_steps + 1,
             num_rejected=carry.num_rejected,
+            num_stiff=_count_stiff(field, carry, s, state, error)
+            if watch_stiffness
+            else carry.num_stiff,
             previous=(carry.s, carry.state, carry.solver_state),
         )
         stayed = eqx.tree_at(
@@ -182,10 +193,11 @@ def advance(
                 accept & lands,
                 accept & jnp.any(jnp.array([False, *crossed])),
                 accept & (carry.num_steps >= limits.num_steps),
+                carry.num_stiff >= STIFF_LOOKS,
                 ~accept & vanished,
                 tried + 1 >= limits.attempts,
             ],
-            [LANDED, CROSSED, COUNTED, STALLED, TIRED],
+            [LANDED, CROSSED, COUNTED, STIFF, STALLED, TIRED],
             RUNNING,
         )
         return carry, tried + 1, reason
@@ -196,6 +208,31 @@ def advance(
         (carry, jnp.zeros((), jnp.int64), jnp.array(RUNNING)),
     )
     return carry, reason
+
+
+def _count_stiff(
+    field: FlowField, carry: Carry, s: Array, state: FlowState, error: FlowState
+) -> Array:
+    """How many looks in a row, this step's included, found the flow stiff.
+
+    An explicit method's error estimate is dominated by the stiffest modes as soon as their product
+    with the step is of order one: applying the Jacobian to it once gives the spectral radius.
+    """
+
+    def size(weights: Weights) -> Array:
+        return jnp.sqrt(squared_norm(weights))
+
+    def look() -> Array:
+        _, image = jax.jvp(
+            lambda weights: field(s, FlowState(weights, state.scaled_time)).weights,
+            (state.weights,),
+            (error.weights,),
+        )
+        stiff = (s - carry.s) * size(image) > STIFF_PRODUCT * size(error.weights)
+        return jnp.where(stiff, carry.num_stiff + 1, 0)
+
+    due = carry.num_steps % LOOK_EVERY == LOOK_EVERY - 1
+    return jax.lax.cond(due, look, lambda: carry.num_stiff)
 
 
 @eqx.filter_jit

@@ -7,6 +7,7 @@ sensible one (roughly the logarithm of the coordinate).
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -50,7 +51,7 @@ class AbstractRule(eqx.Module):
     @property
     def goal(self) -> float:
         """The progress at which the rule is met."""
-        return float(self.progress_of(np.asarray(self.value, dtype=np.float64)))
+        return float(self.progress_of(np.array([self.value], dtype=np.float64))[0])
 
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
         """The clock's value at a given progress, or None when the clock cannot know it."""
@@ -128,7 +129,7 @@ class Steps(AbstractRule):
         self.value = int(value)
 
     def progress(self, at: Coordinates) -> Array:
-        return jnp.log1p(1.0 * at.num_steps)
+        return jnp.log1p(jnp.astype(at.num_steps, at.log_risk.dtype))
 
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         return np.log1p(value)
@@ -178,7 +179,9 @@ def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
     )
 
 
-def save_grid(rule: AbstractRule, start: float, save: int | np.ndarray) -> np.ndarray:
+def save_grid(
+    rule: AbstractRule, start: float, save: int | Sequence[float] | np.ndarray
+) -> np.ndarray:
     """The progress of the points to save after the start, increasing, the rule's goal last.
 
     Args:
@@ -189,7 +192,7 @@ def save_grid(rule: AbstractRule, start: float, save: int | np.ndarray) -> np.nd
     """
     goal = rule.goal
     if np.ndim(save) == 0:
-        count = int(save)
+        count = int(save)  # pyright: ignore
         if count != save or count < 2:
             raise ValueError(
                 f"`save` is {save}; expected at least 2 points (both ends are always saved), or "

@@ -1,21 +1,29 @@
 r"""Binary classification data: inputs, labels in {-1, +1}, and their products.
 
 All that a linear network sees of a data set are its signed inputs $z_i = y_i x_i$: the margin of a
-predictor $w$ at point $i$ is $q_i = \langle w, z_i\rangle$. There is no bias; `Dataset.with_bias` adds
-a constant feature where one is wanted.
+predictor $w$ at point $i$ is $q_i = \langle w, z_i\rangle$. There is no bias; `Dataset.with_bias`
+adds a constant feature where one is wanted.
 """
 
-import csv
+import weakref
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float
 
+from gflow.problem import tables
 from gflow.problem.max_margin import MaxMargin, max_margin
+
+# The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
+# An attribute would not do: equinox counts whatever a module holds into its tree structure, and
+# solving would make every compiled function compile again. The arrays are read-only, so no entry
+# goes stale.
+_SOLUTIONS: dict[int, MaxMargin] = {}
 
 
 class Dataset(eqx.Module):
@@ -29,8 +37,8 @@ class Dataset(eqx.Module):
         name: used in tables, titles and records.
 
     Raises:
-        ValueError: if the arrays do not fit each other, are empty, hold NaN or infinity, or a label is
-            not -1 or +1.
+        ValueError: if the arrays do not fit each other, are empty, hold NaN or infinity, or a label
+            is not -1 or +1.
 
     >>> data = Dataset([[0.5, 0.1], [-0.2, 0.9]], [1, -1])
     >>> data.signed_inputs.tolist()
@@ -55,7 +63,7 @@ class Dataset(eqx.Module):
     # -- what one asks of it ------------------------------------------------------------------
 
     @property
-    def signed_inputs(self) -> Float[np.ndarray, "points dim"]:
+    def signed_inputs(self) -> Float[np.ndarray | Array, "points dim"]:
         r"""The products $z_i = y_i x_i$, one row a point."""
         return self.labels[:, None] * self.inputs
 
@@ -73,28 +81,26 @@ class Dataset(eqx.Module):
     def separable(self) -> bool:
         r"""Whether some $w$ has $\langle w, z_i\rangle > 0$ for every $i$.
 
-        `max_margin()` has the certificate: a direction with a proven positive margin, or weights on the
-        points that leave no room for one.
+        `max_margin()` has the certificate: a direction with a proven positive margin, or weights on
+        the points that leave no room for one.
         """
         return self.max_margin().separable
 
     def max_margin(self) -> MaxMargin:
         """The hard-margin direction through the origin; solved once and kept."""
-        # Not a field, so it is neither a leaf nor part of equality. It is valid for good because the
-        # arrays are read-only.
-        solution = self.__dict__.get("_max_margin")
-        if solution is None:
-            solution = max_margin(self)
-            object.__setattr__(self, "_max_margin", solution)
-        return solution
+        key = id(self)
+        if key not in _SOLUTIONS:
+            _SOLUTIONS[key] = max_margin(self)
+            weakref.finalize(self, _SOLUTIONS.pop, key).atexit = False
+        return _SOLUTIONS[key]
 
     # -- what one makes of it -----------------------------------------------------------------
 
     def scaled(self) -> "Dataset":
         r"""The same data divided by one number so that $\max_i \lVert x_i\rVert = 1$.
 
-        The max-margin direction stays, the margin is divided by the same number. Data that are all zero
-        stay as they are.
+        The max-margin direction stays, the margin is divided by the same number. Data that are all
+        zero stay as they are.
         """
         largest = np.abs(self.inputs).max()
         if largest == 0.0:
@@ -116,7 +122,7 @@ class Dataset(eqx.Module):
             return f"Dataset(name={self.name!r}, inputs={self.inputs}, labels={self.labels})"
         positive = int((self.labels > 0).sum())
         largest = np.linalg.norm(self.inputs, axis=1).max()
-        solution = self.__dict__.get("_max_margin")
+        solution = _SOLUTIONS.get(id(self))
         known = "" if solution is None else f", {solution.summary}"
         return (
             f"Dataset({self.name!r}: {self.num_points} points ({positive} positive, "
@@ -128,7 +134,9 @@ class Dataset(eqx.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> "Dataset":
-        """Read a file by its suffix: `.csv`, `.tsv`, `.txt` (see `from_csv`) or `.npz` (see `from_npz`).
+        """Read a file by its suffix.
+
+        `.csv`, `.tsv` and `.txt` are text tables, see `from_csv`; `.npz` see `from_npz`.
 
         Args:
             path: the file.
@@ -142,8 +150,8 @@ class Dataset(eqx.Module):
         if suffix in (".csv", ".txt"):
             return cls.from_csv(path, **options)
         raise ValueError(
-            f"`path` is {str(path)!r} with the suffix {suffix!r}; expected .csv, .tsv, .txt or .npz. "
-            "For other formats read the arrays yourself and call Dataset(inputs, labels)."
+            f"`path` is {str(path)!r} with the suffix {suffix!r}; expected .csv, .tsv, .txt or "
+            ".npz. For other formats read the arrays yourself and call Dataset(inputs, labels)."
         )
 
     @classmethod
@@ -163,8 +171,8 @@ class Dataset(eqx.Module):
 
         Args:
             path: the file, in UTF-8.
-            label_column: the column of the labels, by its name in the header or its position (counted
-                from 0; negative from the end).
+            label_column: the column of the labels, by its name in the header or its position
+                (counted from 0; negative from the end).
             positive: the label that becomes +1; every other label becomes -1. Without it the labels
                 must be -1 and +1 already.
             delimiter: what separates the columns.
@@ -175,18 +183,17 @@ class Dataset(eqx.Module):
             ValueError: if it is malformed, with the line and the column.
         """
         path = Path(path)
-        header, rows, lines = _read_table(path, delimiter)
-        column = _label_position(path, label_column, header, len(rows[0]))
-        labels = [row.pop(column) for row in rows]
-        places = [j for j in range(len(rows[0]) + 1) if j != column]
-        if not places:
+        table = tables.read(path, delimiter)
+        column = tables.position(table, label_column)
+        features = [j for j in range(len(table.rows[0])) if j != column]
+        if not features:
             raise ValueError(
-                f"`path`: {path} has one column, the labels; expected at least one more, a feature. "
-                f"Is {delimiter!r} the right `delimiter`?"
+                f"{path}: it has one column, the labels; expected at least one more. Is "
+                f"{delimiter!r} the right `delimiter`?"
             )
-        inputs = _table_of_numbers(path, rows, lines, places, header)
-        signs = _signs_from_text(path, labels, lines, column, header, positive)
-        return cls(inputs, signs, name=path.stem if name is None else name)
+        inputs = tables.numbers(table, features)
+        labels = tables.signs(table, column, positive)
+        return cls(inputs, labels, name=path.stem if name is None else name)
 
     @classmethod
     def from_npz(
@@ -213,27 +220,25 @@ class Dataset(eqx.Module):
             ValueError: if it is not an NPZ file, lacks a key, or does not hold plain numbers.
         """
         path = Path(path)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                for argument, key in (("inputs", inputs), ("labels", labels)):
-                    if key not in file.files:
-                        raise ValueError(
-                            f"`{argument}` is {key!r}, which {path} does not have; it has "
-                            f"{', '.join(map(repr, file.files)) or 'no array'}."
-                        )
-                arrays = file[inputs], file[labels]
-        except (zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
-            raise ValueError(f"`path`: {path} is not an NPZ file (made by numpy.savez).") from error
-        except ValueError as error:
-            if "pickle" not in str(error):
-                raise
-            raise ValueError(
-                f"`path`: {path} is not an NPZ file of plain numbers (it holds Python objects, or is "
-                "no NumPy file at all). Save it with numpy.savez(path, inputs=..., labels=...)."
-            ) from error
-        values, signs = arrays
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError(f"{path}: it is not an NPZ file, as numpy.savez writes them.")
+        with np.load(path, allow_pickle=False) as file:
+            for argument, key in (("inputs", inputs), ("labels", labels)):
+                if key not in file.files:
+                    raise ValueError(
+                        f"`{argument}` is {key!r}, which {path} does not have; it has "
+                        f"{', '.join(map(repr, file.files)) or 'no array'}."
+                    )
+            try:
+                values, signs = file[inputs], file[labels]
+            except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(
+                    f"{path}: an array cannot be read, {error}. Expected arrays of plain numbers, "
+                    "as numpy.savez(path, inputs=..., labels=...) writes them."
+                ) from error
         if positive is not None:
-            signs = np.where(_one_positive("labels", signs, positive), 1.0, -1.0)
+            signs = tables.one_against_rest(signs, positive)
         return cls(values, signs, name=path.stem if name is None else name)
 
 
@@ -264,13 +269,12 @@ def _real_array(argument: str, value: Any) -> np.ndarray:
 
 def _check_inputs(inputs: np.ndarray) -> None:
     if inputs.ndim != 2:
-        hint = {
-            0: "One point x is inputs=[x].",
-            1: "One point with several features is inputs[None, :]; several points with one feature "
-            "are inputs[:, None].",
-        }.get(inputs.ndim, "Flatten each point: inputs.reshape(len(inputs), -1).")
+        hint = "Flatten each point: inputs.reshape(len(inputs), -1)."
+        if inputs.ndim == 1:
+            hint = "One point is inputs[None, :]; points with one feature are inputs[:, None]."
         raise ValueError(
-            f"`inputs` has shape {inputs.shape}; expected two dimensions, (points, features). {hint}"
+            f"`inputs` has shape {inputs.shape}; expected two dimensions, (points, features). "
+            f"{hint}"
         )
     if 0 in inputs.shape:
         raise ValueError(
@@ -283,20 +287,21 @@ def _check_labels(labels: np.ndarray, num_points: int) -> None:
     if labels.ndim != 1:
         hint = "Use labels.ravel()." if labels.size == num_points else "There is one output only."
         raise ValueError(
-            f"`labels` has shape {labels.shape}; expected one dimension, ({num_points},): one label a "
-            f"row of `inputs`. {hint}"
+            f"`labels` has shape {labels.shape}; expected one dimension, ({num_points},): one "
+            f"label a row of `inputs`. {hint}"
         )
     if len(labels) != num_points:
         raise ValueError(
-            f"`labels` has {len(labels)} entries and `inputs` has {num_points} rows; expected as many. "
-            "The rows of `inputs` are the points: is it transposed?"
+            f"`labels` has {len(labels)} entries and `inputs` has {num_points} rows; expected as "
+            "many. The rows of `inputs` are the points: is it transposed?"
         )
     _check_finite("labels", labels)
     wrong = np.flatnonzero(np.abs(labels) != 1.0)
     if wrong.size:
         values = np.unique(labels)
         raise ValueError(
-            f"`labels[{wrong[0]}]` is {labels[wrong[0]]:g}; expected -1 or +1. {_label_hint(values)}"
+            f"`labels[{wrong[0]}]` is {labels[wrong[0]]:g}; expected -1 or +1. "
+            f"{_label_hint(values)}"
         )
 
 
@@ -324,140 +329,3 @@ def _check_finite(argument: str, array: np.ndarray) -> None:
             f"`{argument}[{place}]` is {array[tuple(bad[0])]}; expected finite numbers{more}. "
             "Drop or impute the points concerned."
         )
-
-
-# -------------------------------------------------------------------------------------------------
-# Text tables
-# -------------------------------------------------------------------------------------------------
-
-
-def _read_table(path: Path, delimiter: str) -> tuple[list[str] | None, list[list[str]], list[int]]:
-    """The header if there is one, the rows as text, and the line each row ends on."""
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-            for row in reader:
-                if not any(cell.strip() for cell in row) or row[0].lstrip().startswith("#"):
-                    continue
-                rows.append(row)
-                lines.append(reader.line_num)
-                if len(row) != len(rows[0]):
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: it has {len(row)} columns; expected "
-                        f"{len(rows[0])}, as in line {lines[0]}. Is {delimiter!r} the right "
-                        "`delimiter`?"
-                    )
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {error.start} is {error.object[error.start]:#04x}, which is not UTF-8 text. "
-            "Is it a text file?"
-        ) from error
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
-    if not rows:
-        raise ValueError(f"{path}: it has no data; expected one line a point.")
-    header = None
-    if not any(_is_number(cell) for cell in rows[0]):
-        header, rows, lines = [cell.strip() for cell in rows[0]], rows[1:], lines[1:]
-        if not rows:
-            raise ValueError(f"{path}: it has a header and no data; expected one line a point.")
-    return header, rows, lines
-
-
-def _label_position(path: Path, label: int | str, header: list[str] | None, width: int) -> int:
-    if isinstance(label, str):
-        if header is None:
-            raise ValueError(
-                f"`label_column` is {label!r} and {path} has no header line; expected a position from "
-                f"0 to {width - 1}."
-            )
-        if header.count(label) != 1:
-            problem = "occurs more than once" if label in header else "is not there"
-            raise ValueError(
-                f"`label_column` is {label!r}, which {problem} in the header of {path}; it has "
-                f"{', '.join(map(repr, header))}."
-            )
-        return header.index(label)
-    if not -width <= label < width:
-        raise ValueError(
-            f"`label_column` is {label}; expected a position from {-width} to {width - 1}: {path} has "
-            f"{width} columns."
-        )
-    return label % width
-
-
-def _table_of_numbers(
-    path: Path,
-    rows: list[list[str]],
-    lines: list[int],
-    places: list[int],
-    header: list[str] | None,
-) -> np.ndarray:
-    try:
-        table = np.array(rows, dtype=np.float64)
-        if np.isfinite(table).all():
-            return table
-    except ValueError:
-        pass
-    for row, line in zip(rows, lines, strict=True):
-        for cell, place in zip(row, places, strict=True):
-            if not (_is_number(cell) and np.isfinite(float(cell))):
-                raise ValueError(
-                    f"{path}, line {line}, {_column_name(place, header)}: got {cell!r}, expected a "
-                    "finite number. Features must be numbers: encode or drop the column."
-                )
-    return np.array([[float(cell) for cell in row] for row in rows])
-
-
-def _signs_from_text(
-    path: Path,
-    labels: list[str],
-    lines: list[int],
-    column: int,
-    header: list[str] | None,
-    positive: str | float | None,
-) -> np.ndarray:
-    labels = [label.strip() for label in labels]
-    if positive is not None:
-        numeric = all(_is_number(label) for label in labels)
-        if numeric and _is_number(str(positive)):
-            hits = _one_positive(str(path), np.array([float(v) for v in labels]), float(positive))
-        else:
-            hits = _one_positive(str(path), np.array(labels), str(positive))
-        return np.where(hits, 1.0, -1.0)
-    for label, line in zip(labels, lines, strict=True):
-        if not (_is_number(label) and abs(float(label)) == 1.0):
-            values = sorted(set(labels))
-            shown = ", ".join(map(repr, values[:6])) + (", ..." if len(values) > 6 else "")
-            raise ValueError(
-                f"{path}, line {line}, {_column_name(column, header)}: the label is {label!r}; "
-                f"expected -1 or +1. The labels are {shown}: say which one is +1, for example "
-                f"`positive={values[-1]!r}`, or choose another `label_column`."
-            )
-    return np.array([float(label) for label in labels])
-
-
-def _one_positive(where: str, labels: np.ndarray, positive: str | float) -> np.ndarray:
-    """Which labels are the positive one, if both classes occur."""
-    hits = np.asarray(labels == positive)
-    if hits.shape != labels.shape or not hits.any() or hits.all():
-        values = ", ".join(repr(v.item()) for v in np.unique(labels)[:8])
-        raise ValueError(
-            f"`positive` is {positive!r}; expected one of the labels in {where}, which are {values}, "
-            "with at least one other."
-        )
-    return hits
-
-
-def _column_name(place: int, header: list[str] | None) -> str:
-    return f"column {place + 1}" + ("" if header is None else f" ({header[place]!r})")
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

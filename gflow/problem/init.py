@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gflow.problem.network import check_weights, end_to_end
-from gflow.problem.risk import Problem
+from gflow.problem.risk import ROUND_OFF, Problem
 
 LayerWeights = tuple[np.ndarray, ...]
 
@@ -126,7 +126,7 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
         def excess(factor: float) -> float:
             return float(problem.log_risk((*rest, factor * last))) - at_zero
 
-        if excess(1.0) <= 0.0:
+        if excess(1.0) <= ROUND_OFF:
             return (*rest, last)
         # R(0) has the gradient l'(0) mean_i z_i, with l' < 0.
         w = np.asarray(end_to_end((*rest, last)))
@@ -138,7 +138,7 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
             "seed, or `gflow.init.zero_first`."
         )
     with jax.enable_x64(True):
-        while excess(factor) > 0.0:
+        while excess(factor) > ROUND_OFF:
             factor /= 2
     return (*rest, factor * last)
 

@@ -1,9 +1,9 @@
 r"""Margin losses, known through their logarithms.
 
 A margin loss $\ell(q)$ is a decreasing convex function of the unnormalised margin $q$, with
-$\ell \to \infty$ at $-\infty$ and $\ell \to 0$ at $+\infty$. Along a flow $\ell(q)$ leaves the range of
-float64 at once ($e^{-q}$ is zero from $q = 746$ on) while its logarithm is an ordinary number at any
-horizon, so a loss here is the three functions
+$\ell \to \infty$ at $-\infty$ and $\ell \to 0$ at $+\infty$. Along a flow $\ell(q)$ leaves the
+range of float64 at once ($e^{-q}$ is zero from $q = 746$ on) while its logarithm is an ordinary
+number at any horizon, so a loss here is the three functions
 
 $$\log \ell(q), \qquad \log(-\ell'(q)), \qquad \log \ell''(q)$$
 
@@ -29,8 +29,7 @@ from decimal import Decimal, localcontext
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
-from jaxtyping import ArrayLike as _ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
 # ---------------------------------------------------------------------------------------------
 # The interface
@@ -40,29 +39,30 @@ from jaxtyping import ArrayLike as _ArrayLike
 class AbstractLoss(eqx.Module):
     r"""A margin loss $\ell(q)$: decreasing, convex, from $\infty$ to $0$.
 
-    All methods act elementwise on arrays of any shape and may be used under `jit`, `vmap` and `grad`.
+    All methods act elementwise on arrays of any shape and may be used under `jit`, `vmap` and
+    `grad`.
     """
 
     @abc.abstractmethod
-    def log_value(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_value(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log \ell(q)$."""
 
     @abc.abstractmethod
-    def log_slope(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log(-\ell'(q))$."""
 
     @abc.abstractmethod
-    def log_curvature(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_curvature(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log \ell''(q)$."""
 
     @abc.abstractmethod
-    def inverse(self, log_value: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""The margin $q$ at which $\log \ell(q)$ is `log_value` (infinite where float64 ends)."""
 
     @property
     @abc.abstractmethod
     def slope_bound(self) -> float:
-        r"""$G = \sup_q \lvert\ell'(q)\rvert$, the Lipschitz constant of the loss; may be infinite."""
+        r"""$G = \sup_q \lvert\ell'(q)\rvert$, the Lipschitz constant; may be infinite."""
 
     @property
     @abc.abstractmethod
@@ -95,19 +95,19 @@ class Exponential(AbstractLoss):
     -3.0
     """
 
-    def log_value(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_value(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell(q) = -q$."""
         return -_floating(margin)
 
-    def log_slope(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log(-\ell'(q)) = -q$."""
         return -_floating(margin)
 
-    def log_curvature(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_curvature(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell''(q) = -q$."""
         return -_floating(margin)
 
-    def inverse(self, log_value: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$q = -\log\ell$."""
         return -_floating(log_value)
 
@@ -155,8 +155,8 @@ _INVERSE_ETA = -1.4283387082036463e-17
 
 @jax.custom_jvp
 def _logistic_log_value(q):
-    # Three ranges, each without cancellation. High: with x = exp(-q), log l = -q + log(log1p(x)/x), a
-    # correction in [-0.37, 0] to -q; beyond q = 40 it is less than an ulp, so x is kept from
+    # Three ranges, each without cancellation. High: with x = exp(-q), log l = -q + log(log1p(x)/x),
+    # a correction in [-0.37, 0] to -q; beyond q = 40 it is less than an ulp, so x is kept from
     # underflowing. Middle: around the root, see above. Low: l = -q + log1p(exp(q)) is far from one.
     x = jnp.exp(-jnp.clip(q, 0.0, 40.0))
     high = -q + jnp.log(jnp.log1p(x) / x)
@@ -207,19 +207,19 @@ class Logistic(AbstractLoss):
     -1000000000
     """
 
-    def log_value(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_value(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell(q) = \log\log(1 + e^{-q})$."""
         return _logistic_log_value(_floating(margin))
 
-    def log_slope(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log(-\ell'(q)) = -\log(1 + e^{q})$."""
         return _logistic_log_slope(_floating(margin))
 
-    def log_curvature(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_curvature(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell''(q) = -\lvert q\rvert - 2\log(1 + e^{-\lvert q\rvert})$."""
         return _logistic_log_curvature(_floating(margin))
 
-    def inverse(self, log_value: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$q = -\log(e^{\ell} - 1)$."""
         return _logistic_inverse(_floating(log_value))
 
@@ -351,8 +351,8 @@ def _(power, primals, tangents):
 def _slope_root(power: float) -> tuple[float, float]:
     """The double next to the zero of log(-l'), and log(-l') there, correct in every digit.
 
-    In the variable a the function is concave and decreasing, so Newton's method from a point right of
-    the zero (log p is one) moves monotonically towards it.
+    In the variable a the function is concave and decreasing, so Newton's method from a point right
+    of the zero (log p is one) moves monotonically towards it.
     """
     with localcontext() as context:
         context.prec = 60
@@ -399,24 +399,24 @@ class PolynomialTail(AbstractLoss):
     def __init__(self, power: float = 1.0):
         if not (isinstance(power, numbers.Real) and 1.0 <= power < math.inf):
             raise ValueError(
-                f"`power` is {power!r}; expected a finite number of at least 1. With a smaller power "
-                "the loss exp(-power * asinh(q/2)) is not convex."
+                f"`power` is {power!r}; expected a finite number of at least 1. With a smaller "
+                "power the loss exp(-power * asinh(q/2)) is not convex."
             )
         self.power = float(power)
 
-    def log_value(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_value(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell(q) = -p\,\operatorname{asinh}(q/2)$."""
         return _polynomial_log_value(self.power, _floating(margin))
 
-    def log_slope(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log(-\ell'(q)) = \log p + \log\ell(q) - \log\sqrt{q^2 + 4}$."""
         return _polynomial_log_slope(self.power, _floating(margin))
 
-    def log_curvature(self, margin: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def log_curvature(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell''(q) = \log(-\ell'(q)) + \log(p + q/s) - \log s$."""
         return _polynomial_log_curvature(self.power, _floating(margin))
 
-    def inverse(self, log_value: Float[_ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$q = -2\sinh(\log\ell/p)$; infinite beyond $\lvert\log\ell\rvert/p = 710$."""
         return -2.0 * jnp.sinh(_floating(log_value) / self.power)
 
@@ -432,9 +432,9 @@ class PolynomialTail(AbstractLoss):
     def smoothness(self) -> float:
         r"""$\beta = 1/4$ for $p = 1$, finite up to $p = 2$ (where it is $2$), then infinite.
 
-        At $-\infty$ $\ell''$ behaves like $p(p-1)\lvert q\rvert^{p-2}$. In $a = \operatorname{asinh}(q/2)$,
-        $\ell'' = p e^{-pa}(p + T)(1 - T^2)/4$ with $T = \tanh a$, whose logarithm is stationary where
-        $3T^2 + 3pT + p^2 - 1 = 0$; the root in $(-1, 1)$ is
+        At $-\infty$ $\ell''$ behaves like $p(p-1)\lvert q\rvert^{p-2}$. In $a =
+        \operatorname{asinh}(q/2)$, $\ell'' = p e^{-pa}(p + T)(1 - T^2)/4$ with $T = \tanh a$, whose
+        logarithm is stationary where $3T^2 + 3pT + p^2 - 1 = 0$; the root in $(-1, 1)$ is
         $T = (\sqrt{12 - 3p^2} - 3p)/6$, and $e^{-2a} = (1 - T)/(1 + T)$.
         """
         p = self.power
@@ -453,10 +453,10 @@ class PolynomialTail(AbstractLoss):
     @property
     def name(self) -> str:
         """`polynomial tail (power p)`."""
-        return f"polynomial tail (power {self.power:g})"
+        return f"polynomial tail (power {self.power:.12g})"
 
 
-def _floating(x: _ArrayLike) -> Array:
+def _floating(x: ArrayLike) -> Array:
     """An array of a floating type: integers become the default one."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))

@@ -23,7 +23,7 @@ from jaxtyping import Float, PyTree
 
 from gflow.problem.data import Dataset
 
-Array = jax.Array | np.ndarray
+Array = jax.Array | np.ndarray | np.generic
 Weights = PyTree[Array]
 """A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
 

@@ -144,7 +144,7 @@ def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[s
     misaligned = jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype)
     toward = w / norm - reference.direction
     # gamma - <z_i, w>/|w| = -<z_i, w/|w| - u> - slack_i
-    margin_gap = jnp.max(-(jnp.asarray(problem.data.signed_inputs) @ toward) - reference.slack)
+    margin_gap = jnp.max(-(problem.design @ toward) - reference.slack)
     return {
         "log_risk": problem.log_risk(weights),
         "margin": smallest / norm,

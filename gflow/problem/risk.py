@@ -23,6 +23,10 @@ from gflow.problem.losses import AbstractLoss, Logistic
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
 
 
+ROUND_OFF = 1e-13
+"""By how much the log risk of a zero product may differ from log l(0) without being above it."""
+
+
 class LossSlopes(NamedTuple):
     """The loss at the margins: what the risk, its gradient and its curvature are made of."""
 
@@ -120,7 +124,7 @@ class Problem(eqx.Module):
                 "stays there for ever. Start from weights whose product or gradient is not zero "
                 "(at most one layer may vanish)."
             )
-        if log_risk > at_zero:
+        if log_risk > at_zero + ROUND_OFF:
             warnings.warn(
                 f"R(W(0)) = exp({log_risk:.6g}) exceeds R(0) = exp({at_zero:.6g}), so the "
                 "assumption of Ji and Telgarsky on the start fails: the flow may end at a saddle "

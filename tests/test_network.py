@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gflow
+from gflow.problem.network import check_weights, end_to_end, widths
+
+DATA = gflow.Dataset([[0.5, 0.1], [-0.2, 0.9], [0.3, 0.3]], [1, -1, 1])
+WEIGHTS = gflow.init.gaussian((2, 4, 3, 1), seed=1)
+
+
+def test_end_to_end_is_the_product_of_the_layers():
+    product = (WEIGHTS[2] @ WEIGHTS[1] @ WEIGHTS[0])[0]
+    np.testing.assert_allclose(end_to_end(WEIGHTS), product, rtol=1e-14)
+    assert widths(WEIGHTS) == (2, 4, 3, 1)
+
+
+@pytest.mark.parametrize("loss", [gflow.Exponential(), gflow.Logistic(), gflow.PolynomialTail(2.0)])
+def test_gradient_of_the_log_risk_is_that_of_automatic_differentiation(loss):
+    problem = gflow.Problem(DATA, loss=loss)
+    log_risk, gradient, norm = problem.log_risk_gradient_and_norm(WEIGHTS)
+
+    def plain(weights):
+        margins = jnp.asarray(DATA.signed_inputs) @ (weights[2] @ weights[1] @ weights[0])[0]
+        return jnp.log(jnp.mean(jnp.exp(loss.log_value(margins))))
+
+    value, expected = jax.value_and_grad(plain)(tuple(map(jnp.asarray, WEIGHTS)))
+    np.testing.assert_allclose(log_risk, value, rtol=1e-13)
+    for one, other in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    np.testing.assert_allclose(norm, sum(np.sum(g**2) for g in map(np.asarray, expected)))
+
+
+def test_a_general_network_that_is_deep_linear_agrees_with_deep_linear():
+    def apply(weights, x):
+        return (weights[2] @ (weights[1] @ (weights[0] @ x)))[0]
+
+    one = gflow.Problem(DATA).log_risk_gradient_and_norm(WEIGHTS)
+    other = gflow.Problem(DATA, gflow.Network(apply, 3)).log_risk_gradient_and_norm(WEIGHTS)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_the_log_risk_stays_finite_where_the_risk_underflows():
+    problem = gflow.Problem(DATA, loss=gflow.Logistic())
+    direction = DATA.max_margin().direction
+    log_risk, _, norm = problem.log_risk_gradient_and_norm(
+        gflow.init.balanced((2, 3, 1), end_to_end=1e6 * direction)
+    )
+    assert -1e6 < float(log_risk) < -1e4
+    assert 0 < float(norm) < np.inf
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ((), "is empty"),
+        (np.ones((1, 2)), "expected a tuple"),
+        ((np.ones(2),), "expected a matrix"),
+        ((np.ones((0, 2)), np.ones((1, 0))), "widths of at least 1"),
+        ((np.ones((3, 2)), np.ones((1, 4))), r"expected 3 columns, the rows of `weights\[0\]`"),
+        ((np.ones((3, 2)), np.ones((2, 3))), "expected one row"),
+        ((np.full((1, 2), np.nan),), "NaN or infinite"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_malformed_weights_are_named(weights, words):
+    with pytest.raises(ValueError, match=words):
+        check_weights(weights)
+
+
+def test_weights_that_do_not_fit_the_data_are_named():
+    with pytest.raises(ValueError, match="expected 2 columns, the dimension"):
+        gflow.Problem(DATA).check((np.ones((1, 3)),))
+
+
+def test_a_saddle_at_the_start_is_refused():
+    with pytest.raises(ValueError, match="saddle"):
+        gflow.Problem(DATA).check((np.zeros((3, 2)), np.zeros((1, 3))))
+
+
+def test_a_start_above_the_risk_of_zero_is_warned_of():
+    uphill = gflow.init.balanced((2, 3, 1), end_to_end=-DATA.max_margin().direction)
+    with pytest.warns(UserWarning, match="assumption of Ji and Telgarsky"):
+        gflow.Problem(DATA).check(uphill)
+
+
+def test_a_network_with_several_outputs_is_refused():
+    problem = gflow.Problem(DATA, gflow.Network(lambda weights, x: weights * x))
+    with pytest.raises(ValueError, match="one output"):
+        problem.check(np.ones(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_problem_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="`data` is a list; expected a gflow Dataset"):
+        gflow.Problem([1.0])  # pyright: ignore

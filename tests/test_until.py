@@ -1,0 +1,85 @@
+import math
+
+import numpy as np
+import pytest
+
+import gflow
+from gflow.dynamics.until import Coordinates, as_rules, save_grid
+
+HERE = Coordinates(
+    log_risk=np.float64(-3.0),
+    log_time=np.float64(math.log(5.0)),
+    num_steps=np.int64(7),
+    misalignment=np.float64(1e-3),
+)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        gflow.LogRisk(-3.0),
+        gflow.Time(5.0),
+        gflow.LogTime(math.log(5.0)),
+        gflow.Steps(7),
+        gflow.Misalignment(1e-3),
+    ],
+)
+def test_a_rule_is_just_met_at_its_own_value(rule):
+    np.testing.assert_allclose(float(rule.progress(HERE)), rule.goal, rtol=1e-14)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_rules_join_with_a_bar_and_keep_their_order():
+    a, b, c = gflow.LogRisk(-1), gflow.Steps(3), gflow.Time(2)
+    assert as_rules(a | b | c) == as_rules(a | (b | c)) == (a, b, c)
+    with pytest.raises(TypeError):
+        a | 3  # pyright: ignore
+
+
+def test_points_are_saved_at_given_values_and_at_the_end():
+    grid = save_grid(gflow.LogRisk(-100), 0.3, np.array([-1.0, -10.0]))
+    np.testing.assert_allclose(-np.sinh(grid), [-1, -10, -100])
+
+
+def test_a_number_of_points_counts_both_ends():
+    assert len(save_grid(gflow.Time(10.0), 0.0, 5)) == 4
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        (1, "at least 2 points"),
+        (2.5, "at least 2 points"),
+        ([[-1.0]], "1-d"),
+        ([-1.0, np.nan], "not finite"),
+        ([-10.0, -1.0], "not strictly ordered"),
+        ([-10.0, -1000.0], "beyond the stopping rule"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_impossible_saved_points_are_named(save, words):
+    with pytest.raises(ValueError, match=words):
+        save_grid(gflow.LogRisk(-100), 0.0, save if np.ndim(save) == 0 else np.asarray(save))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gflow.LogRisk(math.nan),
+        lambda: gflow.Time(-1.0),
+        lambda: gflow.LogTime(math.inf),
+        lambda: gflow.Steps(0),
+        lambda: gflow.Steps(2.5),
+        lambda: gflow.Misalignment(1.5),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_impossible_goals_are_refused(make):
+    with pytest.raises(ValueError, match="expected a"):
+        make()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_something_else_than_a_rule_is_named():
+    with pytest.raises(ValueError, match="`until` is -100"):
+        as_rules(-100)  # pyright: ignore
