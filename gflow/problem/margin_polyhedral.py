@@ -67,48 +67,49 @@ def _vertex(
 ) -> tuple[Pair, Pair]:
     r"""The optimal pair again, from its active constraints.
 
-    With $C$ the active constraints of the unit ball, $Cw = c$ ($w_j = \pm1$ for norm infinity; $w_j
-    = 0$ and $\langle s, w\rangle = 1$, $s$ the signs, for norm 1), the vertex solves
+    With $C$ the active constraints of the unit ball, $Cw = c$ ($w_j = \pm1$ for norm infinity;
+    $w_j = 0$ and $\langle s, w\rangle = 1$, $s$ the signs, for norm 1), the vertex solves
     $\begin{pmatrix} Z_A & -1\\ C & 0\end{pmatrix}(w, t) = (0, c)$, and its weights solve the
-    transposed system with right-hand side $(0, -1)$. Each is used only if its bound is the better
-    one.
+    transposed system with right-hand side $(0, -1)$. Which constraints are active is read off $w$,
+    and again off $p$. Each solution is used only if its bound is the better one.
     """
     d = z.shape[1]
     identity = np.eye(d)
-    mean = z.T @ p.high
-    active = np.flatnonzero(excess < 1e-9)
-    carrying = np.flatnonzero(p.high > 1e-10 * p.high.max())
+    mean, carried = z.T @ p.high, np.abs(z).T @ p.high
     if norm == math.inf:
-        fixed = np.abs(w) > 1.0 - 1e-9
-        primal, values = identity[fixed], np.sign(w[fixed])
-        dual = identity[np.abs(mean) > 1e-9 * np.abs(mean).max()]
+        at_bound, pushed = np.abs(w) > 1.0 - 1e-9, np.abs(mean) > 1e-9 * carried
+        balls = [
+            (identity[at_bound], np.sign(w[at_bound])),
+            (identity[pushed], np.sign(mean[pushed])),
+        ]
     else:
-        used = np.abs(w) > 1e-9
-        primal = np.vstack([identity[~used], np.sign(w) * used])
-        values = np.append(np.zeros(d - used.sum()), 1.0)
-        tight = np.abs(mean) > (1.0 - 1e-9) * np.abs(mean).max()
-        dual = np.vstack([identity[~tight], np.sign(mean) * tight])
+        used, tight = np.abs(w) > 1e-9, np.abs(mean) > (1.0 - 1e-9) * np.abs(mean).max()
+        balls = [
+            (
+                np.vstack([identity[~chosen], signs * chosen]),
+                np.append(np.zeros((~chosen).sum()), 1.0),
+            )
+            for chosen, signs in ((used, np.sign(w)), (tight, np.sign(mean)))
+        ]
+    rows = [np.flatnonzero(excess < 1e-9), np.flatnonzero(p.high > 1e-10 * p.high.max())]
 
     def system(rows: np.ndarray, ball: np.ndarray) -> np.ndarray:
-        return np.vstack(
-            [
-                np.hstack([z[rows], -np.ones((len(rows), 1))]),
-                np.hstack([ball, np.zeros((len(ball), 1))]),
-            ]
-        )
+        ones = np.append(-np.ones(len(rows)), np.zeros(len(ball)))
+        return np.column_stack([np.vstack([z[rows], ball]), ones])
 
-    candidate = Pair.of(w)
-    x = least_squares(system(active, primal), Pair.of(np.append(np.zeros(len(active)), values)))
-    if x is not None:
-        polished = Pair(x.high[:d], x.low[:d])
-        if lower_bound(z, polished, norm)[1] > lower_bound(z, candidate, norm)[1]:
-            candidate = polished
-    attained = lower_bound(z, candidate, norm)[2]
-    for rows, ball in ((carrying, dual), (attained, primal)):
-        y = least_squares(system(rows, ball).T, Pair.of(np.append(np.zeros(d), -1.0)))
-        if y is not None and (y.high[: len(rows)] > 0.0).all():
-            k = len(rows)
-            polished = Pair.scattered(len(z), rows, Pair(y.high[:k], y.low[:k]))
-            if upper_bound(z, polished, norm) < upper_bound(z, p, norm):
-                p = polished
-    return candidate, p
+    best_w, best_p = Pair.of(w), p
+    for active, (ball, values) in zip(rows, balls, strict=True):
+        x = least_squares(system(active, ball), Pair.of(np.append(np.zeros(len(active)), values)))
+        if x is not None:
+            polished = Pair(x.high[:d], x.low[:d])
+            if lower_bound(z, polished, norm)[1] > lower_bound(z, best_w, norm)[1]:
+                best_w = polished
+    rows[0] = lower_bound(z, best_w, norm)[2]
+    for active, (ball, _) in zip(rows, balls, strict=True):
+        y = least_squares(system(active, ball).T, Pair.of(np.append(np.zeros(d), -1.0)))
+        k = len(active)
+        if y is not None and (y.high[:k] > 0.0).all():
+            polished = Pair.scattered(len(z), active, Pair(y.high[:k], y.low[:k]))
+            if upper_bound(z, polished, norm) < upper_bound(z, best_p, norm):
+                best_p = polished
+    return best_w, best_p
