@@ -1,0 +1,255 @@
+"""The statements about limits and rates, one function a claim, judged by their trend."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from gflow.analysis.theorems.claims import LYU_LI, PAPER, SOUDRY, Claim, claim
+from gflow.analysis.theorems.facts import Facts
+from gflow.analysis.theorems.trend import DECADE, Trend, log_trend, stays_bounded, trend
+
+QUADRATIC_FLOOR = 1e-14
+"""Rank-one gaps and misalignments below this are zero: a solver's error of 1e-9 in an angle makes
+them about 1e-18, and imbalance that drifts by 1e-8 makes them about 1e-16."""
+
+LINEAR_FLOOR = 1e-9
+"""Direction errors and margin gaps below this are zero: the solver's tolerance."""
+
+NEAR = 0.1
+"""Direction errors and relative margin gaps up to which the envelope 1/s may speak for the limit:
+while points beyond the support still pull, the direction rests or turns back for a while."""
+
+COSINE_FLOOR = 1e-12
+"""One minus the direction's alignment with v_1 is a difference of numbers near one."""
+
+TIME_LAW_FLOOR = 1e-2
+"""The law of time counts as reached when it holds to one per cent, or to twice its next order: the
+product is 1 + (2 - 2/L)/s + smaller terms."""
+
+LONGEST_STEP = 1e-2
+"""Relative decrease of the risk in one step up to which descent's time is comparable with t."""
+
+
+def risk_vanishes(facts: Facts) -> Claim:
+    r"""$R \to 0$, in time."""
+    log_time = facts["log_time"]
+    span = max(DECADE, abs(float(log_time[-1])) / 2) if np.isfinite(log_time[-1]) else DECADE
+    found = log_trend(log_time, facts.log_risk, span=span)
+    return _limit_claim(
+        "risk vanishes",
+        "R(W(t)) -> 0",
+        PAPER,
+        "log R",
+        float(facts.log_risk[-1]),
+        "R -> 0",
+        found,
+        facts.obstacles,
+        coordinate="t",
+        early=facts.before_separation,
+    )
+
+
+def norms_grow(facts: Facts) -> Claim:
+    r"""Every layer grows without bound; judged by $1/\lVert W_k\rVert_F$."""
+    smallest = np.min(facts["frobenius_norm"], axis=1)
+    with np.errstate(divide="ignore"):
+        found = log_trend(facts.log_s, -np.log(smallest))
+    return _limit_claim(
+        "every norm grows",
+        "|W_k|_F -> infinity for every layer",
+        PAPER,
+        "smallest |W_k|_F",
+        float(smallest[-1]),
+        "1/|W_k|_F -> 0",
+        found,
+        facts.obstacles,
+        law=-1 / facts.depth if facts.exponential_tail else None,
+        early=facts.before_separation,
+    )
+
+
+def rank_one(facts: Facts) -> Claim:
+    """Every layer becomes rank one."""
+    gap = _largest(facts["rank_one_gap"])
+    return _limit_claim(
+        "layers become rank one",
+        "|W_k/|W_k|_F - u_k v_k^T|_F -> 0 for every layer",
+        PAPER,
+        "largest 1 - |W_k|_2/|W_k|_F",
+        float(gap[-1]),
+        "0",
+        trend(facts.log_s, gap, floor=QUADRATIC_FLOOR),
+        [*facts.one_layer, *facts.obstacles],
+        law=-2 / facts.depth if facts.exponential_tail else None,
+        early=facts.before_separation,
+    )
+
+
+def alignment(facts: Facts) -> Claim:
+    """Neighbouring layers align."""
+    gap = _largest(facts["misalignment"])
+    return _limit_claim(
+        "layers align",
+        "|<v_{k+1}, u_k>| -> 1 for neighbouring layers",
+        PAPER,
+        "largest 1 - |<v_{k+1}, u_k>|",
+        float(gap[-1]),
+        "0",
+        trend(facts.log_s, gap, floor=QUADRATIC_FLOOR),
+        [*facts.one_layer, *facts.obstacles],
+        law=-4 / facts.depth if facts.exponential_tail else None,
+        early=facts.before_separation,
+    )
+
+
+def first_singular_vector(facts: Facts) -> Claim:
+    """The end-to-end vector follows $v_1$ and no norm is lost in the product."""
+    gap = 1 - facts["direction_alignment"]
+    return _limit_claim(
+        "product follows v_1",
+        "|<w / prod_k |W_k|_F, v_1>| -> 1",
+        PAPER,
+        "1 - |<w/prod|W_k|_F, v_1>|",
+        float(gap[-1]),
+        "0",
+        trend(facts.log_s, gap, floor=COSINE_FLOOR),
+        [*facts.one_layer, *facts.obstacles],
+        law=-2 / facts.depth if facts.exponential_tail else None,
+        early=facts.before_separation,
+    )
+
+
+def direction(facts: Facts) -> Claim:
+    """The direction tends to that of the maximum margin."""
+    error = facts["direction_error"]
+    return _limit_claim(
+        "direction is max margin",
+        "w/|w| -> the maximum-margin direction",
+        PAPER,
+        "|w/|w| - u|",
+        float(error[-1]),
+        "0",
+        trend(facts.log_s, error, floor=LINEAR_FLOOR, rate=1.0, near=NEAR),
+        facts.tail_obstacles,
+        early=facts.before_asymptotics,
+    )
+
+
+def margin(facts: Facts) -> Claim:
+    """The normalised margin tends to the maximum."""
+    gap = facts["margin_gap"]
+    return _limit_claim(
+        "margin is maximal",
+        "min_i <w, z_i>/|w| -> the maximum margin",
+        PAPER,
+        "max margin - margin",
+        float(gap[-1]),
+        "0",
+        trend(
+            facts.log_s,
+            gap,
+            floor=LINEAR_FLOOR * facts.max_margin,
+            rate=1.0,
+            near=NEAR * facts.max_margin,
+        ),
+        facts.tail_obstacles,
+        early=facts.before_asymptotics,
+    )
+
+
+def time_law(facts: Facts) -> Claim:
+    """Risk, time and norm are tied by one law with all its constants."""
+    depth = max(facts.depth, 1)
+    norm = np.linalg.norm(facts["end_to_end"], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        log_slope = math.log(depth) + 2 * np.log(facts.max_margin) + (2 - 2 / depth) * np.log(norm)
+        ratio = np.exp(facts.log_risk + log_slope + facts["log_time"])
+    obstacles = list(facts.tail_obstacles)
+    if facts.is_descent and "log_step_size" in facts.record:
+        # |grad R|^2 = R^2 L gamma^2 |w|^(2 - 2/L) to leading order.
+        log_change = float((facts["log_step_size"] + facts.log_risk + log_slope)[-1])
+        if log_change > math.log(LONGEST_STEP):
+            obstacles.append(
+                f"a step changes log R by more than {LONGEST_STEP:g}, so that the sum of step "
+                "sizes is not the flow's time"
+            )
+    floor = max(TIME_LAW_FLOOR, 2 * (2 - 2 / depth) / max(float(facts.s[-1]), 1.0))
+    if abs(float(ratio[-1]) - 1) <= floor:
+        found = Trend(True, math.nan, 0.0, f"it is within {floor:.2g} of one")
+    else:
+        found = trend(facts.log_s, ratio - 1)
+    return _limit_claim(
+        "law of time",
+        "R L gamma^2 t |w|^(2 - 2/L) -> 1, the constants of R ~ 1/(t (log t)^(2 - 2/L))",
+        f"{LYU_LI}; the constants are gflow's",
+        "R L gamma^2 t |w|^(2-2/L)",
+        float(ratio[-1]),
+        "1",
+        found,
+        obstacles,
+        early=facts.before_asymptotics,
+    )
+
+
+def direction_rate(facts: Facts) -> Claim:
+    """The direction's error is bounded by its rate."""
+    power = 1 / max(facts.depth, 1)
+    error = facts["direction_error"]
+    product = error * np.where(facts.s > 0, facts.s, np.nan) ** power
+    if error[-1] <= LINEAR_FLOOR:
+        found = Trend(True, math.nan, math.nan, "the direction is exact to the record's accuracy")
+    else:
+        found = stays_bounded(facts.log_s, product)
+    observed, reason = _in_time(found, facts.before_asymptotics)
+    name = "s" if facts.depth == 1 else f"s^(1/{facts.depth})"
+    return claim(
+        "direction's rate",
+        "|w/|w| - u| = O(1/log t) for one layer; for L layers at least O((log t)^(-1/L)), and "
+        "O(1/log t) where the support vectors span the data",
+        SOUDRY if facts.depth == 1 else f"{SOUDRY}, for one layer; for more gflow's",
+        f"|w/|w| - u| {name}",
+        float(product[-1]),
+        "bounded",
+        observed,
+        reason,
+        facts.tail_obstacles,
+    )
+
+
+def _limit_claim(
+    name: str,
+    statement: str,
+    source: str,
+    quantity: str,
+    value: float,
+    target: str,
+    found: Trend,
+    obstacles: Sequence[str],
+    *,
+    law: float | None = None,
+    coordinate: str = "s",
+    early: str | None,
+) -> Claim:
+    """A claim judged by its trend; where it is too ``early`` to deny it, it is not applicable."""
+    text = f"-> {target}" if "->" not in target else target
+    if math.isfinite(found.exponent):
+        text += f", like {coordinate}^{-found.exponent:.2f}"
+        if law is not None:
+            text += f" (law {coordinate}^{law:.2f})"
+    observed, reason = _in_time(found, early)
+    return claim(name, statement, source, quantity, value, text, observed, reason, obstacles)
+
+
+def _in_time(found: Trend, early: str | None) -> tuple[bool | None, str]:
+    if found.tends is False and early is not None:
+        return None, f"{found.reason}, but {early}"
+    return found.tends, found.reason
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    """The largest over layers or pairs of what is defined, at every point; NaN where nothing is."""
+    if values.shape[1] == 0:
+        return np.full(len(values), np.nan)
+    largest = np.max(np.where(np.isnan(values), -np.inf, values), axis=1)
+    return np.where(largest > -np.inf, largest, np.nan)

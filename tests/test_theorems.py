@@ -1,0 +1,428 @@
+from itertools import pairwise
+
+import diffrax
+import numpy as np
+import optax
+import pytest
+
+import gflow
+from gflow.analysis.theorems import Claims, verify
+from gflow.analysis.theorems.facts import Facts, has_bounded_slope
+from gflow.analysis.theorems.trend import log_trend, stays_bounded, trend
+from gflow.dynamics.descent import gradient_descent
+from gflow.dynamics.step_sizes import describe
+from gflow.problem.data import Dataset
+
+# Two points off the axes and with unequal dual weights: the generic case, margin 0.5.
+DATA = Dataset([[0.5, 0.2], [-0.5, 0.6]], [1, -1], name="two points")
+WEIGHTS = gflow.init.gaussian((2, 3, 1), scale=0.5, seed=1)
+
+ALL = [
+    "risk decreases",
+    "risk vanishes",
+    "every norm grows",
+    "layers become rank one",
+    "layers align",
+    "product follows v_1",
+    "direction is max margin",
+    "margin is maximal",
+    "margin below its bound",
+    "imbalance is conserved",
+    "Lemma 2: rank one",
+    "Lemma 2: alignment",
+    "smoothed margin grows",
+    "law of time",
+    "direction's rate",
+]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return gflow.Problem(DATA, loss=gflow.Logistic())
+
+
+@pytest.fixture(scope="module")
+def start(problem):
+    return gflow.init.admissible(WEIGHTS, problem)
+
+
+@pytest.fixture(scope="module")
+def flow(problem, start):
+    return gflow.gradient_flow(
+        problem, start, until=gflow.LogRisk(-300.0), save=40, solver=diffrax.Dopri8()
+    )
+
+
+@pytest.fixture(scope="module")
+def descent(problem, start):
+    return gradient_descent(problem, start, optax.sgd(0.5), until=gflow.Steps(20_000), save=40)
+
+
+@pytest.fixture
+def polynomial(flow):
+    """The flow's record under the name of a loss for which it would be as good."""
+    return flow.assign_attrs(loss="PolynomialTail(power=1)", exponential_tail=0)
+
+
+def changed(record, **variables):
+    """A copy of a record with some variables replaced."""
+    return record.assign({name: (record[name].dims, v) for name, v in variables.items()})
+
+
+# -------------------------------------------------------------------------------------------------
+# Trends
+# -------------------------------------------------------------------------------------------------
+
+X = np.linspace(0.0, 6.0, 61)
+
+
+@pytest.mark.parametrize("exponent", [0.1, 0.5, 1.0, 4.0, 40.0])
+def test_a_power_law_tends_to_zero_with_its_exponent(exponent):
+    found = trend(X, np.exp(-exponent * X))
+    assert found.tends
+    assert found.exponent == pytest.approx(exponent, rel=1e-9)
+    assert found.limit == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("level", [0.6, 0.8, 0.95])
+def test_a_law_that_levels_off_does_not_and_its_level_is_found(level):
+    last = np.exp(-X[-1])
+    values = level / (1 - level) * last + np.exp(-X)  # the level is that part of the last value
+    # On the 61 points the middle of the decade lies between two of them, hence the tolerance.
+    found = trend(X, values)
+    assert found.tends is False
+    assert found.limit == pytest.approx(level, abs=0.01)
+
+
+def test_a_decrease_that_speeds_up_tends_to_zero():
+    assert trend(X, np.exp(-np.exp(X / 3))).tends
+    assert trend(X, 1.0 / (1.0 + np.exp(X - 5.0))).tends
+
+
+def test_growth_and_rest_do_not_tend_to_zero():
+    assert trend(X, np.exp(X)).tends is False
+    assert trend(X, np.ones_like(X)).tends is False
+
+
+def test_values_at_the_floor_tend_to_zero_whatever_they_do():
+    noise = 1e-16 * np.abs(np.sin(37 * X))
+    assert trend(X, noise, floor=1e-14).tends
+    assert trend(X, np.zeros_like(X)).tends
+
+
+def test_only_what_follows_the_last_change_of_sign_is_looked_at():
+    deviation = np.where(X < 4.5, 1.0, -np.exp(-X))
+    assert trend(X, deviation).tends
+    assert trend(X, np.where(X < 5.9, 1.0, -1.0)).tends is None
+
+
+def test_a_short_record_cannot_tell():
+    for points in (1, 2):
+        assert trend(X[:points], np.exp(-X[:points])).tends is None
+    assert trend(X[:6], np.exp(-X[:6])).tends is None  # the coordinate has not doubled
+    assert trend(np.full(3, np.nan), np.ones(3)).tends is None
+
+
+def test_the_envelope_speaks_only_near_the_limit_and_at_full_rate():
+    resting = np.maximum(np.exp(-2 * X), np.exp(-2 * 5.0))  # falls like x^-2, then rests
+    assert trend(X, resting).tends is False
+    assert trend(X, resting, rate=1.0, near=0.1).tends
+    assert trend(X, resting, rate=1.0, near=1e-9).tends is False
+    assert trend(X, resting, rate=3.0, near=0.1).tends is False
+
+
+def test_logarithms_beyond_the_range_of_floats_are_judged_too():
+    log_time = np.linspace(1.0, 1e6, 50)
+    assert log_trend(log_time, -log_time, span=5e5).tends
+    assert log_trend(log_time, np.full(50, -1e6), span=5e5).tends is False
+
+
+def test_bounded_growth_levels_off_and_logarithmic_growth_does_not():
+    assert stays_bounded(X, np.exp(X) / (1 + np.exp(X))).tends
+    assert stays_bounded(X, np.exp(-X)).tends
+    assert stays_bounded(X, X).tends is False
+    assert stays_bounded(X[:2], X[:2]).tends is None
+
+
+# -------------------------------------------------------------------------------------------------
+# Records
+# -------------------------------------------------------------------------------------------------
+
+
+def test_every_claim_holds_on_the_flow(flow):
+    claims = verify(flow)
+    assert [claim.name for claim in claims] == ALL
+    assert {claim.verdict for claim in claims} == {"holds"}, str(claims)
+
+
+def test_every_claim_holds_on_descent(descent):
+    claims = verify(descent)
+    expected = [name.replace("is conserved", "drifts little") for name in ALL]
+    assert [claim.name for claim in claims] == expected
+    assert {claim.verdict for claim in claims} == {"holds"}, str(claims)
+
+
+def test_a_reloaded_record_gives_the_same_table(flow, descent, tmp_path):
+    for record in (flow, descent):
+        path = gflow.save(record, tmp_path / "record.nc")
+        assert str(verify(gflow.load(path))) == str(verify(record))
+
+
+def test_one_saved_point_decides_what_holds_at_every_time_and_no_limit(flow):
+    claims = verify(flow.isel(point=[-1]))
+    assert not claims.failed
+    assert {claim.name for claim in claims if claim.holds} == {
+        "margin below its bound",
+        "imbalance is conserved",
+        "Lemma 2: rank one",
+        "Lemma 2: alignment",
+        "law of time",  # compared with its next order
+    }
+    assert "one saved point" in claims["risk vanishes"].why
+
+
+def test_a_run_that_did_not_reach_its_goal_is_judged_by_what_it_has(flow):
+    part = flow.isel(point=slice(0, 25)).assign_attrs(status="max_steps")
+    claims = verify(part)
+    assert "max_steps" in str(claims)
+    assert not claims.failed
+
+
+def test_without_exponential_tail_the_layers_align_and_the_direction_is_not_claimed(polynomial):
+    claims = verify(polynomial)
+    assert claims["layers align"].holds and claims["layers become rank one"].holds
+    for name in ("direction is max margin", "margin is maximal", "law of time"):
+        assert claims[name].verdict == "not applicable"
+        assert "exponential tail" in claims[name].why
+        assert np.isfinite(claims[name].value)
+
+
+def test_data_that_are_not_separable_make_the_limits_not_applicable(flow):
+    claims = verify(flow.assign_attrs(separable=0))
+    assert "separable" in claims["risk vanishes"].why
+    assert claims["risk vanishes"].holds is None
+    assert claims["Lemma 2: rank one"].holds  # a statement about any flow
+
+
+def test_a_flow_above_the_risk_at_zero_may_end_at_a_saddle(flow):
+    above = flow.assign_attrs(log_risk_at_zero=float(flow.log_risk[-1]) - 1.0)
+    assert "saddle" in verify(above)["layers align"].why
+    # One point at most at R(0) is an admissible start of the rest.
+    late = flow.assign_attrs(log_risk_at_zero=float(flow.log_risk[10]))
+    assert verify(late)["layers align"].holds
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "covered"),
+    [
+        (optax.sgd(0.1), True),
+        (optax.sgd(optax.linear_schedule(0.1, 0.01, 10)), True),
+        (gflow.dynamics.step_sizes.loss_scaled(1e-6), True),
+        (gflow.dynamics.step_sizes.polyak(), True),
+        (optax.sgd(0.1, momentum=0.9), False),
+        (optax.adam(1e-6), False),
+        (gflow.dynamics.step_sizes.on_log_risk(optax.adam(0.1)), False),
+        (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), False),
+    ],
+)
+def test_only_steps_along_the_gradient_are_covered(descent, optimizer, covered):
+    claims = verify(descent.assign_attrs(optimizer=describe(optimizer)))
+    assert (claims["layers align"].holds is True) == covered
+    assert (claims["Lemma 2: rank one"].holds is True) == covered
+
+
+def test_mini_batches_and_steep_losses_are_not_covered(descent):
+    batches = verify(descent.assign_attrs(batch_size=1))
+    assert "mini-batches" in batches["layers align"].why
+    steep = verify(descent.assign_attrs(loss="Exponential()"))
+    assert "slope" in steep["layers align"].why
+    assert steep["Lemma 2: rank one"].holds
+
+
+def test_losses_of_bounded_slope_are_told_by_name():
+    for loss, bounded in {
+        gflow.Logistic(): True,
+        gflow.Exponential(): False,
+        gflow.PolynomialTail(): True,
+        gflow.PolynomialTail(power=2.0): False,
+    }.items():
+        assert has_bounded_slope(repr(loss)) == bounded
+
+
+def test_early_on_nothing_is_denied(flow):
+    rising = flow.isel(point=slice(0, 20))
+    rising = changed(
+        rising,
+        rank_one_gap=np.linspace(0.1, 0.2, 20)[:, None] * np.ones(2),
+        direction_error=np.linspace(0.1, 0.2, 20),
+    )
+    late, early = verify(rising), verify(rising.assign_attrs(num_points=10**9))
+    assert late["layers become rank one"].holds is False
+    assert early["layers become rank one"].holds is None
+    assert "too early" in early["layers become rank one"].why
+    assert "too early" in early["direction is max margin"].why
+
+
+# -------------------------------------------------------------------------------------------------
+# Failures are seen
+# -------------------------------------------------------------------------------------------------
+
+
+def test_a_rising_risk_fails(flow):
+    risk = flow.log_risk.values.copy()
+    risk[5] = risk[4] + 1e-3
+    claims = verify(changed(flow, log_risk=risk))
+    assert claims["risk decreases"].holds is False
+
+
+def test_layers_that_stop_aligning_fail(flow):
+    stuck = np.maximum(flow.misalignment.values, flow.misalignment.values[-15])
+    claims = verify(changed(flow, misalignment=stuck))
+    assert claims["layers align"].holds is False
+
+
+def test_a_margin_above_the_certified_bound_fails(flow):
+    claims = verify(flow.assign_attrs(margin_upper_bound=float(flow.margin[-1]) * (1 - 1e-9)))
+    assert claims["margin below its bound"].holds is False
+
+
+def test_a_wrong_direction_fails(flow):
+    wrong = flow.direction_error.values + 0.05
+    claims = verify(changed(flow, direction_error=wrong))
+    assert claims["direction is max margin"].holds is False
+
+
+def test_a_drifting_imbalance_fails(flow):
+    claims = verify(changed(flow, imbalance_drift=flow.imbalance_drift.values + 1e-3))
+    assert claims["imbalance is conserved"].holds is False
+    assert "rtol" in claims["imbalance is conserved"].why
+
+
+def test_a_layer_further_from_rank_one_than_lemma_2_allows_fails(flow):
+    claims = verify(changed(flow, rank_one_gap=flow.rank_one_gap.values * 0 + 0.5))
+    assert claims["Lemma 2: rank one"].holds is False
+    assert claims["Lemma 2: rank one"].value < 0
+
+
+def test_layers_less_aligned_than_lemma_2_allows_fail(flow):
+    claims = verify(changed(flow, misalignment=flow.misalignment.values * 0 + 0.5))
+    assert claims["Lemma 2: alignment"].holds is False
+
+
+def test_a_falling_smoothed_margin_fails(flow):
+    claims = verify(changed(flow, smoothed_margin=flow.smoothed_margin.values[::-1].copy()))
+    assert claims["smoothed margin grows"].holds is False
+
+
+def test_a_drift_beyond_the_error_budget_fails(descent):
+    claims = verify(changed(descent, imbalance_drift=descent.imbalance_drift.values + 1.0))
+    assert claims["imbalance drifts little"].holds is False
+
+
+# -------------------------------------------------------------------------------------------------
+# Lemma 2
+# -------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_constant_is_that_of_a_hand_computed_start(flow):
+    # |W_1|^2 = 5, |W_2|^2 = 9: 9 - 9; W_1 W_1^T - W_2^T W_2 = diag(1 - 9, 4), of norm 8.
+    first, second = np.diag([1.0, 2.0]), np.array([[3.0, 0.0]])
+    record = flow.drop_vars(["initial_weights_1", "initial_weights_2"]).assign(
+        initial_weights_1=(("a", "b"), first), initial_weights_2=(("c", "a"), second)
+    )
+    assert Facts(record).constant == pytest.approx(8.0, rel=1e-15)
+
+
+def test_the_error_budget_of_constant_steps_is_twice_the_step_times_the_fall(descent):
+    risk = np.exp(descent.log_risk.values)
+    by_step = 2 * 0.5 * (risk[0] - risk)
+    budget = Facts(descent).budget
+    assert np.all(budget <= by_step * (1 + 1e-12) + 1e-15)
+    assert budget[-1] > 0.5 * by_step[-1]
+
+
+def test_lemma_2_with_the_enlarged_constant_holds_for_any_steps_along_rank_one_gradients():
+    # The derivation, in NumPy: gradients of a random chain, steps far too long for descent.
+    rng = np.random.default_rng(0)
+    for depth in (2, 3, 4):
+        widths = [3, *[4] * (depth - 1), 1]
+        weights = [rng.normal(size=(b, a)) for a, b in pairwise(widths)]
+        start = [w.copy() for w in weights]
+        constant = _paper_constant(start)
+        budget = 0.0
+        for _ in range(30):
+            gradients = _chain_gradients(weights, rng.normal(size=3))
+            step = 0.1 * rng.random()
+            total = sum(float(np.sum(g**2)) for g in gradients)
+            step = min(step, 0.3 / np.sqrt(total))
+            budget += step**2 * total
+            weights = [w - step * g for w, g in zip(weights, gradients, strict=True)]
+            for k, w in enumerate(weights):
+                u, s, _ = np.linalg.svd(w)
+                assert np.sum(s[1:] ** 2) <= constant + 2 * budget + 1e-12
+                if k + 1 < depth:
+                    _, s2, vt = np.linalg.svd(weights[k + 1])
+                    before = np.linalg.norm(start[k], 2) ** 2 + np.linalg.norm(start[k + 1], 2) ** 2
+                    lost = (1 - (vt[0] @ u[:, 0]) ** 2) * s2[0] ** 2
+                    assert lost <= constant + before + 3 * budget + 1e-12
+
+
+def _paper_constant(weights):
+    norms = [np.sum(w**2) for w in weights]
+    spread = [np.linalg.norm(a @ a.T - b.T @ b, 2) for a, b in pairwise(weights)]
+    return max(norms) - norms[-1] + sum(spread)
+
+
+def _chain_gradients(weights, slope):
+    """dR/dW_k = (W_L ... W_{k+1})^T (W_{k-1} ... W_1 slope)^T for the covector ``slope`` on w."""
+    rights = [slope]
+    for w in weights[:-1]:
+        rights.append(w @ rights[-1])
+    lefts = [np.ones(1)]
+    for w in weights[:0:-1]:
+        lefts.append(w.T @ lefts[-1])
+    return [np.outer(a, b) for a, b in zip(lefts[::-1], rights, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------
+# The table
+# -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_prints_aligned_and_sums_up(flow):
+    claims = verify(flow)
+    lines = str(claims).splitlines()
+    assert "two points" in lines[0] and "widths 2-3-1" in lines[0]
+    column = lines[2].index("verdict")
+    rows = lines[4 : 4 + len(claims)]
+    assert all(row[column:] == "holds" and row[column - 2 : column] == "  " for row in rows)
+    assert f"{len(ALL)} of {len(ALL)} applicable claims hold" in str(claims)
+
+
+def test_the_table_explains_what_does_not_hold(polynomial):
+    text = str(verify(polynomial))
+    assert "4 not applicable" in text
+    assert text.count("has no exponential tail") == 1  # one reason, said once
+
+
+def test_the_html_view_escapes_and_has_one_row_a_claim(flow):
+    html = verify(flow)._repr_html_()
+    assert html.count("<tr") == len(ALL) + 1
+    assert "|&lt;v_{k+1}, u_k&gt;|" in html
+
+
+def test_rows_are_found_by_name_number_and_slice(flow):
+    claims = verify(flow)
+    assert claims["layers align"] is claims[ALL.index("layers align")]
+    assert isinstance(claims[:2], Claims) and len(claims[:2]) == 2
+    with pytest.raises(KeyError, match="layers align"):
+        claims["alignment"]
+
+
+def test_what_is_not_a_record_is_refused(flow, unchecked):
+    with pytest.raises(ValueError, match="gflow record"):
+        verify({"log_risk": 1})
+    with pytest.raises(ValueError, match="slice or a list"):
+        verify(flow.isel(point=0))
+    with pytest.raises(ValueError, match="no saved point"):
+        verify(flow.isel(point=[]))
