@@ -11,7 +11,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 import gflow
-from gflow import exact
+from gflow.analysis import exact
 
 EXPONENTIAL, LOGISTIC = gflow.Exponential(), gflow.Logistic()
 LOSSES = pytest.mark.parametrize("loss", [EXPONENTIAL, LOGISTIC], ids=["exponential", "logistic"])
@@ -511,6 +511,41 @@ def test_two_layer_riccati_crosses_a_long_plateau():
     for j, target in enumerate((3.0, 1.0)):
         mode = exact.square_loss_mode(flow.time, target=target, start=tiny**2, depth=2)
         np.testing.assert_allclose(flow.end_to_end[:, j, j], mode.end_to_end, rtol=1e-9, atol=1e-15)
+
+
+def test_two_layer_riccati_takes_targets_of_low_rank():
+    # A mode with nothing to learn obeys dp/dt = -2 p^2: it is 1 / (2t + 1) from p = 1.
+    flow = exact.two_layer_riccati(
+        np.array([0.0, 10.0]), target=np.zeros((2, 2)), weights=(np.eye(2), np.eye(2))
+    )
+    np.testing.assert_allclose(flow.end_to_end[1], np.eye(2) / 21.0, atol=1e-16)
+    rank_one = exact.two_layer_riccati(
+        np.array([0.0, 1e4]), target=np.ones((2, 2)), weights=(np.eye(2), np.eye(2))
+    )
+    np.testing.assert_allclose(rank_one.log_risk[1], 2 * np.log(1 / 20001) - np.log(2), rtol=1e-13)
+
+
+@LOSSES
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda **at: exact.one_datum_linear([1e-3, 2.0], [5.0, -400.0], **at),
+        lambda **at: exact.one_datum_balanced([1.0], 1e-300, 2, **at),
+        lambda **at: exact.one_datum_balanced([1.0], 1e-12, 32, **at),
+        lambda **at: exact.two_layer_one_datum([1.0], (1e-8, -3.0), **at),
+        lambda **at: exact.two_layer_one_datum([1.0], (0.0, 1e-150), **at),
+        lambda **at: exact.one_datum_diagonal([1.0, -2.0, 0.0], scale=1e-8, **at),
+        lambda **at: exact.one_datum_diagonal([1.0, -2.0], scale=1e-3, depth=8, **at),
+        lambda **at: exact.one_datum_diagonal([1.0, -2.0], scale=1e3, depth=3, **at),
+        lambda **at: exact.one_datum_convolution([1.0, -2.0], [1e-8, -2e-8], **at),
+    ],
+)
+def test_extreme_starts_and_times_stay_finite_and_descend(flow, loss):
+    log_time = np.array([-np.inf, -700.0, -1.0, 10.0, 800.0, 1e10, 1e300])
+    log_time, log_risk, end_to_end = flow(log_time=log_time, loss=loss)
+    assert np.all(np.isfinite(log_risk)) and np.all(np.isfinite(end_to_end))
+    assert np.all(np.diff(log_risk) <= 1e-15 * np.abs(log_risk[1:]))
+    np.testing.assert_allclose(log_risk[-2:], -log_time[-2:], rtol=1e-7)
 
 
 def test_risk_clock_is_one_to_one_with_the_log_risk():

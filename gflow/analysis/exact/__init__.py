@@ -1,0 +1,59 @@
+r"""Closed forms of gradient flow: the oracles that solvers are held against.
+
+Each function returns the exact flow of one problem (public as `gflow.exact`), in NumPy and float64,
+with errors of round-off only, and in logarithms wherever risk or time leaves the range of float64.
+
+| function | network | data and loss |
+|---|---|---|
+| `one_datum_linear` | one layer | one datum; exponential, logistic |
+| `two_point_linear` | one layer | two weighted points; exponential |
+| `one_datum_balanced` | any depth, balanced | one datum; exponential, logistic |
+| `two_layer_one_datum` | two layers, unbalanced | one datum; exponential, logistic |
+| `one_datum_diagonal` | diagonal, depth 2 and above | one datum; exponential, logistic |
+| `diagonal_network` | the same | any data and loss, given the accumulated slopes |
+| `one_datum_convolution` | two circular convolutions | one datum; exponential, logistic |
+| `square_loss_mode` | any depth, one mode | square loss |
+| `two_layer_square_loss` | two layers of width one, unbalanced | square loss |
+| `two_layer_riccati` | two layers, $\lambda$-balanced | square loss, whitened data |
+| `risk_clock` | any | any |
+
+Flow time is that of $\dot W_k = -\partial R/\partial W_k$ with the MEAN loss as the risk $R$.
+"""
+
+from gflow.analysis.exact._path import ExactFlow as ExactFlow
+from gflow.analysis.exact.diagonal import (
+    diagonal_network as diagonal_network,
+    one_datum_diagonal as one_datum_diagonal,
+)
+from gflow.analysis.exact.one_datum import (
+    one_datum_balanced as one_datum_balanced,
+    one_datum_convolution as one_datum_convolution,
+    one_datum_linear as one_datum_linear,
+    two_layer_one_datum as two_layer_one_datum,
+)
+from gflow.analysis.exact.riccati import two_layer_riccati as two_layer_riccati
+from gflow.analysis.exact.square_loss import (
+    SquareLossFlow as SquareLossFlow,
+    square_loss_mode as square_loss_mode,
+    two_layer_square_loss as two_layer_square_loss,
+)
+from gflow.analysis.exact.two_points import (
+    risk_clock as risk_clock,
+    two_point_linear as two_point_linear,
+)
+
+__all__ = [
+    "ExactFlow",
+    "SquareLossFlow",
+    "diagonal_network",
+    "one_datum_balanced",
+    "one_datum_convolution",
+    "one_datum_diagonal",
+    "one_datum_linear",
+    "risk_clock",
+    "square_loss_mode",
+    "two_layer_one_datum",
+    "two_layer_riccati",
+    "two_layer_square_loss",
+    "two_point_linear",
+]
