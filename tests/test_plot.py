@@ -26,7 +26,11 @@ def records(data):
         found[f"{len(widths) - 1}"] = flow
     # Descent has the same variables; a shorter flow under its name will do here.
     descent = found["3"].isel(point=slice(0, 8))
-    return {"flow": found["3"], "linear": found["1"], "descent": descent.assign_attrs(kind="descent")}
+    return {
+        "flow": found["3"],
+        "linear": found["1"],
+        "descent": descent.assign_attrs(kind="descent"),
+    }
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,6 @@ from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Logistic
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
 
-
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""
 

@@ -1,0 +1,133 @@
+"""The command line: ``gflow reproduce`` and ``gflow run CONFIG.toml``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    0: every applicable claim holds; 1: one fails, or a run did not reach its goal; 2: the input
+    is at fault.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return BAD_INPUT
+    try:
+        return options.command(options)
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"gflow: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("gflow: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--no-progress", action="store_true", help="no progress bars, also on a terminal"
+    )
+    shared.add_argument(
+        "--traceback", action="store_true", help="show where in the program an error arose"
+    )
+    parser = argparse.ArgumentParser(
+        prog="gflow", description="Exact gradient flow of deep linear networks."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        parents=[shared],
+        help="measure the paper's claims and draw its figures",
+        description="Measure the claims of Ji and Telgarsky (2019) on synthetic and real data, for "
+        "gradient flow and descent, with 4 layers and with 1; write figures, records and a report.",
+    )
+    reproduce.add_argument(
+        "--out", metavar="DIR", default="reproduction", help="default: %(default)s"
+    )
+    reproduce.add_argument("--quick", action="store_true", help="a smaller version of everything")
+    reproduce.add_argument(
+        "--dataset",
+        metavar="NAME",
+        default=None,
+        help="the real data set: digits-A-B, iris-A-B, wine-A-B with two classes A and B, "
+        "breast-cancer, ...; default: iris-0-1",
+    )
+    reproduce.set_defaults(command=_reproduce)
+
+    run = commands.add_parser(
+        "run",
+        parents=[shared],
+        help="the same for your own data, described in a TOML file",
+        description="Follow flow and descent on the problem that a TOML file describes; write "
+        "figures, records and a report. examples/two_species.toml documents every key.",
+    )
+    run.add_argument("config", metavar="CONFIG.toml")
+    run.add_argument("--out", metavar="DIR", default=None, help="default: out/NAME of the file")
+    run.set_defaults(command=_run)
+    return parser
+
+
+class _Version(argparse.Action):
+    """``--version``, without importing anything until it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from gflow.record import versions
+
+        for package, number in versions().items():
+            print(f"{package.removesuffix('_version')} {number}")
+        parser.exit()
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from gflow.report import reproduce
+
+    _without_display()
+    outcomes = reproduce.reproduce(
+        options.out,
+        dataset=options.dataset or reproduce.REAL,
+        quick=options.quick,
+        progress=False if options.no_progress else None,
+    )
+    return _exit_code(outcomes)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from gflow.report import config, experiment, reproduce
+
+    _without_display()
+    made = config.read(options.config)
+    folder = options.out or Path("out") / Path(options.config).stem
+    outcomes = reproduce.compute_and_write(
+        [made],
+        experiment.check_folder(folder),
+        title=f"{made.name}: the claims of Ji and Telgarsky (2019)",
+        progress=False if options.no_progress else None,
+    )
+    return _exit_code(outcomes)
+
+
+def _exit_code(outcomes: list) -> int:
+    return FAILED if any(outcome.failed for outcome in outcomes) else 0
+
+
+def _without_display() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

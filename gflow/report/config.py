@@ -1,0 +1,391 @@
+"""``gflow run CONFIG.toml``: from a configuration file to an experiment.
+
+A file has the tables ``[data]``, ``[network]``, ``[loss]``, ``[start]``, ``[flow]`` and
+``[descent]``; ``examples/two_species.toml`` documents every key. A key that is not known is an
+error that lists those that are, so that a misspelled setting is never silently ignored.
+"""
+
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gflow.dynamics import clocks, until as rules
+from gflow.problem import datasets, init
+from gflow.problem.data import Dataset
+from gflow.problem.losses import AbstractLoss, Exponential, Logistic, PolynomialTail
+from gflow.problem.risk import Problem
+from gflow.report.experiment import Experiment, Run, one_run
+
+LOSSES: dict[str, type[AbstractLoss]] = {
+    "exponential": Exponential,
+    "logistic": Logistic,
+    "polynomial_tail": PolynomialTail,
+}
+
+STARTS: dict[str, Callable[..., init.LayerWeights]] = {
+    "gaussian": init.gaussian,
+    "xavier": init.xavier,
+    "he": init.he,
+    "orthogonal": init.orthogonal,
+    "balanced": init.balanced,
+    "zero_first": init.zero_first,
+}
+
+RULES: dict[str, Callable[[Any], rules.AbstractRule]] = {
+    "log_risk": rules.LogRisk,
+    "time": rules.Time,
+    "log_time": rules.LogTime,
+    "steps": rules.Steps,
+    "misalignment": rules.Misalignment,
+}
+
+CLOCKS: dict[str, Callable[[], clocks.AbstractClock]] = {
+    "time": clocks.Time,
+    "log_time": clocks.LogTime,
+    "risk": clocks.Risk,
+    "log_risk": clocks.LogRisk,
+}
+
+MAKERS: tuple[Callable[..., Dataset], ...] = (
+    datasets.separable,
+    datasets.two_point,
+    datasets.one_datum,
+    datasets.digits,
+    datasets.iris,
+    datasets.wine,
+    datasets.breast_cancer,
+)
+"""Data sets whose arguments a file may set."""
+
+GFLOW_OPTIMIZERS = ("loss_scaled", "polyak", "loss_line_search", "paper_steps")
+
+_REQUIRED = object()
+
+
+def read(path: str | Path) -> Experiment:
+    """The experiment that a configuration file describes.
+
+    Args:
+        path: a TOML file; paths inside it are relative to its folder.
+
+    Raises:
+        OSError: if the file, or the data file it names, cannot be read.
+        ValueError: if it is malformed, with line and column; or has an unknown key or name.
+    """
+    path = Path(path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 (byte {error.start}).") from error
+    return build(document, folder=path.parent, name=path.stem)
+
+
+def build(document: Mapping[str, Any], *, folder: Path, name: str) -> Experiment:
+    """The experiment that a parsed configuration describes.
+
+    Args:
+        document: the tables of the file.
+        folder: what paths inside are relative to.
+        name: of the experiment unless the document has one.
+    """
+    top = Table(document, "")
+    name = top.get("name", str, name)
+    tables = {key: top.table(key, _REQUIRED) for key in ("data", "network")}
+    loss, start = top.table("loss", {}), top.table("start", {})
+    flow, descent = top.table("flow", None), top.table("descent", None)
+    top.done()
+    data = _data(tables["data"], folder)
+    problem = Problem(data, loss=_loss(loss))
+    network = tables["network"]
+    shapes = [_widths(network.get("widths", list, _REQUIRED), data)]
+    if network.get("one_layer", bool, False):
+        shapes.append((data.dim, 1))
+    network.done()
+    starts = [_start(start, folder, shape, problem) for shape in shapes]
+    start.done()
+    if flow is None and descent is None:
+        raise ValueError(
+            "neither [flow] nor [descent] is there; expected at least one of them, such as\n"
+            "[flow]\nuntil = { log_risk = -1e4 }"
+        )
+    runs = [
+        run
+        for table, kind in ((flow, _flow), (descent, _descent))
+        if table is not None
+        for run in kind(table, problem, starts)
+    ]
+    return Experiment(name, problem, runs)
+
+
+def _data(table: "Table", folder: Path) -> Dataset:
+    file = table.get("file", str, None)
+    name = table.get("dataset", str, None)
+    scale = table.get("scale", bool, file is not None)
+    bias = table.get("bias", float, None)
+    if (file is None) == (name is None):
+        raise ValueError(
+            "[data] needs one of `file`, the path of a .csv, .tsv, .txt or .npz file, and "
+            "`dataset`, the name of one that gflow has."
+        )
+    if file is not None:
+        reader = Dataset.from_npz if file.endswith(".npz") else Dataset.from_csv
+        options = table.rest(_options(reader))
+        table.done()
+        data = Dataset.from_file(folder / file, **options)
+    else:
+        maker = getattr(datasets, str(name).replace("-", "_"), None)
+        options = table.rest(_options(maker)) if maker in MAKERS else {}
+        table.done()
+        data = maker(**options) if maker in MAKERS else datasets.load(str(name))
+        if "bias" in options:  # it is there already
+            bias = None
+    if bias is not None:
+        data = data.with_bias(bias)
+    return data.scaled() if scale else data
+
+
+def _loss(table: "Table") -> AbstractLoss:
+    kind = choose("[loss] name", table.get("name", str, "logistic"), LOSSES)
+    options = table.rest(_options(kind.__init__) if kind is PolynomialTail else ())
+    table.done()
+    return kind(**options)
+
+
+def _widths(widths: list[Any], data: Dataset) -> tuple[int, ...]:
+    if not all(isinstance(width, int) and width > 0 for width in widths) or len(widths) < 2:
+        raise ValueError(
+            f"[network] widths is {widths}; expected positive whole numbers from the dimension of "
+            f"the inputs to one output, such as [{data.dim}, 10, 10, 10, 1]."
+        )
+    if widths[0] != data.dim or widths[-1] != 1:
+        raise ValueError(
+            f"[network] widths is {widths}; the first must be {data.dim}, the number of features "
+            "of the data (a bias counts), and the last 1, the one output."
+        )
+    return tuple(widths)
+
+
+def _start(
+    table: "Table", folder: Path, widths: tuple[int, ...], problem: Problem
+) -> init.LayerWeights:
+    file = table.get("file", str, None)
+    admissible = table.get("admissible", bool, True)
+    method = table.get("method", str, "gaussian")
+    if file is not None and len(widths) > 2:
+        weights = _stored_weights(folder / file, widths)
+    else:
+        maker = choose("[start] method", method, STARTS)
+        options = table.rest(_options(maker))
+        options.setdefault("seed", 0)
+        weights = maker(widths, **options)
+    if admissible:
+        weights = init.admissible(weights, problem)
+    return weights
+
+
+def _stored_weights(path: Path, widths: tuple[int, ...]) -> init.LayerWeights:
+    """Weights of an NPZ file, under the names ``weights_1``, ``weights_2``, … from the input."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = [stored[f"weights_{k}"] for k in range(1, len(widths))]
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+        raise ValueError(
+            f"[start] file: {path} does not hold the arrays weights_1 … weights_{len(widths) - 1}; "
+            "expected an NPZ file made by numpy.savez."
+        ) from error
+    weights = init.from_arrays(arrays)
+    shapes = [layer.shape for layer in weights]
+    wanted = list(zip(widths[1:], widths[:-1], strict=True))
+    if shapes != wanted:
+        raise ValueError(f"[start] file: {path} has shapes {shapes}; `widths` asks for {wanted}.")
+    return weights
+
+
+def _flow(table: "Table", problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
+    until = _until(table)
+    options = _common(table)
+    for key in ("rtol", "atol"):
+        options[key] = table.get(key, float, None)
+    options["max_steps"] = table.get("max_steps", int, None)
+    clock = table.get("clock", str, None)
+    options["clock"] = None if clock is None else choose("[flow] clock", clock, CLOCKS)()
+    solver = table.get("solver", str, None)
+    options["solver"] = None if solver is None else _solver(solver)
+    table.done()
+    given = {key: value for key, value in options.items() if value is not None}
+    return [one_run("flow", weights, until, options=given) for weights in starts]
+
+
+def _descent(table: "Table", problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
+    from gflow.dynamics.step_sizes import on_log_risk
+
+    until = _until(table)
+    options = _common(table)
+    optimizer = table.get("optimizer", str, "loss_scaled")
+    in_log_domain = table.get("on_log_risk", bool, False)
+    maker = _optimizer(optimizer)
+    settings = table.rest(_options(maker))
+    table.done()
+    if optimizer == "loss_scaled":
+        settings.setdefault("rate", 0.1)
+    try:
+        made = maker(problem, **settings) if optimizer == "paper_steps" else maker(**settings)
+    except TypeError as error:
+        raise ValueError(f"[descent] optimizer = {optimizer!r}: {error}.") from error
+    if in_log_domain:
+        made = on_log_risk(made)
+    given = {key: value for key, value in options.items() if value is not None}
+    return [one_run("descent", weights, until, optimizer=made, options=given) for weights in starts]
+
+
+def _common(table: "Table") -> dict[str, Any]:
+    return {
+        "save": table.get("save", int, None),
+        "keep_weights": table.get("keep_weights", bool, None),
+    }
+
+
+def _until(table: "Table") -> Any:
+    wanted = table.table("until", _REQUIRED)
+    found = []
+    for key in wanted.names():
+        rule = choose(f"{wanted.where} until", key, RULES)
+        kind = int if key == "steps" else float
+        found.append(rule(wanted.get(key, kind, _REQUIRED)))
+    if not found:
+        raise ValueError(
+            f"{wanted.where} is empty; expected one or more of {', '.join(RULES)}, such as "
+            "{ log_risk = -1e4 }."
+        )
+    joined = found[0]
+    for rule in found[1:]:
+        joined = joined | rule
+    return joined
+
+
+def _optimizer(name: str) -> Callable[..., Any]:
+    from gflow.dynamics import step_sizes
+
+    ours = {key: getattr(step_sizes, key) for key in GFLOW_OPTIMIZERS}
+    if name in ours:
+        return ours[name]
+    import optax
+
+    theirs = {
+        key: value
+        for key, value in vars(optax).items()
+        if inspect.isfunction(value) and "learning_rate" in inspect.signature(value).parameters
+    }
+    return choose("[descent] optimizer", name, ours | theirs)
+
+
+def _solver(name: str) -> Any:
+    import diffrax
+
+    import gflow
+
+    ours = {
+        key: value
+        for key, value in vars(gflow).items()
+        if inspect.isclass(value) and issubclass(value, diffrax.AbstractSolver)
+    }
+    theirs = {key: getattr(diffrax, key) for key in ("Dopri5", "Dopri8", "Tsit5", "Kvaerno5")}
+    return choose("[flow] solver", name, ours | theirs)()
+
+
+# -------------------------------------------------------------------------------------------------
+# Tables of the file
+# -------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """A table of a TOML file that knows which of its keys were asked for.
+
+    Args:
+        values: the table.
+        where: its name in messages, such as "[flow]"; empty for the whole file.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values = dict(values)
+        self.where = where
+        self.known: dict[str, None] = {}
+
+    def names(self) -> list[str]:
+        """The keys of the file, in its order."""
+        return list(self.values)
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        """The value of a key, checked to be of a kind; ``default`` if it is not there."""
+        self.known[key] = None
+        if key not in self.values:
+            if default is _REQUIRED:
+                raise ValueError(f"{self._path(key)} is missing.")
+            return default
+        value = self.values[key]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        # In Python, not in TOML, true is a whole number.
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(
+                f"{self._path(key)} is {value!r}; expected {_KINDS.get(kind, kind.__name__)}."
+            )
+        return value
+
+    def table(self, key: str, default: Any) -> Any:
+        """A table inside this one, or None if the default is None and it is not there."""
+        where = f"[{key}]" if not self.where else f"{self.where} {key}"
+        value = self.get(key, dict, default)
+        return None if value is None else Table(value, where)
+
+    def rest(self, options: Mapping[str, Any] | tuple[str, ...]) -> dict[str, Any]:
+        """The keys among ``options`` that are there: keyword arguments of a function."""
+        for key in options:
+            self.known[key] = None
+        return {key: self.values[key] for key in options if key in self.values}
+
+    def done(self) -> None:
+        """Raise if a key is there that nobody asked for."""
+        for key in self.values:
+            if key not in self.known:
+                place = f" in {self.where}" if self.where else ""
+                raise ValueError(f"unknown key `{key}`{place}; {_suggest(key, self.known)}")
+
+    def _path(self, key: str) -> str:
+        return f"{self.where} {key}" if self.where else f"[{key}]"
+
+
+_KINDS = {
+    float: "a number",
+    int: "a whole number",
+    str: "text in quotes",
+    bool: "true or false",
+    dict: "a table",
+    list: "a list",
+}
+
+
+def choose(what: str, name: str, known: Mapping[str, Any]) -> Any:
+    """The entry of a mapping, or an error that lists its keys."""
+    if name not in known:
+        raise ValueError(f"{what} is {name!r}; {_suggest(name, known)}")
+    return known[name]
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"expected one of {', '.join(known)}.{hint}"
+
+
+def _options(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's arguments that a file may set."""
+    hidden = {"self", "cls", "path", "widths", "problem", "options"}
+    return tuple(key for key in inspect.signature(function).parameters if key not in hidden)
