@@ -3,15 +3,28 @@
 >>> import gflow
 >>> data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
 >>> problem = gflow.Problem(data, loss=gflow.Exponential())
->>> weights = gflow.init.balanced((2, 3, 1), end_to_end=(0.1, 0.1))
+>>> weights = gflow.init.balanced((2, 3, 1), end_to_end=data.max_margin().direction)
 >>> flow = gflow.gradient_flow(problem, weights, until=gflow.LogRisk(-100), save=5)
 >>> flow.attrs["status"]
 'reached'
 """
 
+from gflow.analysis import exact as exact
+from gflow.analysis.compare import compare as compare
+from gflow.analysis.theorems import Claim as Claim, Claims as Claims, verify as verify
 from gflow.dynamics import clocks as clocks
+from gflow.dynamics.descent import gradient_descent as gradient_descent
 from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
 from gflow.dynamics.flow import gradient_flow as gradient_flow
+from gflow.dynamics.gauss_newton import GaussNewton as GaussNewton
+from gflow.dynamics.step_sizes import (
+    ball_smoothness as ball_smoothness,
+    loss_line_search as loss_line_search,
+    loss_scaled as loss_scaled,
+    on_log_risk as on_log_risk,
+    paper_steps as paper_steps,
+    polyak as polyak,
+)
 from gflow.dynamics.until import (
     LogRisk as LogRisk,
     LogTime as LogTime,
@@ -31,3 +44,4 @@ from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_m
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.risk import Problem as Problem
 from gflow.record import load as load, save as save
+from gflow.report import plot as plot

@@ -187,9 +187,11 @@ class _Run:
         }
 
     def _explicit_evaluations(self) -> int:
-        """Of the current solver since it began, if it is a Runge–Kutta method with a tableau."""
-        tableau = getattr(self.solver, "tableau", None)
-        stages = 0 if tableau is None else len(tableau.c) + 1 - int(tableau.fsal)
+        """Of the current solver since it began, if it is an explicit Runge–Kutta method."""
+        if not isinstance(self.solver, diffrax.AbstractERK):
+            return 0
+        tableau = self.solver.tableau
+        stages = len(tableau.c) + 1 - int(tableau.fsal)
         return stages * (int(self.carry.num_steps) - self.began_at)
 
     def scalars(self) -> dict[str, object]:

@@ -1,0 +1,431 @@
+"""Gradient descent: one call from weights and an optax optimiser to a record of the run."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gflow.dynamics.iterating import (
+    Carry,
+    Descent,
+    Sampler,
+    Watch,
+    advance,
+    look,
+    misaligning,
+    same_weights,
+)
+from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.recorder import Observable, Recorder
+from gflow.dynamics.step_meter import StepMeter
+from gflow.dynamics.step_sizes import describe
+from gflow.dynamics.until import (
+    AbstractRule,
+    AnyOf,
+    LogRisk,
+    LogTime,
+    Steps,
+    Time,
+    as_rules,
+    save_grid,
+)
+from gflow.problem.network import Weights
+from gflow.problem.risk import Problem
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SECONDS_A_CALL = 0.25
+"""How long the device runs between two looks of the host: progress moves and Ctrl-C answers."""
+
+STEPS_AT_FIRST = 64
+"""Length of the first call, before the speed is known."""
+
+MISALIGNMENT_EVERY = 100
+"""Steps between two tests of a `Misalignment` rule, which needs singular vectors."""
+
+STALLED_AFTER = 1_000
+"""Steps without any change of any weight after which a run is called stalled."""
+
+TIME_SLACK = 1e-12
+"""Rounding allowed for in a sum of step sizes that should hit a time."""
+
+
+def gradient_descent(
+    problem: Problem,
+    weights: Weights,
+    optimizer: optax.GradientTransformation,
+    *,
+    until: AbstractRule | AnyOf,
+    save: int | Sequence[float] | np.ndarray = 100,
+    observables: Mapping[str, Observable] | None = None,
+    progress: bool | None = None,
+    keep_weights: bool = False,
+    batch_size: int | None = None,
+    seed: int = 0,
+    max_steps: int = 10_000_000,
+) -> "xr.Dataset":
+    r"""Descend the risk with any optax optimiser and record what happens on the way.
+
+    Computes in float64 whatever JAX's global setting is. The optimiser is given $\nabla R$, which
+    underflows with the risk: below $R = 10^{-308}$ nothing moves. ``gflow.on_log_risk(optimizer)``
+    and the rules made with it (`gflow.loss_scaled`, `gflow.polyak`, `gflow.loss_line_search`) go
+    on at any risk.
+
+    The time of descent is the sum of its step sizes. For optimisers that treat every weight alone
+    the step size is nominal: their answer to a constant gradient of one, so the learning rate of
+    ``sgd`` and ``adam``, and $\eta/(1 - m)$ in the long run with momentum $m$. For all others
+    (clipping, line searches, Polyak) it is measured along the gradient,
+    $-\langle u, \nabla R\rangle/\lVert\nabla R\rVert^2$ for an update $u$; one that points uphill
+    counts as zero. ``attrs["step_size"]`` says which.
+
+    Args:
+        problem: data, network and loss.
+        weights: the start: layer matrices from input to output (see ``gflow.init``), or any
+            pytree of arrays for a ``gflow.Network``.
+        optimizer: any optax optimiser. Every optax extra argument is provided: ``value``, ``grad``
+            and ``value_fn``, and for rules of one's own ``log_risk``, ``log_gradient`` and
+            ``log_risk_fn``. The same object used twice is compiled once.
+        until: a stopping rule, or several joined with ``|``; the first written is the leading one.
+            Rules are tested at every iterate; `Misalignment` at every 100th, and with mini-batches
+            `LogRisk`, which is the risk on all points, once an epoch.
+        save: how many points to record, both ends counted, evenly spaced in the logarithm of the
+            leading rule's coordinate; or an increasing array of values of that coordinate. The
+            first iterate that reaches a value is saved, so one long step may pass several.
+        observables: further observables, name to function of (problem, weights).
+        progress: show a progress bar; None shows it on terminals and in notebooks. It appears
+            after two seconds.
+        keep_weights: record the weights at every saved point as ``weights_1``, ``weights_2``, …
+        batch_size: points in a mini-batch, drawn without replacement, in a fresh random order each
+            epoch; None uses all points in every step.
+        seed: of the mini-batches.
+        max_steps: give up after so many; a `Steps` rule above it takes precedence.
+
+    Returns:
+        The record: an ``xarray.Dataset`` with dimension ``point`` and the variables of a flow, and
+        ``log_step_size``, the step taken last (minus infinity at the start). ``attrs["status"]`` is
+        "reached", or says why the run stopped before its goal ("diverged", "stalled", "max_steps",
+        "interrupted"), and ``attrs["message"]`` explains; everything computed so far is there, and
+        the last point is finite.
+
+    Raises:
+        ValueError: when an argument is malformed, the gradient vanishes at the start, or the
+            optimiser's step size is negative or not a number.
+
+    Warns:
+        UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
+    """
+    rules = as_rules(until)
+    max_steps = _positive("max_steps", max_steps)
+    size = _batch_size(batch_size, problem.data.num_points)
+    if misaligning(rules, problem):
+        raise ValueError(
+            f"`until` asks for Misalignment but `problem` has a {type(problem.network).__name__}; "
+            "only the layers of a DeepLinear network have one."
+        )
+    with jax.enable_x64(True):
+        weights = problem.check(weights)
+        recorder = Recorder(problem, weights, observables, keep_weights)
+        run = _Run(problem, weights, optimizer, size, seed)
+        recorder.save(weights, **run.scalars())
+        status, message = _follow(run, recorder, rules, save, progress, max_steps)
+        return recorder.record(
+            kind="descent",
+            status=status,
+            message=message,
+            until=" | ".join(map(repr, rules)),
+            optimizer=describe(optimizer),
+            step_size="nominal" if run.descent.meter.nominal else "measured",
+            batch_size=size,
+            seed=None if size is None else seed,
+        )
+
+
+class _Run:
+    """A descent on its way: the map and its carry between two calls of ``advance``."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        weights: Weights,
+        optimizer: optax.GradientTransformation,
+        batch_size: int | None,
+        seed: int,
+    ):
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise ValueError(
+                f"`optimizer` is a {type(optimizer).__name__}; expected an optax optimiser such as "
+                "optax.sgd(0.1), or one of gflow's rules such as gflow.loss_scaled(0.1)."
+            )
+        self.descent = Descent(
+            problem,
+            optax.with_extra_args_support(optimizer),
+            StepMeter.of(optimizer, weights),
+            None if batch_size is None else Sampler(jax.random.key(seed), batch_size),
+        )
+        self.carry: Carry = self.descent.start(weights)
+        self.resting = 0
+        """Steps since the weights changed last, as far as the host has seen."""
+        self.call = STEPS_AT_FIRST
+        self._try_optimizer()
+
+    def _try_optimizer(self) -> None:
+        """Trace one step, so that an optimiser that cannot run says so in plain words."""
+        descent = self.descent
+
+        def step(carry: Carry) -> Carry:
+            at, carry = descent.evaluate(carry)
+            return descent.move(carry, at, at.sound)
+
+        try:
+            after = jax.eval_shape(step, self.carry)
+        except TypeError as error:
+            raise ValueError(
+                f"`optimizer` cannot make a step: {error}. gradient_descent provides the extra "
+                "arguments value, grad, value_fn, log_risk, log_gradient and log_risk_fn."
+            ) from error
+        before = jax.eval_shape(lambda carry: carry, self.carry)
+        if jax.tree.structure(after) != jax.tree.structure(before):
+            raise ValueError(
+                "`optimizer` changes the structure of its state in a step; expected the structure "
+                "that its `init` returns."
+            )
+        if descent.meter.nominal:
+            answer, _ = descent.meter.optimizer.update(
+                jnp.ones(()), descent.meter.init(), jnp.zeros(())
+            )
+            if not float(answer) <= 0:
+                raise ValueError(
+                    f"`optimizer` answers a gradient of one by a step of {float(answer):g}; "
+                    "expected a negative number: learning rates are positive."
+                )
+
+    def scalars(self) -> dict[str, Any]:
+        """What a saved point holds beside the observables of its weights."""
+        carry = self.carry
+        return {
+            "log_time": carry.log_time,
+            "num_steps": carry.num_steps,
+            "log_step_size": carry.log_step_size,
+        }
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made so far."""
+        return int(self.carry.num_steps)
+
+    def look(self, rules: tuple[AbstractRule, ...]) -> tuple[float, list[float]]:
+        """The log risk, and how far the run is in the coordinate of each rule."""
+        at = self.carry
+        anonymous = tuple(_anonymous(rule) for rule in rules)
+        log_risk, found = look(
+            self.descent.problem, at.weights, at.log_time, at.num_steps, anonymous
+        )
+        return float(log_risk), [float(value) for value in found]
+
+    def advance(
+        self, watch: Watch, goals: list[float], num_steps: int
+    ) -> tuple[list[bool], "_End | None"]:
+        """Go on to ``num_steps`` or to a rule; which are met, and whether the run has to end."""
+        before = self.carry
+        began = time.perf_counter()
+        limit = min(num_steps, self.num_steps + self.call)
+        given = tuple(jnp.asarray(goal) for goal in goals)
+        after, hits, sound = advance(self.descent, watch, before, jnp.asarray(limit), given)
+        hits, sound = np.asarray(hits), bool(sound)
+        took = time.perf_counter() - began
+        if not sound:
+            # The map is deterministic: once more from where this call began, to the last iterate
+            # that was finite.
+            broken = int(after.num_steps)
+            self.carry, _, _ = advance(self.descent, watch, before, jnp.asarray(broken - 1), given)
+            return [False] * len(hits), _End("diverged", _why_diverged(self, broken))
+        self.carry = after
+        if took < SECONDS_A_CALL / 2:
+            self.call *= 2
+        elif took > 2 * SECONDS_A_CALL:
+            self.call = max(1, self.call // 2)
+        if self._stalled(watch, before, given):
+            return list(hits), _End("stalled", _why_stalled(self))
+        return list(hits), None
+
+    def _stalled(self, watch: Watch, before: Carry, goals: tuple[jax.Array, ...]) -> bool:
+        """Whether no weight has changed for long, and none does in one step more."""
+        made = self.num_steps - int(before.num_steps)
+        if made == 0 or not bool(same_weights(before, self.carry)):
+            self.resting = 0
+            return False
+        self.resting += made
+        if self.resting < STALLED_AFTER:
+            return False
+        # A cycle may have come back to where it was.
+        further, _, _ = advance(
+            self.descent, watch, self.carry, jnp.asarray(self.num_steps + 1), goals
+        )
+        return bool(same_weights(further, self.carry))
+
+
+class _End(NamedTuple):
+    status: str
+    message: str
+
+
+def _follow(
+    run: _Run,
+    recorder: Recorder,
+    rules: tuple[AbstractRule, ...],
+    save: int | Sequence[float] | np.ndarray,
+    progress: bool | None,
+    max_steps: int,
+) -> _End:
+    """Run from saved point to saved point; returns the status and its message."""
+    lead, *others = rules
+    _, standing = run.look(rules)
+    for rule, at in zip(rules, standing, strict=True):
+        if at >= rule.goal:
+            return _End("reached", f"{rule!r} is met at the start; no step was made")
+    begin = standing[0]
+    grid = save_grid(lead, begin, save)
+    saved = 0
+    end = None
+    with ProgressBar("gradient descent", begin, float(grid[-1]), progress) as bar:
+        try:
+            for value in grid:
+                targets = [_Target.of(lead, float(value))]
+                targets += [_Target.of(rule, rule.goal) for rule in others]
+                end = _reach(run, targets, max_steps, bar)
+                if run.num_steps > saved:  # a long step passes several points
+                    recorder.save(run.carry.weights, **run.scalars())
+                    saved = run.num_steps
+                if end is not None:
+                    return end
+        except KeyboardInterrupt:
+            if run.num_steps > saved:
+                recorder.save(run.carry.weights, **run.scalars())
+            return _End(
+                "interrupted", "stopped by the keyboard; what was computed is in the record"
+            )
+    return _End("reached", f"{lead!r} after {run.num_steps} steps")
+
+
+class _Target(NamedTuple):
+    """Where one rule wants to stop."""
+
+    rule: AbstractRule
+    goal: float
+    """The rule's progress there."""
+    steps: int | None
+    """The number of steps there, when the rule counts them."""
+
+    @classmethod
+    def of(cls, rule: AbstractRule, goal: float) -> "_Target":
+        if isinstance(rule, Steps):
+            steps = math.ceil(math.expm1(goal) * (1 - 1e-12) - 1e-9)
+            return cls(rule, goal, min(steps, rule.value))
+        if isinstance(rule, Time | LogTime):
+            goal -= TIME_SLACK * max(1.0, abs(goal))
+        return cls(rule, goal, None)
+
+
+def _reach(run: _Run, targets: list[_Target], max_steps: int, bar: ProgressBar) -> _End | None:
+    """Go on to the first of ``targets``: None if it is the leading one, else why the run ends."""
+    lead, *others = targets
+    watch, watched = _watch(targets, run.descent)
+    goals = [target.goal for target in watched]
+    counts = [target.steps for target in targets if target.steps is not None]
+    last = max([max_steps, *(rule.value for rule, *_ in targets if isinstance(rule, Steps))])
+    limit = min([last, *counts])
+    while True:
+        hits, end = run.advance(watch, goals, limit)
+        if end is not None:
+            return end
+        met = [target for target, hit in zip(watched, hits, strict=True) if hit]
+        met += [target for target in targets if target.steps == run.num_steps]
+        for target in others:
+            if target in met:
+                return _End("reached", f"{target.rule!r} after {run.num_steps} steps")
+        if lead in met or (lead.steps is not None and lead.steps < run.num_steps):
+            return None
+        log_risk, (at,) = run.look((lead.rule,))
+        bar.update(at, f"{run.num_steps} steps, log R = {log_risk:.6g}")
+        if run.num_steps >= last:
+            return _End(
+                "max_steps",
+                f"{last} steps were made before {lead.rule!r} was reached; raise `max_steps`, or "
+                "take longer steps",
+            )
+
+
+def _watch(targets: list[_Target], descent: Descent) -> tuple[Watch, list[_Target]]:
+    """The rules to ask on the device, and their targets in the order of the answers."""
+    asked = [target for target in targets if target.steps is None]
+    sampler = descent.sampler
+
+    def costly(target: _Target) -> bool:
+        return target.rule.needs_misalignment or (
+            sampler is not None and isinstance(target.rule, LogRisk)
+        )
+
+    cheap = [target for target in asked if not costly(target)]
+    rest = [target for target in asked if costly(target)]
+    every = 1 if sampler is None else sampler.batches_an_epoch(descent.problem)
+    if any(target.rule.needs_misalignment for target in rest):
+        every = max(every, MISALIGNMENT_EVERY)
+    rules = (tuple(_anonymous(target.rule) for target in group) for group in (cheap, rest))
+    return Watch(*rules, every), cheap + rest
+
+
+def _anonymous(rule: AbstractRule) -> AbstractRule:
+    """The rule without its value, so that another value is not another program to compile."""
+    return eqx.tree_at(lambda rule: rule.value, rule, 0.0)
+
+
+def _why_diverged(run: _Run, broken: int) -> str:
+    if broken == 1:
+        return "the optimiser's first update is not finite; check its settings"
+    log_risk, _ = run.look(())
+    where = f"the weights or margins of step {broken} are not finite; the last point is before it"
+    if log_risk < UNDERFLOW and not run.descent.meter.on_log_risk:
+        return f"{where}. {_UNDERFLOWN.format(log_risk)}"
+    return f"{where}, at log R = {log_risk:.6g}. Take shorter steps"
+
+
+def _why_stalled(run: _Run) -> str:
+    log_risk, _ = run.look(())
+    where = f"no weight changed in the last {run.resting} steps, at log R = {log_risk:.6g}"
+    if log_risk < UNDERFLOW and not run.descent.meter.on_log_risk:
+        return f"{where}. {_UNDERFLOWN.format(log_risk)}"
+    return f"{where}: the steps are below the resolution of float64, or zero"
+
+
+UNDERFLOW = -650.0
+"""Below this log risk products and squares of gradients of R leave the range of float64."""
+
+_UNDERFLOWN = (
+    "The gradient of R underflows at log R = {:.6g}: minimise log R instead, with "
+    "gflow.on_log_risk(optimizer) or gflow.loss_scaled(rate)"
+)
+
+
+def _batch_size(batch_size: int | None, num_points: int) -> int | None:
+    if batch_size is None:
+        return None
+    batch_size = _positive("batch_size", batch_size)
+    if batch_size > num_points:
+        raise ValueError(
+            f"`batch_size` is {batch_size}; expected at most {num_points}, the number of points. "
+            "Leave it out to use all of them in every step."
+        )
+    return batch_size
+
+
+def _positive(name: str, value: int) -> int:
+    if int(value) != value or value < 1:
+        raise ValueError(f"`{name}` is {value}; expected a positive whole number.")
+    return int(value)

@@ -1,0 +1,71 @@
+"""Radau IIA collocation methods of any order, through Legendre polynomials on the step."""
+
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.polynomial import legendre
+
+from gflow.problem.network import Array
+
+
+class Radau(NamedTuple):
+    """The Radau IIA method with p stages."""
+
+    nodes: np.ndarray
+    matrix: np.ndarray
+    legendre: np.ndarray
+    """From values at the nodes to coefficients of Legendre polynomials on the step."""
+    eigenvalues: np.ndarray
+    """Of the matrix, one of each conjugate pair."""
+    vectors: np.ndarray
+    """Eigenvectors, those of pairs doubled: a real vector is the real part of their sum."""
+    dual: np.ndarray
+
+    @property
+    def damping(self) -> float:
+        """The smallest modulus of an eigenvalue."""
+        return float(np.min(np.abs(self.eigenvalues)))
+
+    def solve(self, block: Array, rhs: Array) -> Array:
+        """``(I + kron(matrix, block))^-1 rhs``: one solve of complex order m per eigenvalue."""
+        block, rhs = (jax.lax.complex(x, jnp.zeros_like(x)) for x in (block, rhs))
+        shifted = jnp.eye(*block.shape, dtype=block.dtype)[None] + self.eigenvalues[:, None, None] * block[None]
+        solution = jnp.linalg.solve(shifted, (self.dual @ rhs)[:, :, None])
+        return jnp.real(self.vectors @ solution[:, :, 0])
+
+
+@cache
+def radau(stages: int) -> Radau:
+    """Nodes are the zeros of :math:`P_p - P_{p-1}`; the matrix integrates the interpolant."""
+    series = np.zeros(stages + 1)
+    series[-2:] = -1.0, 1.0
+    x = np.sort(np.real(legendre.legroots(series)))
+    for _ in range(3):
+        x = x - legendre.legval(x, series) / legendre.legval(x, legendre.legder(series))
+    x[-1] = 1.0
+    transform = np.linalg.solve(legendre.legvander(x, stages - 1), np.eye(stages))
+    integrals = [legendre.legval(x, legendre.legint(e, lbnd=-1)) / 2 for e in np.eye(stages)]
+    matrix = np.stack(integrals, axis=1) @ transform
+    eigenvalues, vectors = np.linalg.eig(matrix)
+    dual = np.linalg.inv(vectors)
+    half = eigenvalues.imag >= 0
+    weight = np.where(eigenvalues.imag > 0, 2, 1)
+    return Radau(
+        nodes=(x + 1) / 2,
+        matrix=matrix,
+        legendre=transform,
+        eigenvalues=eigenvalues[half],
+        vectors=(vectors * weight)[:, half],
+        dual=dual[half],
+    )
+
+
+def legendre_values(x: Array, count: int) -> Array:
+    """Legendre polynomials of degree below ``count`` at 2x - 1, on a new leading axis."""
+    values = [jnp.ones_like(x), 2 * x - 1]
+    for k in range(2, count):
+        values.append(((2 * k - 1) * values[1] * values[-1] - (k - 1) * values[-2]) / k)
+    return jnp.stack(values[:count])

@@ -1,0 +1,284 @@
+r"""The flow past the wall of float64, to any horizon: ``SlowManifold``.
+
+Margins of size $s = -\log R$ carry an absolute error of $10^{-16}s$, while the softmax weights
+need their differences to order one, so that near $s = 10^{10}$ no solver that works on $W_k$ itself
+can go on. In split coordinates (``gflow.dynamics.split``) that wall does not exist. For losses with
+an exponential tail ($-\log\ell(q) = q$ to round-off once all margins exceed 40):
+
+1. $p_i \propto e^{-q_i}$, and $s = m - \operatorname{LSE}_i(-(m\delta_i + \langle b, z_i\rangle))
+   + \log n$ determines $m$ from $s$ and $b$.
+2. In $\tau = \log s$ only b is stiff: $db/d\tau = s\,(K\bar z/\kappa)_\perp$, where $\bar z$
+   depends on b through the softmax with derivative minus the covariance of $z$ under p: rate s on
+   the span of the differences of active points, nothing elsewhere. Everything else converges.
+   $u = tR$ is stiff too, and linear: $du/d\tau = s(1/\kappa - u)$.
+3. So an additive Runge-Kutta pair (Kennedy and Carpenter's ARK5(4)8L[2]SA, whose coefficients
+   diffrax carries as KenCarp5) treats b and u implicitly, the rest explicitly. A stage is one pass
+   through the layers and a Newton iteration in the d - 1 unknowns b, which for $s\to\infty$ is the
+   inner problem of the slow manifold: the p for which all active margins grow alike, that is, the
+   least-norm convex combination of their gradients. It is convex, so duplicates, more support
+   points than dimensions, and points that enter or leave need no special treatment.
+4. After Newton's iteration $\bar z_\perp$, of order 1/s, is read from the stage equation, which is
+   solved for it, rather than from the sum over points, which has an absolute error of $10^{-16}$.
+
+Nothing is neglected but the loss's own deviation from its tail: this is the exact flow, and the
+slow manifold is what the implicit solver finds by itself.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import equinox as eqx
+import numpy as np
+
+from gflow.dynamics.split import Geometry, SplitState, split
+from gflow.dynamics.split_field import SplitField
+from gflow.dynamics.split_observables import observables
+from gflow.dynamics.split_walk import Walk
+from gflow.problem.losses import Exponential
+from gflow.problem.network import DeepLinear, Weights
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
+    from gflow.problem.risk import Problem
+
+LEAST_MARGIN = 40.0
+r"""Logistic loss is exponential to $e^{-40}$ = 4e-18 from here on."""
+
+LARGEST = 1e140
+r"""Squares of $s^{2-2/L}$ must stay in the range of float64."""
+
+
+class SlowManifold(eqx.Module):
+    """Gradient flow of a deep linear network from where it has separated the data, to any horizon.
+
+    Plain NumPy: nothing is compiled, a step of a small network takes a millisecond. Needs
+    separable data and a loss with an exponential tail.
+
+    Args:
+        rtol: tolerance of a step, relative to the size of each block of variables.
+        max_steps: steps to try in one call of ``advance``.
+    """
+
+    rtol: float = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+
+    def __init__(self, *, rtol: float = 1e-9, max_steps: int = 20_000):
+        if not 1e-13 <= rtol < 1:
+            raise ValueError(f"`rtol` is {rtol}; expected a number from 1e-13 to below 1.")
+        self.rtol = float(rtol)
+        self.max_steps = int(max_steps)
+
+    @staticmethod
+    def obstacle(problem: "Problem", weights: Weights) -> str | None:
+        """Why the flow cannot be continued from ``weights``, or None if it can."""
+        if not isinstance(problem.network, DeepLinear):
+            return "the network is not deep linear"
+        if not problem.loss.exponential_tail:
+            return f"{problem.loss!r} has no exponential tail, so that all points keep their weight"
+        if not problem.data.max_margin().separable:
+            return "the data are not separable, so that the flow has a finite limit"
+        lowest = float(np.min(_margins(problem, weights)))
+        least = 1.0 if isinstance(problem.loss, Exponential) else LEAST_MARGIN
+        if lowest < least:
+            return f"the smallest margin is {lowest:.3g}, below {least:g}"
+        return None
+
+    def start(
+        self,
+        problem: "Problem",
+        weights: Weights,
+        *,
+        log_risk: float | None = None,
+        log_time: float = -np.inf,
+        imbalance: Sequence[np.ndarray] | None = None,
+    ) -> SplitState:
+        r"""The state at ``weights``.
+
+        Args:
+            problem: separable data, a deep linear network, a loss with an exponential tail.
+            weights: where the exact solver arrived.
+            log_risk: $\log R$ there; computed if not given.
+            log_time: $\log t$ there.
+            imbalance: the conserved matrices at the start of the flow, which know the misalignment
+                better than the entries of ``weights`` do.
+
+        Raises:
+            ValueError: when ``obstacle`` finds one.
+        """
+        reason = self.obstacle(problem, weights)
+        if reason is not None:
+            raise ValueError(f"The flow cannot be continued on the slow manifold: {reason}.")
+        state = split(
+            problem.data,
+            weights,
+            _log_risk(problem, weights) if log_risk is None else log_risk,
+            log_time,
+            imbalance,
+            _geometry(problem),
+        )
+        return dataclasses.replace(state, along=SplitField(state).weigh(state).along)
+
+    def advance(self, state: SplitState, log_risk: float) -> SplitState:
+        r"""The state when $\log R$ has fallen to ``log_risk``.
+
+        Raises:
+            ManifoldError: when ``max_steps`` do not suffice; it carries the state reached.
+        """
+        return self.advance_until(state, log_risk)
+
+    def advance_until(
+        self, state: SplitState, log_risk: float, watch: Callable[[SplitState], bool] | None = None
+    ) -> SplitState:
+        """Advance to ``log_risk``, or to the first accepted step at which ``watch`` is true."""
+        goal = -float(log_risk)
+        if not goal <= LARGEST:
+            raise ValueError(f"`log_risk` is {log_risk}; expected at least {-LARGEST:g}.")
+        if goal <= state.minus_log_risk:
+            return state
+        with _one_blas_thread():
+            walk = Walk(state, self.rtol)
+            for _ in range(self.max_steps):
+                if not walk.step(np.log(goal)):
+                    continue
+                if walk.tau >= np.log(goal):
+                    return walk.state(goal)
+                if watch is not None and watch(walk.state()):
+                    return walk.state()
+        raise ManifoldError(
+            f"{self.max_steps} steps were tried between log R = {state.log_risk:.6g} and "
+            f"{log_risk:.6g}; raise `max_steps`, or loosen `rtol`.",
+            walk.state(),
+        )
+
+    def reach(
+        self,
+        state: SplitState,
+        progress: Callable[[SplitState], float],
+        goal: float,
+        log_risk: float = -LARGEST,
+    ) -> SplitState:
+        """The state at which an increasing ``progress`` reaches ``goal``.
+
+        Stops at ``log_risk`` if that comes first: compare the ``log_risk`` of what is returned.
+        """
+        from scipy.optimize import brentq
+
+        if progress(state) >= goal:
+            return state
+        before = state
+
+        def crossed(now: SplitState) -> bool:
+            nonlocal before
+            if progress(now) >= goal:
+                return True
+            before = now
+            return False
+
+        after = self.advance_until(state, log_risk, crossed)
+        if progress(after) < goal:
+            return after
+
+        def miss(tau: float) -> float:
+            return progress(self.advance(before, -float(np.exp(tau)))) - goal
+
+        ends = np.log([before.minus_log_risk, after.minus_log_risk])
+        root = brentq(miss, ends[0], ends[1], xtol=1e-14)
+        return self.advance(before, -math.exp(root))  # pyright: ignore[reportArgumentType]
+
+
+@functools.cache
+def _thread_pools() -> "ThreadpoolController | None":
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()
+
+
+def _one_blas_thread() -> contextlib.AbstractContextManager:
+    """BLAS in this thread only: on small matrices its pool costs twenty times what it saves."""
+    pools = _thread_pools()
+    return contextlib.nullcontext() if pools is None else pools.limit(limits=1, user_api="blas")
+
+
+class ManifoldError(RuntimeError):
+    """The continuation stopped early; ``state`` is the last point reached."""
+
+    def __init__(self, message: str, state: SplitState):
+        super().__init__(message)
+        self.state = state
+
+
+class Continuation(NamedTuple):
+    """What ``continue_on_manifold`` returns."""
+
+    states: list[SplitState]
+    status: str
+    message: str
+
+
+def continue_on_manifold(
+    problem: "Problem",
+    weights: Weights,
+    log_risk: float,
+    log_time: float,
+    log_risk_targets: Sequence[float],
+    *,
+    rtol: float = 1e-9,
+    imbalance: Sequence[np.ndarray] | None = None,
+    max_steps: int = 20_000,
+) -> Continuation:
+    """The states at each of ``log_risk_targets``, in order, and whether all were reached."""
+    solver = SlowManifold(rtol=rtol, max_steps=max_steps)
+    state = solver.start(
+        problem, weights, log_risk=log_risk, log_time=log_time, imbalance=imbalance
+    )
+    states: list[SplitState] = []
+    for target in log_risk_targets:
+        try:
+            state = solver.advance(state, float(target))
+        except ManifoldError as error:
+            return Continuation(states, "max_steps", str(error))
+        states.append(state)
+    return Continuation(states, "reached", f"{state.num_steps} steps on the slow manifold")
+
+
+def difference(state: SplitState, other: SplitState) -> dict[str, float]:
+    """The largest relative difference of each small quantity of two states at one risk."""
+    first, second = observables(state), observables(other)
+    names = ("direction_error", "misalignment", "rank_one_gap", "frobenius_norm")
+    found = {}
+    for name in names:
+        a, b = np.atleast_1d(first[name]), np.atleast_1d(second[name])
+        scale = np.maximum(np.abs(a), np.abs(b))
+        change = np.where(scale > 0, np.abs(a - b) / np.where(scale > 0, scale, 1), 0.0)
+        found[name] = float(np.max(change, initial=0.0))
+    found["log_time"] = abs(state.log_time - other.log_time)
+    return found
+
+
+def _margins(problem: "Problem", weights: Weights) -> np.ndarray:
+    row = np.ones(1)
+    for matrix in reversed(weights):
+        row = row @ np.asarray(matrix, dtype=np.float64)
+    return np.asarray(problem.data.signed_inputs) @ row
+
+
+def _log_risk(problem: "Problem", weights: Weights) -> float:
+    margins = _margins(problem, weights)
+    lowest = float(np.min(margins))
+    return float(np.log(np.mean(np.exp(lowest - margins)))) - lowest
+
+
+def _geometry(problem: "Problem") -> Geometry:
+    """The data's geometry, worked out once and kept beside its maximum-margin solution."""
+    kept = problem.data.__dict__.get("_geometry")
+    if kept is None:
+        kept = Geometry(problem.data)
+        object.__setattr__(problem.data, "_geometry", kept)
+    return kept

@@ -1,0 +1,174 @@
+r"""The field at collocation stages, with vectors of weight space kept as outer products.
+
+The pullback of a deep linear network is an outer product in every layer,
+:math:`(W_L\cdots W_{k+1})^\top\,(W_{k-1}\cdots W_1 v)^\top`. Here :math:`W_0 + \sum_j c_j K_j` with
+such :math:`K_j` is applied to vectors without being formed: all stages of a step share the
+products with :math:`W_0`, and the rest costs as little as the vectors. For any other network a
+"layer" is a leaf of the weights and a "factor" the number one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from gflow.dynamics.field import FlowField
+from gflow.problem.losses import AbstractLoss
+from gflow.problem.network import Array, DeepLinear, Weights
+from gflow.problem.risk import Problem
+
+
+class Factors(NamedTuple):
+    """Weight-space vectors, ``outer(lefts[k][j], rights[k][j])`` for layer k and vector j."""
+
+    lefts: list[Array]
+    rights: list[Array]
+
+
+class Stage(NamedTuple):
+    """The field at a stage; all stages on a leading axis after ``vmap``."""
+
+    derivative: Factors
+    rate: Array
+    squared_norm: Array
+    slopes: Array
+    curvatures: Array
+    gap: Array
+
+
+class Frame(NamedTuple):
+    """:math:`G_0`: the pullback of basis vector a is ``outer(lefts[k], columns[k][a])``."""
+
+    design: Array | None
+    """A; None for the identity: with fewer points than inputs the margins serve as coordinates."""
+    lefts: list[Array]
+    columns: list[Array]
+    gram: Array
+    sizes: list[Array]
+    """Frobenius norm of each layer."""
+
+    def project(self, vectors: Factors) -> Array:
+        """:math:`G_0 K_j`, shape (stages, m)."""
+        layers = zip(*vectors, self.lefts, self.columns, strict=True)
+        return sum((left @ a)[:, None] * (right @ b.T) for left, right, a, b in layers)  # pyright: ignore
+
+
+def evaluate_stage(
+    field: FlowField,
+    weights: Weights,
+    vectors: Factors,
+    t: Any,
+    coefficients: Array,
+    offsets: Array,
+) -> Stage:
+    """The field at ``weights + coefficients @ vectors``, with slopes taken at the offsets."""
+    problem = field.problem
+    coordinates, pull = _pullback(problem, weights, vectors, coefficients)
+    distance = problem.spread(coordinates) - offsets
+    level = jnp.sum(jax.nn.softmax(-offsets) * distance)
+    log_risk, slopes, curvatures = _loss_terms(problem.loss, offsets, level)
+    lefts, rights = pull(problem.gather(slopes))
+    squared_norm = sum(
+        jnp.sum(left**2) * jnp.sum(right**2) for left, right in zip(lefts, rights, strict=True)
+    )
+    rate = field.clock.rate(t, log_risk, squared_norm)
+    derivative = Factors(lefts, [rate * right for right in rights])
+    return Stage(derivative, rate, squared_norm, slopes, curvatures, distance - level)
+
+
+def _pullback(
+    problem: Problem, weights: Weights, vectors: Factors, coefficients: Array
+) -> tuple[Array, Callable[[Array], Factors]]:
+    """Coordinates c at ``weights + coefficients @ vectors``; the map from v to :math:`G^T v`."""
+    if not isinstance(problem.network, DeepLinear):
+        moved = move(weights, vectors, coefficients)
+        coordinates, vjp = jax.vjp(lambda w: problem.network.coordinates(w, problem.data), moved)
+
+        def pull_any(v: Array) -> Factors:
+            leaves = jax.tree.leaves(vjp(v)[0])
+            return Factors([jnp.ones_like(v[:1]) for _ in leaves], [jnp.ravel(x) for x in leaves])
+
+        return coordinates, pull_any
+
+    layers = list(zip(weights, *vectors, strict=True))
+    row, rows = jnp.ones_like(weights[-1][:, 0]), []
+    for matrix, left, right in reversed(layers):
+        rows.append(row)
+        row = row @ matrix + (coefficients * (left @ row)) @ right
+
+    def pull(v: Array) -> Factors:
+        columns = []
+        for matrix, left, right in layers:
+            columns.append(v)
+            v = matrix @ v + (coefficients * (right @ v)) @ left
+        return Factors(rows[::-1], columns)
+
+    return row, pull
+
+
+def start_frame(problem: Problem, weights: Weights) -> Frame:
+    """G at the start of a step."""
+    at_rest = no_vectors(problem, weights)
+    coordinates, pull = _pullback(problem, weights, at_rest, at_rest.rights[0][:, 0])
+    design = problem.design
+    basis = jnp.eye(coordinates.size)
+    if design is not None and design.shape[0] < design.shape[1]:
+        basis, design = jnp.asarray(design), None
+    lefts = pull(basis[0]).lefts
+    columns = jax.vmap(lambda v: pull(v).rights)(basis)
+    gram = sum(jnp.sum(a**2) * (b @ b.T) for a, b in zip(lefts, columns, strict=True))
+    sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
+    return Frame(design, lefts, columns, gram, sizes)  # pyright: ignore
+
+
+def _loss_terms(loss: AbstractLoss, offsets: Array, level: Array) -> tuple[Array, Array, Array]:
+    r""":math:`\log R`, slopes and :math:`\ell''_i/\sum_j\ell_j` at the margins offsets + level.
+
+    Where the loss is exponential up to a bounded factor, that factor is taken at the margin and the
+    exponential at the offset, so that a large level costs no digits.
+    """
+    margins, shift, base = offsets + level, jnp.zeros_like(offsets), jnp.zeros_like(level)
+    if loss.exponential_tail:
+        margins = jnp.minimum(margins, 40.0)  # beyond it the factor is constant to the last digit
+        shift, base = margins - offsets, level
+    log_total = logsumexp(loss.log_value(margins) + shift)
+    slopes = jnp.exp(loss.log_slope(margins) + shift - log_total)
+    curvatures = jnp.exp(loss.log_curvature(margins) + shift - log_total)
+    return log_total - base - np.log(offsets.size), slopes, curvatures
+
+
+def advance(loss: AbstractLoss, offsets: Array, change: Array) -> tuple[Array, Array]:
+    """Offsets moved by ``change``, and whether some were held back.
+
+    Newton's method predicts how shares of the slopes change, linearly. Where a share is to grow by
+    more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
+    """
+    if not loss.exponential_tail:
+        return offsets + change, jnp.array(False)
+    share = jax.nn.log_softmax(-offsets)
+    limit = jnp.maximum(share + 1 + jnp.log(jnp.maximum(-change, 1.0)), -5.0)
+    return -jnp.minimum(share - change, limit), jnp.any(share - change > limit)
+
+
+def move(weights: Weights, vectors: Factors, coefficients: Array) -> Weights:
+    """``weights + coefficients @ vectors``."""
+    moves = [(coefficients[:, None] * a).T @ b for a, b in zip(*vectors, strict=True)]
+    return jax.tree.map(jnp.add, weights, shaped(moves, weights))
+
+
+def shaped(leaves: list[Array], weights: Weights) -> Weights:
+    """The arrays in ``leaves`` as a tree of the weights' structure and shapes."""
+    old, structure = jax.tree.flatten(weights)
+    shaped = [new.reshape(jnp.shape(leaf)) for new, leaf in zip(leaves, old, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
+
+
+def no_vectors(problem: Problem, weights: Weights) -> Factors:
+    """No vectors. Layers move by outer products; leaves of other networks as a single row."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(weights)]
+    if not isinstance(problem.network, DeepLinear):
+        leaves = [leaf.reshape(1, -1) for leaf in leaves]
+    return Factors([leaf.T[:0] for leaf in leaves], [leaf[:0] for leaf in leaves])

@@ -1,0 +1,130 @@
+r"""How long a step of an optimiser is, so that descent has a time, $T = \sum_j \eta_j$.
+
+optax does not say: an optimiser maps gradients to updates. Two definitions cover them all, and both
+are $\eta$ for $W \leftarrow W - \eta\,\nabla R$.
+
+*Nominal*, for optimisers that treat every entry of the weights alone, as most do: the update that a
+constant gradient of one would get. It is the learning rate of ``sgd``, of a schedule and of
+``adam``, and tends to $\eta/(1-m)$ for momentum $m$. It costs nothing.
+
+*Measured*, for the others (clipping, line searches, Polyak, preconditioners): the effective step
+along the gradient, $\eta = -\langle u, \nabla R\rangle/\lVert\nabla R\rVert^2$ of an update $u$,
+exact whenever $u$ is a multiple of the gradient. An update that points uphill counts as zero.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gflow.problem.network import Array, Weights
+
+
+class StepMeter(eqx.Module):
+    """Reads the step size of an optimiser's updates."""
+
+    optimizer: optax.GradientTransformationExtraArgs
+    """What sees the gradient: the optimiser inside `on_log_risk`, if that is what runs."""
+    nominal: bool
+    on_log_risk: bool
+
+    @classmethod
+    def of(cls, optimizer: optax.GradientTransformation, weights: Weights) -> "StepMeter":
+        """The meter for an optimiser; finds out by a trial whether it works entry by entry."""
+        from gflow.dynamics.step_sizes import OnLogRisk
+
+        rule = getattr(optimizer.update, "__self__", None)
+        scaled = isinstance(rule, OnLogRisk)
+        inner = rule.inner if scaled else optax.with_extra_args_support(optimizer)
+        return cls(inner, works_entry_by_entry(inner, weights), scaled)
+
+    def init(self) -> Any:
+        """The meter's own state: that of the optimiser for one weight."""
+        return self.optimizer.init(jnp.zeros(())) if self.nominal else ()
+
+    def log_step_size(
+        self,
+        state: Any,
+        updates: Weights,
+        log_risk: Array,
+        log_gradient: Weights,
+    ) -> tuple[Array, Any]:
+        r"""$\log\eta$ of an update at weights with the given $\log R$ and $g = \nabla\log R$."""
+        if self.nominal:
+            answer, state = self.optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+            log_rate = jnp.log(jnp.maximum(-answer, 0.0))
+            return (log_rate - log_risk if self.on_log_risk else log_rate), state
+        along = jnp.maximum(-inner_product(updates, log_gradient), 0.0)
+        squared_norm = inner_product(log_gradient, log_gradient)
+        stands = squared_norm == 0
+        log_rate = jnp.log(along) - jnp.log(jnp.where(stands, 1.0, squared_norm))
+        return jnp.where(stands, -jnp.inf, log_rate - log_risk), state
+
+
+def works_entry_by_entry(optimizer: optax.GradientTransformation, weights: Weights) -> bool:
+    """Whether each entry's update depends on that entry's gradients and weight alone.
+
+    Tried on a few random gradients, from tiny to huge: one entry of every array, given to the
+    optimiser by itself, must get the update that it gets among all the others. An optimiser that
+    cannot be run like this, or that does not move, is taken not to.
+    """
+    leaves = jax.tree.leaves(weights)
+    if sum(np.size(leaf) for leaf in leaves) < 2:
+        return False
+    rng = np.random.default_rng(0)
+    scales = np.array([1.0, 1e-8, 1e8])
+    gradients = jax.tree.map(
+        lambda leaf: (
+            scales.reshape(-1, *[1] * np.ndim(leaf))
+            * rng.normal(size=(len(scales), *np.shape(leaf)))
+        ),
+        weights,
+    )
+    try:
+        among, alone = (np.asarray(result) for result in _trial(optimizer, weights, gradients))
+    except Exception:
+        # Whatever an unknown optimiser raises when it is given less than it needs.
+        return False
+    same = np.allclose(among, alone, rtol=1e-9, atol=0.0)
+    return bool(same and np.all(np.isfinite(among)) and np.any(among != 0))
+
+
+@eqx.filter_jit
+def _trial(
+    optimizer: optax.GradientTransformation, weights: Weights, gradients: Weights
+) -> tuple[Array, Array]:
+    """The last entry of each array's updates, among the others and alone: (trials, arrays)."""
+
+    def last_entries(tree: Weights) -> Array:
+        return jnp.stack([jnp.ravel(leaf)[-1] for leaf in jax.tree.leaves(tree)])
+
+    entries = last_entries(weights)
+
+    def trial(states: tuple[Any, Any], gradient: Weights) -> tuple[tuple[Any, Any], Any]:
+        updates, state = optimizer.update(gradient, states[0], weights)
+        answers, lone = jax.vmap(optimizer.update)(last_entries(gradient), states[1], entries)
+        return (state, lone), (last_entries(updates), answers)
+
+    start = optimizer.init(weights), jax.vmap(optimizer.init)(entries)
+    _, results = jax.lax.scan(trial, start, gradients)
+    return results
+
+
+def inner_product(a: Weights, b: Weights) -> Array:
+    r"""$\langle a, b\rangle$, summed over all arrays of two pytrees of one structure.
+
+    Matrices are reduced by a vector times matrix product: XLA vectorises that on a CPU but not a
+    plain sum, which would take longer than the rest of a step of descent.
+    """
+
+    def leaf(x: Array, y: Array) -> Array:
+        product = x * y
+        if product.ndim < 2:
+            return jnp.sum(product)
+        product = product.reshape(-1, product.shape[-1])
+        return jnp.sum(jnp.ones((product.shape[0],), product.dtype) @ product)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))  # pyright: ignore
