@@ -17,6 +17,7 @@ from gflow.dynamics.descent import gradient_descent as gradient_descent
 from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
 from gflow.dynamics.flow import gradient_flow as gradient_flow
 from gflow.dynamics.gauss_newton import GaussNewton as GaussNewton
+from gflow.dynamics.slow_manifold import SlowManifold as SlowManifold
 from gflow.dynamics.step_sizes import (
     ball_smoothness as ball_smoothness,
     loss_line_search as loss_line_search,

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         default=None,
         help="the real data set: digits-A-B, iris-A-B, wine-A-B with two classes A and B, "
-        "breast-cancer, ...; default: iris-0-1",
+        "breast-cancer, ...; default: wine-0-1",
     )
     reproduce.set_defaults(command=_reproduce)
 

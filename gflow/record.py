@@ -43,6 +43,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "rank_one_gap": (_LAYER, "1 - |W_k|_2/|W_k|_F, free of cancellation"),
     "imbalance_drift": (_POINT, "largest change of a conserved matrix / largest |W_k|_F^2"),
     "clock_error": (_POINT, "|-log R minus its value by the clock| / max(1, -log R)"),
+    "beyond_hand_over": (_POINT, "1 where the run continues in split coordinates, else 0"),
     "end_to_end": (("point", "coordinate"), "w = (W_L ... W_1)^T"),
 }
 """Name: (dimensions, meaning). All quantities are dimensionless."""

@@ -195,7 +195,7 @@ def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(flow, monkeypatch):
     problem, _ = flow
     arguments = dict(until=gflow.LogRisk(-20), save=3)
     whole = gflow.gradient_flow(problem, WEIGHTS, **arguments)
-    monkeypatch.setattr("gflow.dynamics.flow.ATTEMPTS_A_CALL", 7)
+    monkeypatch.setattr("gflow.dynamics.near.ATTEMPTS_A_CALL", 7)
     pieces = gflow.gradient_flow(problem, WEIGHTS, **arguments)
     np.testing.assert_array_equal(whole.end_to_end, pieces.end_to_end)
 

@@ -35,9 +35,7 @@ CASES = {
     "four layers": ((2, 6, 5, 4, 1), separable(50, 2, 2), 2),
     "more support vectors than dimensions": (
         (3, 4, 4, 1),
-        np.array(
-            [[1, 0.5, 0.3], [1, -0.5, 0.3], [1, 0.5, -0.3], [1, -0.5, -0.3], [1, 0.1, 0.2]]
-        ),
+        np.array([[1, 0.5, 0.3], [1, -0.5, 0.3], [1, 0.5, -0.3], [1, -0.5, -0.3], [1, 0.1, 0.2]]),
         3,
     ),
     "duplicates": ((2, 4, 4, 1), np.repeat(separable(20, 2, 3), [1, 2] * 10, axis=0), 4),
@@ -75,7 +73,7 @@ def test_next_order_laws_close_faster_than_the_leading_ones(case):
         first, second = (
             relative(law.predict(-s)[name], f[name]) for s, f in zip(at, found, strict=True)
         )
-        floor = 1e-9
+        floor = 1e-8  # the start is known to LSODA's tolerance
         assert second < max(floor, 1.3 * first * 100 ** (-3 / max(law.depth, 3))), name
 
 
@@ -83,7 +81,7 @@ def test_time_law_holds_to_many_digits(case):
     points, late, law = case
     solver = SlowManifold(rtol=1e-10)
     state = solver.advance(solver.start(problem_of(points), late), -1e5)
-    assert abs(law.predict(-1e5)["log_time"] - state.log_time) < 1e-3
+    assert abs(law.predict(-1e5)["log_time"] - state.log_time) < 1e-5
     w = np.linalg.norm(observables(state)["end_to_end"])
     power = 2 - 2 / law.depth
     ratio = np.exp(state.log_risk + state.log_time) * law.depth * law.margin**2 * w**power

@@ -1,5 +1,7 @@
 """The flow past float64's wall, against independent integrators, closed forms and invariants."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
@@ -83,9 +85,7 @@ def gaussian(points, widths, seed):
     """A Gaussian start with R(W) < R(0)."""
     rng = np.random.default_rng(seed)
     while True:
-        weights = [
-            rng.normal(size=(b, a)) / np.sqrt(a) for a, b in zip(widths, widths[1:], strict=False)
-        ]
+        weights = [rng.normal(size=(b, a)) / np.sqrt(a) for a, b in pairwise(widths)]
         for sign in (1.0, -1.0):
             weights[-1] = sign * weights[-1]
             if log_risk(points, weights) < -0.05:
@@ -288,6 +288,32 @@ def test_watching_stops_at_the_first_step_beyond(planar):
     start = solver.start(problem, weights)
     state = solver.advance_until(start, -1e10, lambda state: state.minus_log_risk > 1e5)
     assert 1e5 < state.minus_log_risk < 1e10
+
+
+def test_any_increasing_coordinate_can_be_landed_on(planar):
+    problem, weights = planar
+    solver = SlowManifold()
+    start = solver.advance(solver.start(problem, weights), -1e3)
+    state = solver.reach(start, lambda state: state.log_time, 1e6)
+    assert abs(state.log_time / 1e6 - 1) < 1e-13
+
+    def alignment(state):
+        return -np.log(observables(state)["misalignment"].max())
+
+    state = solver.reach(start, alignment, 30.0)
+    assert abs(alignment(state) - 30) < 1e-10
+    assert solver.reach(start, alignment, 1e3, log_risk=-1e4).log_risk == -1e4
+
+
+def test_saving_many_points_costs_few_steps(planar):
+    """A run that goes on keeps its step size and derivatives; one from rest starts with 1e-14."""
+    problem, weights = planar
+    solver = SlowManifold()
+    state = solver.advance(solver.start(problem, weights), -1e6)
+    before = state.num_steps
+    for s in np.geomspace(1e6, 1e16, 101)[1:]:
+        state = solver.advance(state, -s)
+    assert state.num_steps - before < 120
 
 
 def test_running_out_of_steps_keeps_what_was_computed(planar):

@@ -1,32 +1,37 @@
-"""Gradient flow: one call from weights to a record of the whole trajectory."""
+r"""Gradient flow: one call from weights to a record of the whole trajectory."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import diffrax
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics import clocks, stepping
-from gflow.dynamics.field import FlowField, FlowState
+from gflow.dynamics import clocks
+from gflow.dynamics.far import FarRun, hand_over_error
 from gflow.dynamics.gauss_newton import GaussNewton
+from gflow.dynamics.near import NearRun
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.recorder import Observable, Recorder
-from gflow.dynamics.stepping import Carry, Limits, Tolerance
-from gflow.dynamics.until import AbstractRule, AnyOf, LogTime, Steps, Time, as_rules, save_grid
-from gflow.problem.network import Array, Weights
-from gflow.problem.risk import Problem, risk_and_slope
+from gflow.dynamics.slow_manifold import SlowManifold
+from gflow.dynamics.targets import Failure, Target
+from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, LogTime, Time, as_rules, save_grid
+from gflow.problem.network import Weights
+from gflow.problem.observables import imbalance
+from gflow.problem.risk import Problem
 
 if TYPE_CHECKING:
     import xarray as xr
 
-ATTEMPTS_A_CALL = 2_000
-"""Steps tried between two looks of the host: progress moves and Ctrl-C answers this often."""
+Solver = diffrax.AbstractAdaptiveSolver | SlowManifold
 
-NO_STEP_COUNT = np.iinfo(np.int64).max
+SMALL_SYSTEM = 64
+"""Up to so many coordinates the implicit solver's dense systems cost less than an explicit
+solver's extra evaluations, and one compilation serves the whole run."""
+
+COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
+"""Log risks at which the run on the weights is compared with the continuation, and handed over.
+Further out, float64 weights still carry the flow but not its misalignment and direction error."""
 
 
 def gradient_flow(
@@ -63,9 +68,11 @@ def gradient_flow(
         keep_weights: record the weights at every saved point as ``weights_1``, ``weights_2``, …
         clock: what the solver steps in, from ``gflow.clocks``; by default ``LogTime`` if the
             leading rule is a time and ``LogRisk`` otherwise.
-        solver: any adaptive diffrax solver. By default gflow chooses: :class:`GaussNewton` where
+        solver: any adaptive diffrax solver, or ``SlowManifold()`` for a start that has separated
+            the data. By default gflow chooses: ``GaussNewton`` where
             its linear algebra costs nothing beside the field, else ``diffrax.Dopri8`` as long as
-            accuracy limits its step and ``GaussNewton`` from where stability would.
+            accuracy limits its step and ``GaussNewton`` from where stability would; beyond
+            log R = -1e6 ``SlowManifold``, in whose coordinates nothing small is lost.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a weight; by default ``rtol`` times the typical entry of the
             smallest layer that is not zero, at most ``rtol``.
@@ -89,20 +96,17 @@ def gradient_flow(
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)
         clock = clock or default_clock(rules[0])
-        solvers = (solver,) if solver is not None else default_solvers(problem)
-        run = _Run(problem, clock, solvers, weights, rtol, atol)
-        recorder.save(weights, **run.scalars())
-        status, message = _follow(run, recorder, rules, save, progress, max_steps)
+        solvers = (solver,) if solver is not None else default_solvers(problem, rtol)
+        run = _Run(problem, clock, solvers, weights, rtol, atol, max_steps)
+        status, message = _follow(run, recorder, rules, save, progress)
         return recorder.record(
             kind="flow",
             status=status,
             message=message,
             until=" | ".join(map(repr, rules)),
             clock=clock.name,
-            solver=", then ".join(run.used),
             rtol=rtol,
-            atol=float(run.tolerance.atol),
-            **run.counts(),
+            **run.facts(),
         )
 
 
@@ -111,132 +115,90 @@ def default_clock(rule: AbstractRule) -> clocks.AbstractClock:
     return clocks.LogTime() if isinstance(rule, Time | LogTime) else clocks.LogRisk()
 
 
-SMALL_SYSTEM = 64
-"""Up to so many coordinates the implicit solver's dense systems cost less than an explicit
-solver's extra evaluations, and one compilation serves the whole run."""
-
-
-def default_solvers(problem: Problem) -> tuple[diffrax.AbstractAdaptiveSolver, ...]:
-    """The solvers of a run, each used until the flow is too stiff for it."""
-    small = problem.data.num_points if problem.design is None else min(problem.design.shape)
-    if small <= SMALL_SYSTEM:
-        return (GaussNewton(),)
-    return (diffrax.Dopri8(), GaussNewton())
+def default_solvers(problem: Problem, rtol: float) -> tuple[Solver, ...]:
+    """The solvers of a run, in the order of their use."""
+    far = SlowManifold(rtol=max(rtol, 1e-13))
+    coordinates = problem.data.num_points if problem.design is None else min(problem.design.shape)
+    if coordinates <= SMALL_SYSTEM:
+        return GaussNewton(), far
+    return diffrax.Dopri8(), GaussNewton(), far
 
 
 class _Run:
-    """A flow on its way: the field, the solvers and the carry between two calls of ``advance``."""
+    """The whole run: on the weights first, in split coordinates from the hand-over on."""
 
     def __init__(
         self,
         problem: Problem,
         clock: clocks.AbstractClock,
-        solvers: tuple[diffrax.AbstractAdaptiveSolver, ...],
+        solvers: tuple[Solver, ...],
         weights: Weights,
         rtol: float,
         atol: float | None,
+        max_steps: int,
     ):
-        self.field = FlowField(problem, clock)
-        self.solver, *self.stiffer = solvers
-        self.used: list[str] = []
-        self.explicit_evaluations = self.began_at = 0
-        state = FlowState(weights, np.zeros(()))
-        atol = stepping.default_atol(state, rtol) if atol is None else atol
-        self.tolerance = Tolerance(np.float64(rtol), np.float64(atol))
-        s = clock.read(float(risk_and_slope(problem, state.weights)[0]), -math.inf)
-        self._begin(np.float64(s), state)
+        self.problem, self.clock, self.max_steps = problem, clock, max_steps
+        self.imbalance = tuple(map(np.asarray, imbalance(weights))) if len(solvers) else ()
+        near = tuple(s for s in solvers if not isinstance(s, SlowManifold))
+        self.manifold = next((s for s in solvers if isinstance(s, SlowManifold)), None)
+        self.handed_over: dict[str, Any] = {}
+        self.early: FarRun | None = None
+        if near:
+            self.now: NearRun | FarRun = NearRun(problem, clock, near, weights, rtol, atol)
+            self.near = self.now
+        else:
+            assert self.manifold is not None
+            self.now = FarRun(self.manifold, problem, weights, -np.inf, self.imbalance)
+            self.near = None
 
-    def _begin(self, s: Array, state: FlowState, before: Carry | None = None) -> None:
-        """Start the current solver at a state, keeping the counts of the one ``before``."""
-        carry = stepping.start(self.field, self.solver, self.tolerance, s, state)
-        if before is not None:
-            carry = eqx.tree_at(
-                lambda c: (c.num_steps, c.num_rejected, c.next_step),
-                carry,
-                (before.num_steps, before.num_rejected, before.next_step),
-            )
-        self.carry: Carry = carry
-        self.used.append(type(self.solver).__name__)
+    def save(self, recorder: Recorder) -> None:
+        """Record the point where the run stands."""
+        far = isinstance(self.now, FarRun)
+        values = self.now.values() if isinstance(self.now, FarRun) else None
+        recorder.save(self.now.weights, values, beyond_hand_over=far, **self.now.scalars())
 
-    def advance(self, rules: tuple[AbstractRule, ...], limits: Limits) -> int:
-        """Go on until one of ``limits``; where the solver finds the flow stiff, use the next."""
-        self.carry, reason = stepping.advance(
-            self.field,
-            self.solver,
-            self.tolerance,
-            rules,
-            self.carry,
-            limits,
-            watch_stiffness=bool(self.stiffer),
-        )
-        if int(reason) == stepping.STIFF:
-            self.explicit_evaluations += self._explicit_evaluations()
-            self.began_at = int(self.carry.num_steps)
-            self.solver, *self.stiffer = self.stiffer
-            self._begin(self.carry.s, self.carry.state, self.carry)
-        return int(reason)
+    def reach(self, targets: list[Target], bar: ProgressBar) -> Target | Failure:
+        """Go on to the first of ``targets``, over the hand-over if it comes before."""
+        while self.manifold is not None and isinstance(self.now, NearRun):
+            goal = LogRisk(COMPARE_AT if self.early is None else HAND_OVER_AT)
+            step = Target.of(goal, goal.goal, self.clock)
+            if self.now.progress(goal) < goal.goal:
+                met = self.now.reach([*targets, step], self.max_steps, bar)
+                if met is not step:
+                    return met
+            reason = self._continue(self.now, self.manifold)
+            if reason is not None:
+                self.manifold = None
+                self.handed_over["hand_over"] = f"not made: {reason}"
+        return self.now.reach(targets, self.max_steps, bar)
 
-    def counts(self) -> dict[str, int]:
-        """Rejected steps; field evaluations and Newton iterations of the accepted ones."""
-        evaluations = self.explicit_evaluations + self._explicit_evaluations()
-        evaluations += int(getattr(self.carry.solver_state, "num_evaluations", 0))
-        return {
-            "num_rejected": int(self.carry.num_rejected),
-            "num_field_evaluations": evaluations,
-            "num_newton_iterations": int(getattr(self.carry.solver_state, "num_iterations", 0)),
-        }
+    def _continue(self, near: NearRun, manifold: SlowManifold) -> str | None:
+        """Compare the two ways of going on, or hand over; says why neither can be done."""
+        weights = tuple(map(np.asarray, near.weights))
+        reason = manifold.obstacle(self.problem, weights)
+        if reason is not None:
+            return reason
+        log_time = float(near.scalars()["log_time"])
+        far = FarRun(manifold, self.problem, weights, log_time, self.imbalance, near.num_steps)
+        if self.early is None and near.progress(LogRisk(HAND_OVER_AT)) < LogRisk(HAND_OVER_AT).goal:
+            self.early = far
+            return None
+        self.now = far
+        self.handed_over = {"hand_over": "made", "hand_over_log_risk": far.state.log_risk}
+        if self.early is not None:
+            errors = hand_over_error(self.early, far)
+            self.handed_over |= {f"hand_over_error_{name}": e for name, e in errors.items()}
+        return None
 
-    def _explicit_evaluations(self) -> int:
-        """Of the current solver since it began, if it is an explicit Runge–Kutta method."""
-        if not isinstance(self.solver, diffrax.AbstractERK):
-            return 0
-        tableau = self.solver.tableau
-        stages = len(tableau.c) + 1 - int(tableau.fsal)
-        return stages * (int(self.carry.num_steps) - self.began_at)
-
-    def scalars(self) -> dict[str, object]:
-        """What a saved point holds beside the observables of its weights."""
-        found, _ = _look(self.field, self.carry, ())
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the run as a whole."""
+        used = self.near.used if self.near is not None else []
+        if isinstance(self.now, FarRun):
+            used = [*used, type(self.now.solver).__name__]
+        found: dict[str, Any] = {"solver": ", then ".join(used), **self.handed_over}
+        if self.near is not None:
+            found |= {"atol": self.near.atol, **self.near.counts()}
         return found
-
-    def progress(self, rule: AbstractRule) -> float:
-        """How far the run is in the coordinate of ``rule``."""
-        _, (progress,) = _look(self.field, self.carry, (rule,))
-        return float(progress)
-
-
-@eqx.filter_jit
-def _look(
-    field: FlowField, carry: Carry, rules: tuple[AbstractRule, ...]
-) -> tuple[dict[str, object], list[jax.Array]]:
-    at = stepping.observe(field, carry.state, carry.num_steps, rules)
-    found: dict[str, object] = {"log_time": at.log_time, "num_steps": carry.num_steps}
-    expected = field.clock.log_risk_at(carry.s)
-    if expected is not None:
-        found["clock_error"] = jnp.abs(at.log_risk - expected) / jnp.maximum(1.0, -at.log_risk)
-    return found, [rule.progress(at) for rule in rules]
-
-
-class _Target(NamedTuple):
-    """Where one rule wants to stop, in the terms of the clock at hand."""
-
-    rule: AbstractRule
-    progress: float
-    clock: float
-    """The clock's value there, infinite when the clock cannot know it."""
-    steps: int
-
-    @classmethod
-    def of(cls, rule: AbstractRule, progress: float, clock: clocks.AbstractClock) -> "_Target":
-        if isinstance(rule, Steps):
-            return cls(rule, progress, math.inf, round(math.expm1(progress)))
-        value = rule.clock_value(progress, clock)
-        return cls(rule, progress, math.inf if value is None else value, NO_STEP_COUNT)
-
-    @property
-    def watched(self) -> bool:
-        """Whether only looking after each step can tell that the rule is met."""
-        return math.isinf(self.clock) and self.steps == NO_STEP_COUNT
 
 
 def _follow(
@@ -245,95 +207,33 @@ def _follow(
     rules: tuple[AbstractRule, ...],
     save: int | Sequence[float] | np.ndarray,
     progress: bool | None,
-    max_steps: int,
 ) -> tuple[str, str]:
     """Run from saved point to saved point; returns the status and its message."""
     lead, *others = rules
-    clock = run.field.clock
+    run.save(recorder)
     for rule in rules:
-        if run.progress(rule) >= rule.goal:
+        if run.now.progress(rule) >= rule.goal:
             return "reached", f"{rule!r} is met at the start; nothing was integrated"
-    begin = run.progress(lead)
+    begin = run.now.progress(lead)
     grid = save_grid(lead, begin, save)
-    ends = [_Target.of(rule, rule.goal, clock) for rule in others]
+    ends = [Target.of(rule, rule.goal, run.clock) for rule in others]
+    saved = 0
     with ProgressBar("gradient flow", begin, float(grid[-1]), progress) as bar:
-        for progress_value in grid:
-            targets = [_Target.of(lead, float(progress_value), clock), *ends]
+        for value in grid:
             try:
-                met = _reach(run, targets, max_steps, bar)
+                met = run.reach([Target.of(lead, float(value), run.clock), *ends], bar)
             except KeyboardInterrupt:
-                recorder.save(run.carry.state.weights, **run.scalars())
-                return "interrupted", "stopped by the keyboard; what was computed is in the record"
-            recorder.save(run.carry.state.weights, **run.scalars())
-            if isinstance(met, _Failure):
+                met = Failure(
+                    "interrupted", "stopped by the keyboard; what was computed is in the record"
+                )
+            if run.now.num_steps > saved:
+                run.save(recorder)
+                saved = run.now.num_steps
+            if isinstance(met, Failure):
                 return met
-            if met.rule is not lead or progress_value == grid[-1]:
-                return "reached", f"{met.rule!r} after {int(run.carry.num_steps)} steps"
+            if met.rule is not lead or value == grid[-1]:
+                return "reached", f"{met.rule!r} after {saved} steps"
     raise AssertionError("the last saved point is the leading rule's goal")
-
-
-class _Failure(NamedTuple):
-    status: str
-    message: str
-
-
-def _reach(
-    run: _Run, targets: list[_Target], max_steps: int, bar: ProgressBar
-) -> _Target | _Failure:
-    """Advance to the first of ``targets`` and say which it was, or why none was reached."""
-    watched = [target for target in targets if target.watched]
-    rules = tuple(target.rule for target in watched)
-    s_end = min(target.clock for target in targets)
-    steps = min(target.steps for target in targets)
-    while (tried := int(run.carry.num_steps + run.carry.num_rejected)) < max_steps:
-        limits = Limits(
-            s_end=np.float64(s_end),
-            num_steps=np.int64(steps),
-            goals=tuple(np.float64(target.progress) for target in watched),
-            attempts=np.int64(min(ATTEMPTS_A_CALL, max_steps - tried)),
-        )
-        match run.advance(rules, limits):
-            case stepping.CROSSED:
-                return _land_first(run, watched)
-            case stepping.LANDED:
-                return next(target for target in targets if target.clock == s_end)
-            case stepping.COUNTED:
-                return next(target for target in targets if target.steps == steps)
-            case stepping.STALLED:
-                return _Failure("stalled", _why_stalled(run))
-        bar.update(run.progress(targets[0].rule), f"{int(run.carry.num_steps)} steps")
-    return _Failure(
-        "max_steps",
-        f"{max_steps} steps were tried before {targets[0].rule!r} was reached; raise "
-        "`max_steps`, or loosen `rtol`",
-    )
-
-
-def _land_first(run: _Run, watched: list[_Target]) -> _Target:
-    """Land on the earliest of the watched rules that the last step crossed."""
-    crossed = [target for target in watched if run.progress(target.rule) >= target.progress]
-    landed = [
-        stepping.land(run.field, run.solver, target.rule, run.carry, np.float64(target.progress))
-        for target in crossed
-    ]
-    first = int(np.argmin([float(carry.s) for carry in landed]))
-    run.carry = landed[first]
-    return crossed[first]
-
-
-def _why_stalled(run: _Run) -> str:
-    carry = run.carry
-    log_risk, squared = risk_and_slope(run.field.problem, carry.state.weights)
-    where = f"the step size vanished at log R = {float(log_risk):.6g}"
-    at_zero = float(run.field.problem.log_risk_at_zero())
-    if float(log_risk) >= at_zero:
-        return (
-            f"{where}, above log R(0) = {at_zero:.6g}, with |grad log R| = "
-            f"{math.sqrt(float(squared)):.2g}: the flow is running into a saddle, which it may "
-            "from a start with R(W(0)) > R(0); a time clock (`until=gflow.Time(...)`) shows the "
-            "approach"
-        )
-    return f"{where}: the tolerances are below what float64 can hold there"
 
 
 def _tolerances(rtol: float, atol: float | None) -> tuple[float, float | None]:

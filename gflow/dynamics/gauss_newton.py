@@ -161,7 +161,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
         return 2 * self.stages - 1
 
     def error_order(self, terms: Any) -> float:
-        return 2.0 * self.stages
+        return 2.0 * self.stages - 1.0
 
     def func(self, terms: Any, t0: Any, y0: FlowState, args: Any) -> FlowState:
         return terms.vf(t0, y0, args)
@@ -240,7 +240,10 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
         time_slopes = np.linalg.inv(tableau.matrix) @ (u - y0.scaled_time) / h
         *_, third, second, final = jnp.abs(tableau.legendre @ time_slopes)
         time_error = (
-            h * final * _decay(final, second, third) ** p / (1 + h * tableau.damping * decay[-1])
+            h
+            * final
+            * _decay(final, second, third) ** (p - 1)
+            / (1 + h * tableau.damping * decay[-1])
         )
 
         failed = ~(correction < 100 * self.tolerance)
@@ -382,7 +385,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
         damping = h * tableau.damping
         stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
         z = damping * jnp.linalg.solve(stiff, last.stiffness @ (tail[-1] @ last.projection))
-        scale = h * _decay(final, second, third) ** self.stages
+        scale = h * _decay(final, second, third) ** (self.stages - 1)
         return [
             scale * ((tail[-1][:, None] * left).T @ right - jnp.outer(a, z @ b))
             for left, right, a, b in zip(*last.derivatives, frame.lefts, frame.columns, strict=True)

@@ -32,7 +32,10 @@ class Radau(NamedTuple):
     def solve(self, block: Array, rhs: Array) -> Array:
         """``(I + kron(matrix, block))^-1 rhs``: one solve of complex order m per eigenvalue."""
         block, rhs = (jax.lax.complex(x, jnp.zeros_like(x)) for x in (block, rhs))
-        shifted = jnp.eye(*block.shape, dtype=block.dtype)[None] + self.eigenvalues[:, None, None] * block[None]
+        shifted = (
+            jnp.eye(*block.shape, dtype=block.dtype)[None]
+            + self.eigenvalues[:, None, None] * block[None]
+        )
         solution = jnp.linalg.solve(shifted, (self.dual @ rhs)[:, :, None])
         return jnp.real(self.vectors @ solution[:, :, 0])
 

@@ -55,10 +55,18 @@ class Recorder:
         self.last = weights
         self.began = time.perf_counter()
 
-    def save(self, weights: Weights, **scalars: Any) -> None:
-        """Add one point: its observables, and ``scalars`` that the caller knows."""
-        values = _evaluate(self.problem, weights, self.reference, tuple(self.extra.items()))
-        self.points.append({**values, **scalars})
+    def save(
+        self, weights: Weights, values: Mapping[str, Any] | None = None, **scalars: Any
+    ) -> None:
+        """Add one point: its observables, and ``scalars`` that the caller knows.
+
+        Args:
+            weights: where the run stands.
+            values: observables known better than from the weights, which replace them.
+            scalars: further variables.
+        """
+        found = _evaluate(self.problem, weights, self.reference, tuple(self.extra.items()))
+        self.points.append({**found, **(values or {}), **scalars})
         self.last = weights
         if self.keep_weights:
             self.kept.append(jax.tree.map(np.asarray, weights))

@@ -251,10 +251,11 @@ def _common_start(texts: Sequence[str]) -> str:
     """What all texts begin with: they differ in a rate or an exponent that comes last."""
     if len(set(texts)) == 1:
         return texts[0]
-    columns = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
-    start = "".join(letters[0] for letters in columns)
-    # Up to the last comma, if there is one: what follows it was to be a number.
-    return start.rpartition(",")[0] or f"{start.strip()}…"
+    heads = [text.split(", ")[0] for text in texts]
+    if len(set(heads)) == 1:
+        return heads[0]
+    columns = takewhile(lambda letters: len(set(letters)) == 1, zip(*heads, strict=False))
+    return "".join(letters[0] for letters in columns).rstrip("0123456789. ") + " …"
 
 
 CLAIM_HEADER = ("run", "claim", "value", "held against", "verdict", "why")

@@ -177,7 +177,7 @@ def decision_lines(
     times = np.concatenate(
         [record["log_time"].values[picks[label]] for label, record in shown.items()]
     )
-    norm = SymLogNorm(linthresh=1.0, linscale=0.4, vmin=times.min(), vmax=times.max())
+    norm = SymLogNorm(linthresh=1.0, linscale=1.0, vmin=times.min(), vmax=times.max())
     # Without its pale end, which would vanish on white.
     colormap = ListedColormap(colormaps["viridis_r"](np.linspace(0.12, 1.0, 256)))
     for (label, record), style in zip(shown.items(), cycle(_LINES), strict=False):
@@ -451,6 +451,7 @@ def _finish(ax: "Axes", x: str, y_label: str) -> "Axes":
     ax.set_xlabel(_X_AXES[x], fontsize=_FONT)
     ax.set_ylabel(y_label, fontsize=_FONT)
     ax.tick_params(which="both", labelsize=_SMALL)
+    _no_minor_labels(ax)
     ax.grid(True, linewidth=0.3, color="0.85")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -491,6 +492,15 @@ def _long_scale(ax: "Axes", which: str) -> None:
     getattr(ax, f"set_{which}scale")("symlog", linthresh=1.0, linscale=0.4)
     getattr(ax, f"set_{which}lim")(*_padded(low, high))
     _long_ticks(axis, low, high)
+
+
+def _no_minor_labels(ax: "Axes") -> None:
+    """Label only powers of ten where a logarithmic axis shows two of them or more."""
+    from matplotlib.ticker import NullFormatter
+
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log" and np.floor(np.log10(high)) > np.ceil(np.log10(low)):
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -1,0 +1,180 @@
+"""Does recording cost descent its speed? `gradient_descent` against a bare jitted loop.
+
+The bare loop is what one writes by hand: the mean logistic loss, `jax.grad`, an optax update, all
+in one jitted `lax.scan` that returns the final weights and nothing else. Both make the same steps
+from the same start in double precision, alternately, after compilation; what counts is the whole
+call, from weights on the host to the finished record. With PyTorch installed its eager loop, the
+same arithmetic without any tool, is timed as well.
+
+    python benchmarks/descent_throughput.py [--quick] [--out benchmarks/descent_throughput.json]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gflow
+from gflow.dynamics.descent import gradient_descent
+from gflow.record import versions
+
+OPTIMISERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(1e-3),
+}
+NETWORKS = {10: ((2, 10, 10, 10, 1), 400_000), 256: ((20, 256, 256, 256, 1), 8_000)}
+"""Width: (widths, steps of one run)."""
+
+REPEATS = 7
+
+
+def bare_loop(z, optimizer, steps):
+    def risk(weights):
+        row = weights[-1]
+        for matrix in reversed(weights[:-1]):
+            row = row @ matrix
+        return jnp.mean(jax.nn.softplus(-(z @ row[0])))
+
+    def step(carry, _):
+        weights, state = carry
+        updates, state = optimizer.update(jax.grad(risk)(weights), state, weights)
+        return (optax.apply_updates(weights, updates), state), None
+
+    @jax.jit
+    def loop(weights):
+        carry = (weights, optimizer.init(weights))
+        return jax.lax.scan(step, carry, None, length=steps)[0][0]
+
+    return lambda weights: jax.block_until_ready(loop(weights))
+
+
+def torch_loop(z, steps, rate=0.1):
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    z = torch.tensor(z)
+
+    def loop(weights):
+        layers = [torch.tensor(np.asarray(w), requires_grad=True) for w in weights]
+        optimizer = torch.optim.SGD(layers, lr=rate)
+        for _ in range(steps):
+            row = layers[-1]
+            for matrix in reversed(layers[:-1]):
+                row = row @ matrix
+            optimizer.zero_grad()
+            torch.nn.functional.softplus(-(z @ row[0])).mean().backward()
+            optimizer.step()
+        return [layer.detach().numpy() for layer in layers]
+
+    return loop
+
+
+def seconds(call):
+    began = time.perf_counter()
+    result = call()
+    return time.perf_counter() - began, result
+
+
+def compare(width, name, steps):
+    widths = NETWORKS[width][0]
+    data = gflow.datasets.separable(n=100, d=widths[0], margin=0.1, seed=0)
+    problem = gflow.Problem(data, loss=gflow.Logistic())
+    weights = gflow.init.admissible(gflow.init.gaussian(widths, seed=0), problem)
+    optimizer = OPTIMISERS[name]()
+    bare = bare_loop(jnp.asarray(data.signed_inputs), optimizer, steps)
+
+    def ours(until):
+        return lambda: gradient_descent(problem, weights, optimizer, until=until, save=2)
+
+    contestants = {
+        "bare": lambda: bare(weights),
+        "gflow": ours(gflow.Steps(steps)),
+        # Asking a rule at every iterate, for a risk that is never reached.
+        "gflow, watching the risk": ours(gflow.LogRisk(-1e9) | gflow.Steps(steps)),
+    }
+    first = {key: seconds(call)[0] for key, call in contestants.items()}
+    times = {key: [] for key in contestants}
+    results = {}
+    for _ in range(REPEATS):
+        for key, call in contestants.items():
+            took, results[key] = seconds(call)
+            times[key].append(took)
+    found = {
+        "width": width,
+        "optimiser": name,
+        "steps": steps,
+        "first_call_s": first,
+        "step_us": {key: 1e6 * statistics.median(t) / steps for key, t in times.items()},
+        "step_us_least": {key: 1e6 * min(t) / steps for key, t in times.items()},
+    }
+    for key in list(contestants)[1:]:
+        ratios = sorted(b / t for b, t in zip(times["bare"], times[key], strict=True))
+        found[f"throughput, {key}"] = {
+            "median": statistics.median(ratios),
+            "least": ratios[0],
+            "greatest": ratios[-1],
+        }
+    final = results["gflow"]
+    found["largest_difference_of_weights"] = max(
+        float(np.max(np.abs(final[f"final_weights_{k}"].values - np.asarray(w))))
+        for k, w in enumerate(results["bare"], start=1)
+    )
+    if name == "sgd":
+        found["torch"] = against_torch(data, weights, steps, results["bare"])
+    return found
+
+
+def against_torch(data, weights, steps, expected):
+    try:
+        import torch
+    except ImportError:
+        return None
+    few = max(100, steps // 200)
+    loop = torch_loop(data.signed_inputs, few)
+    loop(weights)
+    took = statistics.median(seconds(lambda: loop(weights))[0] for _ in range(3))
+    return {"version": torch.__version__, "steps": few, "step_us": 1e6 * took / few}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    rows = []
+    with jax.enable_x64(True):
+        for width, (_, steps) in NETWORKS.items():
+            for name in OPTIMISERS:
+                row = compare(width, name, steps // 10 if arguments.quick else steps)
+                rows.append(row)
+                us, ratio = row["step_us"], row["throughput, gflow"]
+                watching = row["throughput, gflow, watching the risk"]
+                print(
+                    f"width {width:3d} {name:9s} bare {us['bare']:7.2f} us, gflow "
+                    f"{us['gflow']:7.2f} us: throughput {ratio['median']:.3f} "
+                    f"[{ratio['least']:.3f}, {ratio['greatest']:.3f}]; watching the risk "
+                    f"{watching['median']:.3f}; weights differ by "
+                    f"{row['largest_difference_of_weights']:.1e}",
+                    flush=True,
+                )
+    report = {
+        "command": " ".join(["python", "benchmarks/descent_throughput.py", *sys.argv[1:]]),
+        "device": str(jax.devices()[0]),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

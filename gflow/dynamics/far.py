@@ -1,0 +1,125 @@
+"""The flow in split coordinates: the run beyond what float64 weights can hold."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.slow_manifold import ManifoldError, SlowManifold, difference
+from gflow.dynamics.split import SplitState
+from gflow.dynamics.split_observables import observables
+from gflow.dynamics.targets import Failure, Target, out_of_steps
+from gflow.dynamics.until import AbstractRule, Coordinates, LogRisk, Steps
+from gflow.problem.network import Weights
+from gflow.problem.risk import Problem
+
+
+class FarRun:
+    """A flow on its way in the coordinates of :class:`SlowManifold`."""
+
+    def __init__(
+        self,
+        solver: SlowManifold,
+        problem: Problem,
+        weights: Weights,
+        log_time: float,
+        imbalance: tuple[np.ndarray, ...],
+        num_steps: int = 0,
+    ):
+        self.solver = solver
+        self.state: SplitState = solver.start(
+            problem, weights, log_time=log_time, imbalance=imbalance
+        )
+        self.before = num_steps
+        self.began = self.state.num_steps
+
+    @property
+    def weights(self) -> Weights:
+        """The weights where the run stands, rounded to float64."""
+        return tuple(self.state.weights())
+
+    @property
+    def num_steps(self) -> int:
+        """Accepted steps so far, those of the run before this one included."""
+        return self._steps(self.state)
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The observables, right where those of the rounded weights are not."""
+        return observables(self.state)
+
+    def scalars(self) -> dict[str, Any]:
+        """What a saved point holds beside its observables; the clock is the risk itself."""
+        return {
+            "log_time": np.float64(self.state.log_time),
+            "num_steps": np.int64(self.num_steps),
+            "clock_error": np.float64(0.0),
+        }
+
+    def progress(self, rule: AbstractRule) -> float:
+        """How far the run is in the coordinate of ``rule``."""
+        return self._progress(self.state, rule)
+
+    def reach(self, targets: list[Target], max_steps: int, bar: ProgressBar) -> Target | Failure:
+        """Advance to the first of ``targets`` and say which it was, or why none was reached."""
+        by_risk = [target for target in targets if isinstance(target.rule, LogRisk)]
+        by_steps = [target for target in targets if isinstance(target.rule, Steps)]
+        others = [target for target in targets if target not in by_risk + by_steps]
+        solver = dataclasses.replace(
+            self.solver, max_steps=min(self.solver.max_steps, max(1, max_steps - self.num_steps))
+        )
+        end = max((-np.sinh(target.progress) for target in by_risk), default=-1e140)
+
+        def ahead(state: SplitState) -> float:
+            return max(self._progress(state, target.rule) - target.progress for target in others)
+
+        def counted(state: SplitState) -> bool:
+            return any(self._steps(state) >= target.steps for target in by_steps)
+
+        try:
+            if others:
+                self.state = solver.reach(self.state, ahead, 0.0, log_risk=end)
+            else:
+                self.state = solver.advance_until(self.state, end, counted)
+        except ManifoldError as error:
+            self.state = error.state
+            return out_of_steps(max_steps, targets[0].rule)
+        bar.update(self.progress(targets[0].rule), f"{self.num_steps} steps")
+        slack = 1e-12
+        for target in targets:
+            met = self.progress(target.rule) - target.progress
+            if met >= -slack * max(1.0, abs(target.progress)):
+                return target
+        return Failure("stalled", f"split coordinates end at log R = {self.state.log_risk:.6g}")
+
+    def _steps(self, state: SplitState) -> int:
+        return self.before + state.num_steps - self.began
+
+    def _progress(self, state: SplitState, rule: AbstractRule) -> float:
+        misalignment = (
+            np.max(observables(state)["misalignment"], initial=0.0)
+            if rule.needs_misalignment
+            else np.nan
+        )
+        at = Coordinates(
+            log_risk=np.float64(state.log_risk),
+            log_time=np.float64(state.log_time),
+            num_steps=np.int64(self._steps(state)),
+            misalignment=np.float64(misalignment),
+        )
+        return float(rule.progress(at))
+
+
+def hand_over_error(early: FarRun, late: FarRun) -> dict[str, float]:
+    """How far the two ways of integrating disagree between two exact states.
+
+    Args:
+        early: the continuation started at an exact state.
+        late: the continuation started at an exact state further on.
+
+    Returns:
+        The largest relative difference of each small quantity at ``late``, and the absolute one
+        of the log time.
+    """
+    arrived = early.solver.advance(early.state, late.state.log_risk)
+    return difference(arrived, late.state)

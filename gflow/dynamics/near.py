@@ -1,0 +1,185 @@
+"""The flow on the weights themselves: the run until float64 cannot hold its small quantities."""
+
+import math
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.dynamics import clocks, stepping
+from gflow.dynamics.field import FlowField, FlowState
+from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.stepping import Carry, Limits, Tolerance
+from gflow.dynamics.targets import Failure, Target, out_of_steps
+from gflow.dynamics.until import AbstractRule
+from gflow.problem.network import Array, Weights
+from gflow.problem.risk import Problem, risk_and_slope
+
+ATTEMPTS_A_CALL = 2_000
+"""Steps tried between two looks of the host: progress moves and Ctrl-C answers this often."""
+
+
+class NearRun:
+    """A flow on its way: the field, the solvers and the carry between two calls of ``advance``."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        clock: clocks.AbstractClock,
+        solvers: tuple[diffrax.AbstractAdaptiveSolver, ...],
+        weights: Weights,
+        rtol: float,
+        atol: float | None,
+    ):
+        self.field = FlowField(problem, clock)
+        self.solver, *self.stiffer = solvers
+        self.used: list[str] = []
+        self.explicit_evaluations = self.began_at = 0
+        state = FlowState(weights, np.zeros(()))
+        self.atol = stepping.default_atol(state, rtol) if atol is None else float(atol)
+        self.tolerance = Tolerance(np.float64(rtol), np.float64(self.atol))
+        s = clock.read(float(risk_and_slope(problem, weights)[0]), -math.inf)
+        self._begin(np.float64(s), state)
+
+    def _begin(self, s: Array, state: FlowState, before: Carry | None = None) -> None:
+        """Start the current solver at a state, keeping the counts of the one ``before``."""
+        carry = stepping.start(self.field, self.solver, self.tolerance, s, state)
+        if before is not None:
+            carry = eqx.tree_at(
+                lambda c: (c.num_steps, c.num_rejected, c.next_step),
+                carry,
+                (before.num_steps, before.num_rejected, before.next_step),
+            )
+        self.carry: Carry = carry
+        self.used.append(type(self.solver).__name__)
+
+    @property
+    def weights(self) -> Weights:
+        """The weights where the run stands."""
+        return self.carry.state.weights
+
+    @property
+    def num_steps(self) -> int:
+        """Accepted steps so far."""
+        return int(self.carry.num_steps)
+
+    @property
+    def num_tried(self) -> int:
+        """Steps tried so far."""
+        return int(self.carry.num_steps + self.carry.num_rejected)
+
+    def scalars(self) -> dict[str, Any]:
+        """What a saved point holds beside the observables of its weights."""
+        found, _ = _look(self.field, self.carry, ())
+        return dict(found)
+
+    def progress(self, rule: AbstractRule) -> float:
+        """How far the run is in the coordinate of ``rule``."""
+        _, (progress,) = _look(self.field, self.carry, (rule,))
+        return float(progress)
+
+    def counts(self) -> dict[str, int]:
+        """Rejected steps; field evaluations and Newton iterations of the accepted ones."""
+        evaluations = self.explicit_evaluations + self._explicit_evaluations()
+        evaluations += int(getattr(self.carry.solver_state, "num_evaluations", 0))
+        return {
+            "num_rejected": int(self.carry.num_rejected),
+            "num_field_evaluations": evaluations,
+            "num_newton_iterations": int(getattr(self.carry.solver_state, "num_iterations", 0)),
+        }
+
+    def _explicit_evaluations(self) -> int:
+        """Of the current solver since it began, if it is an explicit Runge–Kutta method."""
+        if not isinstance(self.solver, diffrax.AbstractERK):
+            return 0
+        tableau = self.solver.tableau
+        stages = len(tableau.c) + 1 - int(tableau.fsal)
+        return stages * (self.num_steps - self.began_at)
+
+    def reach(self, targets: list[Target], max_steps: int, bar: ProgressBar) -> Target | Failure:
+        """Advance to the first of ``targets`` and say which it was, or why none was reached."""
+        watched = [target for target in targets if target.watched]
+        rules = tuple(target.rule for target in watched)
+        s_end = min(target.clock for target in targets)
+        steps = min(target.steps for target in targets)
+        while (tried := self.num_tried) < max_steps:
+            limits = Limits(
+                s_end=np.float64(s_end),
+                num_steps=np.int64(steps),
+                goals=tuple(np.float64(target.progress) for target in watched),
+                attempts=np.int64(min(ATTEMPTS_A_CALL, max_steps - tried)),
+            )
+            match self._advance(rules, limits):
+                case stepping.CROSSED:
+                    return self._land_first(watched)
+                case stepping.LANDED:
+                    return next(target for target in targets if target.clock == s_end)
+                case stepping.COUNTED:
+                    return next(target for target in targets if target.steps == steps)
+                case stepping.STALLED:
+                    return Failure("stalled", self._why_stalled())
+            bar.update(self.progress(targets[0].rule), f"{self.num_steps} steps")
+        return out_of_steps(max_steps, targets[0].rule)
+
+    def _advance(self, rules: tuple[AbstractRule, ...], limits: Limits) -> int:
+        """Go on until one of ``limits``; where the solver finds the flow stiff, use the next."""
+        self.carry, reason = stepping.advance(
+            self.field,
+            self.solver,
+            self.tolerance,
+            rules,
+            self.carry,
+            limits,
+            watch_stiffness=bool(self.stiffer),
+        )
+        if int(reason) == stepping.STIFF:
+            self.explicit_evaluations += self._explicit_evaluations()
+            self.began_at = self.num_steps
+            self.solver, *self.stiffer = self.stiffer
+            self._begin(self.carry.s, self.carry.state, self.carry)
+        return int(reason)
+
+    def _land_first(self, watched: list[Target]) -> Target:
+        """Land on the earliest of the watched rules that the last step crossed."""
+        crossed = [target for target in watched if self.progress(target.rule) >= target.progress]
+        landed = [
+            stepping.land(
+                self.field, self.solver, target.rule, self.carry, np.float64(target.progress)
+            )
+            for target in crossed
+        ]
+        first = int(np.argmin([float(carry.s) for carry in landed]))
+        self.carry = landed[first]
+        return crossed[first]
+
+    def _why_stalled(self) -> str:
+        log_risk, squared = risk_and_slope(self.field.problem, self.weights)
+        where = f"the step size vanished at log R = {float(log_risk):.6g}"
+        slope = f"|grad log R| = {math.sqrt(float(squared)):.2g}"
+        if float(log_risk) >= float(self.field.problem.log_risk_at_zero()):
+            return (
+                f"{where}, not below that of zero weights, with {slope}: the flow is running into "
+                "a saddle, which it may from a start with R(W(0)) > R(0); a time clock "
+                "(`until=gflow.Time(...)`) shows the approach"
+            )
+        if not self.field.problem.data.separable:
+            return (
+                f"{where}, with {slope}: the data are not separable, so that the risk has a "
+                "positive infimum; a time clock (`until=gflow.Time(...)`) shows the approach"
+            )
+        return f"{where}, with {slope}: the tolerances are below what float64 can hold there"
+
+
+@eqx.filter_jit
+def _look(
+    field: FlowField, carry: Carry, rules: tuple[AbstractRule, ...]
+) -> tuple[dict[str, Any], list[jax.Array]]:
+    at = stepping.observe(field, carry.state, carry.num_steps, rules)
+    found: dict[str, Any] = {"log_time": at.log_time, "num_steps": carry.num_steps}
+    expected = field.clock.log_risk_at(carry.s)
+    if expected is not None:
+        found["clock_error"] = jnp.abs(at.log_risk - expected) / jnp.maximum(1.0, -at.log_risk)
+    return found, [rule.progress(at) for rule in rules]

@@ -1,0 +1,50 @@
+"""Where a run is asked to stop next, in the terms of its clock."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from gflow.dynamics.clocks import AbstractClock
+from gflow.dynamics.until import AbstractRule, Steps
+
+NO_STEP_COUNT = int(np.iinfo(np.int64).max)
+
+
+class Target(NamedTuple):
+    """One rule at one value of its progress."""
+
+    rule: AbstractRule
+    progress: float
+    clock: float
+    """The clock's value there, infinite when the clock cannot know it."""
+    steps: int
+
+    @classmethod
+    def of(cls, rule: AbstractRule, progress: float, clock: AbstractClock) -> "Target":
+        """Where ``rule`` has made this ``progress``."""
+        if isinstance(rule, Steps):
+            return cls(rule, progress, math.inf, round(math.expm1(progress)))
+        value = rule.clock_value(progress, clock)
+        return cls(rule, progress, math.inf if value is None else value, NO_STEP_COUNT)
+
+    @property
+    def watched(self) -> bool:
+        """Whether only looking after each step can tell that the rule is met."""
+        return math.isinf(self.clock) and self.steps == NO_STEP_COUNT
+
+
+class Failure(NamedTuple):
+    """Why a run stopped before any of its targets."""
+
+    status: str
+    message: str
+
+
+def out_of_steps(max_steps: int, rule: AbstractRule) -> Failure:
+    """The budget of steps is used."""
+    return Failure(
+        "max_steps",
+        f"{max_steps} steps were tried before {rule!r} was reached; raise `max_steps`, or loosen "
+        "`rtol`",
+    )
