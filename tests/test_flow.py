@@ -77,7 +77,15 @@ def test_all_clocks_walk_the_same_path(flow):
     problem, record = flow
     time = float(np.exp(record.log_time[2]))
     for clock in (gflow.clocks.Time(), gflow.clocks.LogTime(), gflow.clocks.Risk()):
-        other = gflow.gradient_flow(problem, WEIGHTS, until=gflow.Time(time), save=2, clock=clock)
+        other = gflow.gradient_flow(
+            problem,
+            WEIGHTS,
+            until=gflow.Time(time),
+            save=2,
+            clock=clock,
+            solver=diffrax.Dopri8(),
+            rtol=1e-11,
+        )
         np.testing.assert_allclose(other.log_risk[-1], record.log_risk[2], rtol=DIGITS)
         np.testing.assert_allclose(other.log_time[-1], np.log(time), rtol=1e-11)
         np.testing.assert_allclose(
@@ -143,6 +151,23 @@ def test_a_saddle_to_come_stalls_with_a_reason_and_everything_so_far():
     np.testing.assert_allclose(record.log_risk[-1], 0.0, atol=1e-6)
 
 
+def test_a_flow_that_leaves_float64s_resolution_goes_on_in_split_coordinates(flow):
+    problem, _ = flow
+    record = gflow.gradient_flow(problem, WEIGHTS, until=gflow.LogRisk(-1e30), save=12)
+    assert record.attrs["status"] == "reached"
+    assert record.attrs["hand_over"] == "made"
+    errors = [record.attrs[f"hand_over_error_{name}"] for name in ("misalignment", "rank_one_gap")]
+    assert max(errors) < DIGITS
+    np.testing.assert_allclose(record.log_risk[-1], -1e30, rtol=1e-12)
+    assert record.beyond_hand_over[-1] == 1
+    # The products with powers of -log R have become constants (three layers).
+    s = -record.log_risk[-3:]
+    for name, power in (("misalignment", 4 / 3), ("rank_one_gap", 2 / 3), ("direction_error", 1)):
+        constant = record[name][-3:] * s**power
+        np.testing.assert_allclose(constant - constant[-1], 0.0, atol=1e-4 * np.abs(constant).max())
+    assert record.imbalance_drift.max() < 1e-9
+
+
 # Stopping -----------------------------------------------------------------------------------
 
 
@@ -180,15 +205,17 @@ def test_an_interrupted_run_returns_what_was_done(flow, monkeypatch):
     calls = iter(range(100))
     advance = stepping.advance
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return advance(*args)
+        return advance(*args, **options)
 
     monkeypatch.setattr(stepping, "advance", interrupted)
-    record = gflow.gradient_flow(problem, WEIGHTS, until=gflow.LogRisk(-300), save=[-1, -5, -20, -100])
+    record = gflow.gradient_flow(
+        problem, WEIGHTS, until=gflow.LogRisk(-300), save=[-1, -5, -20, -100]
+    )
     assert record.attrs["status"] == "interrupted"
-    assert record.sizes["point"] == 5
+    assert record.sizes["point"] == 4  # the start and the three points reached
 
 
 def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(flow, monkeypatch):

@@ -1,3 +1,4 @@
+import diffrax
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -22,8 +23,14 @@ def records(data):
     found = {}
     for widths in ((2, 3, 3, 1), (2, 1)):
         weights = gflow.init.admissible(gflow.init.gaussian(widths, seed=1), problem)
-        flow = gflow.gradient_flow(problem, weights, until=gflow.LogRisk(-100), save=12, rtol=1e-6)
-        found[f"{len(widths) - 1}"] = flow
+        found[f"{len(widths) - 1}"] = gflow.gradient_flow(
+            problem,
+            weights,
+            until=gflow.LogRisk(-120),
+            save=12,
+            rtol=1e-6,
+            solver=diffrax.Tsit5(),  # quick to compile
+        )
     # Descent has the same variables; a shorter flow under its name will do here.
     descent = found["3"].isel(point=slice(0, 8))
     return {

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffrax
 import matplotlib.image
 import pytest
 
@@ -77,7 +78,9 @@ def test_records_reach_the_goal_of_the_flow_and_say_how_they_were_made(quick):
 def test_data_that_are_not_separable_give_a_certificate_and_no_claim(tmp_path):
     data = gflow.Dataset([[1.0, 0.0], [2.0, 0.1], [1.0, 0.2]], [1, -1, 1], name="mixed")
     weights = gflow.init.zero_first((2, 2, 1))
-    run = ex.one_run("flow", weights, gflow.LogRisk(-5) | gflow.Steps(20))
+    quick_to_compile = {"solver": diffrax.Tsit5(), "save": 10}
+    until = gflow.LogRisk(-5) | gflow.Steps(20)
+    run = ex.one_run("flow", weights, until, options=quick_to_compile)
     todo = ex.Experiment("mixed", gflow.Problem(data), [run])
     said = []
     (outcome,) = reproduce.compute_and_write([todo], tmp_path, title="test", say=said.append)

@@ -1,48 +1,21 @@
-r"""Sharp asymptotics of gradient flow on separable data: every limit with its rate and constant.
-
-With $s = -\log R \to \infty$, $\gamma$ the margin, $\bar u$ its direction, exponential tails:
-
-1. In the chain frame (``gflow.dynamics.split``) $\dot e_k = O(s^{-1-2/L})$ and
-   $\dot C_k = O(s^{-1-3/L})$: $e_k \to u_k$ and $C_k$ converge, $\sigma_k \to \infty$. So do the
-   singular vectors of $W_k$, to $u_k$ and $u_{k-1}$, where $u_L = 1$, $u_0 = \bar u$. The $u_k$
-   are not functions of the conserved $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$ ($W_1 \to W_1 O$,
-   O orthogonal, keeps every $D_k$ and moves $u_1$); they are read off a late state.
-2. Norms. $\sigma_{k+1}^2 - \sigma_k^2 \to u_k^\top D_k u_k$ and $\prod_k\sigma_k = \lVert w\rVert$:
-   $\lVert W_k\rVert_2^2 = \lVert w\rVert^{2/L} + a_k + O(s^{-2/L})$,
-   $a_{k+1} - a_k = u_k^\top D_k u_k$, $\sum_k a_k = 0$.
-3. Rank one. $\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2 \to r_k$, $r_L = 0$,
-   $r_k = r_{k+1} - \operatorname{tr} D_k + u_k^\top D_k u_k$, up to $O(s^{-3/L})$.
-4. Alignment. The upper right block of $D_k$ gives the angle $\varphi_k$ between $u_k(W_k)$ and
-   $v_{k+1}(W_{k+1})$, of which $u_k$ is the middle: with $n$ the unit vector along
-   $(I - u_k u_k^\top) D_k u_k$
-
-   $$\varphi_k = \frac{\lVert (I - u_k u_k^\top) D_k u_k\rVert}{\lVert w\rVert^{2/L}
-   + \frac12(a_k + a_{k+1}) - \frac12(\lVert C_k^\top n\rVert^2 + \lVert C_{k+1} n\rVert^2)}
-   \,(1 + O(s^{-3/L})).$$
-
-5. Direction. Across $\bar u$, in the span T of the differences of support vectors, $w_T \to b^*$,
-   the minimiser of $\sum_{i\in S} e^{-\langle b, z_i\rangle}$ over T, which exists if and only if
-   all support vectors can carry weight at once; next order
-   $\Sigma\,(w_T - b^*) = (L-1)\gamma^2 b^*/s + \gamma\, C_1^\top c_1/\sigma^2$, $\Sigma$ the
-   covariance of $z$ under $p^*$. Outside T nothing pulls any more: $W_1$ is constant there, so that
-   $w_N \simeq (s/\gamma)^{1-1/L}\,(W_1^\top u_1)_N$. If the support spans, the direction error is
-   $\gamma\lVert b^*\rVert/s$ at every depth; if it does not, it is of order $s^{-1/L}$.
-6. Time. $\log t = s - \log\kappa + (2 - 2/L)/s + O(s^{-2})$ with, up to $O(s^{-4/L})$,
-   $\kappa = \gamma^2\lVert w\rVert^2\sigma_1^{-2} + m^2\sum_{k\ge2}\sigma_k^{-2}$, so that
-   $R\,L\,\gamma^2\,t\,\lVert w\rVert^{2-2/L} \to 1$.
-"""
+"""Reads the constants of the asymptotic laws off a problem and a start, or off a record."""
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gflow.analysis.laws import Limits
 from gflow.dynamics.slow_manifold import SlowManifold
-from gflow.dynamics.split import Geometry, SplitState
+from gflow.dynamics.split import Geometry, SplitState, split
+from gflow.problem.data import Dataset
 from gflow.problem.network import Weights, check_weights
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from gflow.problem.risk import Problem
 
 FAR = -1e30
@@ -51,99 +24,29 @@ FAR = -1e30
 HAND_OVER = -1e3
 """log R to which a start is integrated before it continues on the slow manifold."""
 
-NEAR = 1e-3
-"""A point off the margin by less than this, relatively, is reported."""
+LATE = 1e4
+"""Points off the margin that keep their weight beyond this s are reported."""
+
+FADED = 30.0
+r"""A point whose margin exceeds the smallest by this has lost its weight, to $10^{-13}$."""
 
 WEIGHTLESS = 1e-9
 """A support vector whose limiting weight is below this is reported."""
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Limits:
-    r"""The constants of the asymptotic laws of one flow; ``predict`` evaluates the laws.
-
-    Attributes:
-        margin: $\gamma$.
-        depth: L.
-        directions: $u_1 … u_{L-1}$, limits of the singular vectors between the layers.
-        rank_one: $r_k$, shape (layers,).
-        rank_one_gap: limit of $(1 - \lVert W_k\rVert_2/\lVert W_k\rVert_F)\,s^{2/L}$.
-        misalignment: limit of $(1 - |\langle v_{k+1}, u_k\rangle|)\,s^{4/L}$, shape (pairs,).
-        direction_error: limit of $\lVert w/\lVert w\rVert - \bar u\rVert\,s^{\beta}$.
-        direction_exponent: $\beta$: 1, or 1/L where the support does not span.
-        spectral_shift: $a_k$, shape (layers,).
-        tangent: $b^*$ in the coordinates of ``geometry.basis``.
-        free: $(W_1^\top u_1)_N$, the limit outside the span of the support.
-        dual: $p^*$, the limit of the normalised loss slopes, shape (points,).
-        degenerate: reasons why some law fails or holds late; empty in general position.
-    """
-
-    margin: float
-    depth: int
-    directions: tuple[np.ndarray, ...]
-    rank_one: np.ndarray
-    rank_one_gap: np.ndarray
-    misalignment: np.ndarray
-    direction_error: float
-    direction_exponent: float
-    spectral_shift: np.ndarray
-    tangent: np.ndarray
-    free: np.ndarray
-    dual: np.ndarray
-    degenerate: tuple[str, ...]
-    _geometry: Geometry
-    _turn: np.ndarray
-    _lean: np.ndarray
-    _pull: np.ndarray
-    _free_turn: np.ndarray
-
-    def predict(self, log_risk: float) -> dict[str, np.ndarray]:
-        """The laws with their next-order terms at one risk, under the names of a record."""
-        s, gamma, depth = -float(log_risk), self.margin, self.depth
-        geometry, support = self._geometry, self._geometry.support
-        tangent = geometry.across[support, : geometry.num_tangent]
-        level = (s / gamma) ** (2 / depth)
-        across = self.tangent
-        if len(across):
-            weights = self.dual[support]
-            covariance = (tangent.T * weights) @ tangent
-            drive = (depth - 1) * gamma**2 * across / s + gamma * self._pull / level**1.5
-            across = across + np.linalg.lstsq(covariance, drive, rcond=1e-10)[0]
-        bracket = tangent @ across
-        lowest = float(bracket.min())
-        total = lowest - float(np.log(np.sum(np.exp(lowest - bracket))))
-        along = s - total - np.log(geometry.num_points)
-        tangent_size = np.linalg.norm(across)
-        norm = along / gamma
-        slope, stretch = 0.0, 1.0
-        for _ in range(20):  # |w| and w outside the support's span need each other; converges fast
-            level = norm ** (2 / depth)
-            first = level + self.spectral_shift[0]
-            free = self.free - self._free_turn / first
-            outside = norm / np.sqrt(first) * np.linalg.norm(free) if depth > 1 else self.free
-            slope = gamma / along * float(np.hypot(tangent_size, np.linalg.norm(outside)))
-            stretch = np.hypot(1.0, slope)
-            norm = along / gamma * stretch
-        level = norm ** (2 / depth)
-        spectral = level + self.spectral_shift
-        frobenius = spectral + self.rank_one
-        pairs = (self.spectral_shift[1:] + self.spectral_shift[:-1]) / 2
-        angle = self._turn / (level + pairs - self._lean)
-        speed = (gamma * norm) ** 2 / spectral[0] + along**2 * np.sum(1 / spectral[1:])
-        log_time = s - np.log(speed) + (2 - 2 / depth) / s
-        return {
-            "rank_one_gap": self.rank_one / (frobenius + np.sqrt(frobenius * spectral)),
-            "misalignment": 2 * np.sin(angle / 2) ** 2,
-            "direction_error": np.asarray(slope * np.sqrt(2 / (stretch * (1 + stretch)))),
-            "margin_gap": np.asarray((along * slope**2 / (1 + stretch) - lowest) / norm),
-            "spectral_norm": np.sqrt(spectral),
-            "frobenius_norm": np.sqrt(frobenius),
-            "log_time": np.asarray(log_time),
-        }
+EPS = float(np.finfo(np.float64).eps)
 
 
 def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None) -> Limits:
-    """The asymptotic laws of the flow that starts at ``weights``, with their constants.
+    r"""The asymptotic laws of the flow that starts at ``weights``, with their constants.
+
+    With $s = -\log R$ and $\gamma$ the margin, among others
+
+    $$\Bigl(1 - \frac{\lVert W_k\rVert_2}{\lVert W_k\rVert_F}\Bigr)s^{2/L} \to
+    \frac{r_k\gamma^{2/L}}2, \qquad
+    \Bigl\lVert\frac w{\lVert w\rVert} - \bar u\Bigr\rVert\,s \to \gamma\lVert b^*\rVert,$$
+
+    the constants from the conserved matrices, the limits of the singular vectors and the support
+    vectors; ``docs/asymptotics.md`` has all laws and their derivation.
 
     Args:
         problem: separable data, a deep linear network, a loss with an exponential tail.
@@ -151,9 +54,21 @@ def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None)
         late: a later point of the same flow, where its margins exceed 40; it saves integrating
             there from ``weights``.
 
+    Returns:
+        The constants; its method ``predict(log_risk)`` evaluates the laws with their next order.
+
     Raises:
         ValueError: for another network or loss, for data that are not separable, and for a flow
             that does not reach risk zero.
+
+    >>> import gflow
+    >>> data = gflow.Dataset([[0.8, 0.5], [0.8, 0.5], [0.8, 0.5], [0.8, -0.5]], [1, 1, 1, 1])
+    >>> problem = gflow.Problem(data, loss=gflow.Exponential())
+    >>> law = limits(problem, (np.array([[3.0, 0.5]]),))
+    >>> law.dual.round(12).tolist()  # three copies share one half
+    [0.166666666667, 0.166666666667, 0.166666666667, 0.5]
+    >>> bool(np.isclose(law.direction_error, 0.8 * np.log(3) / (2 * 0.5)))
+    True
     """
     start = check_weights(weights)
     imbalance = [b.T @ b - a @ a.T for a, b in pairwise(start)]
@@ -162,7 +77,72 @@ def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None)
     if solver.obstacle(problem, late) is not None:
         late = _integrate(problem, late)
     state = solver.advance(solver.start(problem, late, imbalance=imbalance), FAR)
-    return _read(state, imbalance)
+    law = _read(state, imbalance)
+    settled = _settled_from(law, state.geometry)
+    reasons = law.degenerate
+    if settled > LATE:
+        gaps = state.geometry.gaps
+        reasons += (
+            f"a point lies off the margin by a relative {gaps[gaps > 0].min():.2g} only: points "
+            f"off the margin keep weight until s = {settled:.2g}, and the laws hold from there on",
+        )
+    return dataclasses.replace(law, settled_from=settled, degenerate=reasons)
+
+
+def limits_of_record(record: "xr.Dataset") -> Limits:
+    """The same laws from what a record holds: its first and last weights, its support vectors.
+
+    The last weights are float64, so that all but ``free`` are as good as their distance to the
+    limit; see ``_free_from``.
+
+    Raises:
+        ValueError: when the record has no support vectors, or its last weights do not separate.
+    """
+    if "support_vectors" not in record:
+        raise ValueError("the record has no support vectors")
+    support = np.asarray(record["support_vectors"].values, dtype=np.float64)
+    depth = record.sizes["layer"]
+    first, last = (
+        [np.asarray(record[f"{label}_weights_{k + 1}"].values) for k in range(depth)]
+        for label in ("initial", "final")
+    )
+    imbalance = [b.T @ b - a @ a.T for a, b in pairwise(first)]
+    row = np.ones(1)
+    for matrix in reversed(last):
+        row = row @ matrix
+    if np.min(support @ row) < 1:
+        raise ValueError("the last weights do not separate the data by an unnormalised margin of 1")
+    data = Dataset(support, np.ones(len(support)), name="support vectors")
+    # The risk only scales the variables that are read back.
+    state = split(data, last, -1.0, -np.inf, imbalance)
+    law = dataclasses.replace(
+        _read(state, imbalance),
+        num_points=int(record.attrs["num_points"]),
+        support=np.asarray(record["support"].values),
+    )
+    gap = float(record.attrs.get("next_margin_gap", np.inf))
+    spans = law.direction_exponent == 1.0
+    settled = FADED * max(1.0, gap ** (-1.0 if spans else -float(depth)))
+    if depth > 1 and not spans:
+        law = _free_from(record, law, state)
+    return dataclasses.replace(law, settled_from=settled)
+
+
+def _free_from(record: "xr.Dataset", law: Limits, state: SplitState) -> Limits:
+    r"""The law with $(W_1^\top u_1)_N$ from the saved point that knows it best.
+
+    Out of float64 entries of size $\lVert w\rVert$ it has a relative error of about
+    $\varepsilon\,\lVert w\rVert^{1/L}$, out of a finite time one of $\lVert w\rVert^{-3/L}$.
+    """
+    w = np.asarray(record["end_to_end"].values, dtype=np.float64)
+    norm = np.linalg.norm(w, axis=1)
+    level = np.maximum(norm, 1.0) ** (1 / law.depth)
+    at = int(np.argmin(EPS * level + law.imbalance**1.5 * level**-3.0))
+    free = state.input_basis[:, 1 + state.geometry.num_tangent :].T @ w[at]
+    first = norm[at] ** (2 / law.depth) + law.spectral_shift[0]
+    free = free * np.sqrt(first) / norm[at] + law._free_turn / first
+    constant = law.margin ** (1 / law.depth) * float(np.linalg.norm(free))
+    return dataclasses.replace(law, free=free, direction_error=constant)
 
 
 def _integrate(problem: "Problem", weights: Weights) -> Weights:
@@ -178,7 +158,8 @@ def _integrate(problem: "Problem", weights: Weights) -> Weights:
     return tuple(record[f"final_weights_{k + 1}"].values for k in range(len(weights)))
 
 
-def _read(state: SplitState, imbalance: list[np.ndarray]) -> Limits:
+def _read(state: SplitState, imbalance: Sequence[np.ndarray]) -> Limits:
+    """The constants, from a state far out and the conserved matrices."""
     geometry, layers, depth = state.geometry, state.layers, state.layout.depth
     views = state.layout.views(state.slow)
     gamma = geometry.margin
@@ -200,8 +181,8 @@ def _read(state: SplitState, imbalance: list[np.ndarray]) -> Limits:
         shift[k - 1] = shift[k] - corner
         rank_one[k - 1] = rank_one[k] - np.trace(imbalance[k - 1]) + corner
     shift -= shift.mean()
-    tangent, dual, degenerate = _soft_minimiser(geometry)
-    degenerate += _near(geometry)
+    points = geometry.across[geometry.support, : geometry.num_tangent]
+    tangent, dual = _soft_minimiser(points)
     free = state.across[geometry.num_tangent :]
     pull, free_turn, rest = np.zeros(geometry.num_tangent), np.zeros_like(free), 1.0
     if depth > 1:
@@ -222,6 +203,7 @@ def _read(state: SplitState, imbalance: list[np.ndarray]) -> Limits:
     return Limits(
         margin=gamma,
         depth=depth,
+        num_points=geometry.num_points,
         directions=tuple(reversed(directions)),
         rank_one=rank_one,
         rank_one_gap=rank_one * gamma ** (2 / depth) / 2,
@@ -231,9 +213,12 @@ def _read(state: SplitState, imbalance: list[np.ndarray]) -> Limits:
         spectral_shift=shift,
         tangent=tangent,
         free=free,
+        support=geometry.support,
         dual=dual,
-        degenerate=tuple(degenerate),
-        _geometry=geometry,
+        imbalance=max((float(np.linalg.norm(matrix, 2)) for matrix in imbalance), default=0.0),
+        settled_from=0.0,
+        degenerate=_weightless(geometry.support, dual),
+        _points=points,
         _turn=turn,
         _lean=lean,
         _pull=pull,
@@ -241,12 +226,10 @@ def _read(state: SplitState, imbalance: list[np.ndarray]) -> Limits:
     )
 
 
-def _soft_minimiser(geometry: Geometry) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    r"""$b^*$, the limiting weights $p^*$, and what is degenerate about the support."""
-    support = geometry.support
-    points = geometry.across[support, : geometry.num_tangent]
-    b = np.zeros(geometry.num_tangent)
-    weights = np.full(len(support), 1 / len(support))
+def _soft_minimiser(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    r"""$b^*$ and the limiting weights $p^*$ of the support vectors."""
+    b = np.zeros(points.shape[1])
+    weights = np.full(len(points), 1 / len(points))
     for _ in range(200 if len(b) else 0):
         bracket = points @ b
         weights = np.exp(bracket.min() - bracket)
@@ -258,23 +241,34 @@ def _soft_minimiser(geometry: Geometry) -> tuple[np.ndarray, np.ndarray, list[st
         b = b + change * min(1.0, 2 / max(largest, 1e-300))
         if largest < 1e-14:
             break
-    dual = np.zeros(geometry.num_points)
-    dual[support] = weights
-    reasons = []
-    idle = support[weights < WEIGHTLESS]
-    if len(idle):
-        reasons.append(
-            f"points {idle.tolist()} lie on the margin but carry no weight: w keeps moving across "
-            "the margin's direction like log s, and the direction law is off by that logarithm"
-        )
-    return b, dual, reasons
+    return b, weights
 
 
-def _near(geometry: Geometry) -> list[str]:
-    gaps = geometry.gaps[geometry.gaps > 0]
-    if len(gaps) == 0 or gaps.min() > NEAR:
-        return []
-    return [
-        f"a point lies off the margin by a relative {gaps.min():.2g} only: it keeps its weight "
-        f"until s is well beyond {1 / gaps.min():.2g}, and the laws hold from there on"
-    ]
+def _weightless(support: np.ndarray, dual: np.ndarray) -> tuple[str, ...]:
+    idle = support[dual < WEIGHTLESS]
+    if len(idle) == 0:
+        return ()
+    return (
+        f"points {idle.tolist()} lie on the margin but carry no weight: w keeps moving across "
+        "the margin's direction like log s, and the direction law is off by that logarithm",
+    )
+
+
+def _settled_from(law: Limits, geometry: Geometry) -> float:
+    r"""The s beyond which every margin off the support exceeds the least one by ``FADED``.
+
+    By the laws themselves: $q_i - m = m\,\delta_i + \langle w_T + w_N, z_i\rangle$, on a grid of
+    ten points a decade. Where the laws have no value yet, nothing has settled.
+    """
+    off = np.flatnonzero(geometry.gaps > 0)
+    tangent = geometry.across[off, : geometry.num_tangent]
+    beyond = geometry.across[off, geometry.num_tangent :]
+    settled = 1.0
+    for s in np.geomspace(1.0, -FAR, 301):
+        with np.errstate(invalid="ignore"):
+            w = law.product(-s)
+        bracket = tangent @ w.tangent + beyond @ w.outside[: beyond.shape[1]]
+        ahead = w.along * geometry.gaps[off] + bracket - w.lowest
+        if not np.all(ahead >= FADED):
+            settled = float(s) * 10**0.1
+    return settled

@@ -17,8 +17,8 @@ from gflow.dynamics.slow_manifold import SlowManifold
 from gflow.dynamics.targets import Failure, Target
 from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, LogTime, Time, as_rules, save_grid
 from gflow.problem.network import Weights
-from gflow.problem.observables import imbalance
-from gflow.problem.risk import Problem
+from gflow.problem.observables import imbalance, is_deep_linear
+from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,6 +28,10 @@ Solver = diffrax.AbstractAdaptiveSolver | SlowManifold
 SMALL_SYSTEM = 64
 """Up to so many coordinates the implicit solver's dense systems cost less than an explicit
 solver's extra evaluations, and one compilation serves the whole run."""
+
+SADDLE = 1e-4
+"""A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
+on which side the flow would leave it is beyond the tolerances."""
 
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
@@ -138,7 +142,12 @@ class _Run:
         max_steps: int,
     ):
         self.problem, self.clock, self.max_steps = problem, clock, max_steps
-        self.imbalance = tuple(map(np.asarray, imbalance(weights))) if len(solvers) else ()
+        self.imbalance = (
+            tuple(map(np.asarray, imbalance(weights))) if is_deep_linear(problem) else ()
+        )
+        log_risk, squared_slope = risk_and_slope(problem, weights)
+        self.first_slope = float(np.sqrt(squared_slope))
+        self.above_zero = float(log_risk) > float(problem.log_risk_at_zero()) + ROUND_OFF
         near = tuple(s for s in solvers if not isinstance(s, SlowManifold))
         self.manifold = next((s for s in solvers if isinstance(s, SlowManifold)), None)
         self.handed_over: dict[str, Any] = {}
@@ -158,7 +167,25 @@ class _Run:
         recorder.save(self.now.weights, values, beyond_hand_over=far, **self.now.scalars())
 
     def reach(self, targets: list[Target], bar: ProgressBar) -> Target | Failure:
-        """Go on to the first of ``targets``, over the hand-over if it comes before."""
+        """Go on to the first of ``targets``, over saddles and the hand-over if they come before."""
+        if self.above_zero and isinstance(self.now, NearRun):
+            # On separable data the risk has its critical points at R = R(0) only. In a clock that
+            # follows the risk a saddle is a branch point, which a solver may jump over unawares.
+            level = LogRisk(float(self.problem.log_risk_at_zero()))
+            saddle = Target.of(level, level.goal, self.clock)
+            met = self.now.reach([*targets, saddle], self.max_steps, bar)
+            if met is not saddle:
+                return met
+            _, squared_slope = risk_and_slope(self.problem, self.now.weights)
+            slope = float(np.sqrt(squared_slope))
+            if not slope > SADDLE * self.first_slope:
+                return Failure(
+                    "stalled",
+                    f"the flow runs into a saddle at R = R(0), with |grad log R| = {slope:.2g}, as "
+                    "it may from a start with R(W(0)) > R(0); a time clock "
+                    "(`until=gflow.Time(...)`) shows the approach",
+                )
+            self.above_zero = False
         while self.manifold is not None and isinstance(self.now, NearRun):
             goal = LogRisk(COMPARE_AT if self.early is None else HAND_OVER_AT)
             step = Target.of(goal, goal.goal, self.clock)

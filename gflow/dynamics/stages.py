@@ -10,12 +10,14 @@ products with :math:`W_0`, and the rest costs as little as the vectors. For any 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
-from gflow.dynamics.field import FlowField
+from gflow.dynamics.field import FlowField, FlowState
+from gflow.dynamics.radau import legendre_values, radau
 from gflow.problem.losses import AbstractLoss
 from gflow.problem.network import Array, DeepLinear, Weights
 from gflow.problem.risk import Problem
@@ -32,6 +34,7 @@ class Stage(NamedTuple):
     """The field at a stage; all stages on a leading axis after ``vmap``."""
 
     derivative: Factors
+    log_risk: Array
     rate: Array
     squared_norm: Array
     slopes: Array
@@ -49,11 +52,36 @@ class Frame(NamedTuple):
     gram: Array
     sizes: list[Array]
     """Frobenius norm of each layer."""
+    log_risk: Array
 
     def project(self, vectors: Factors) -> Array:
         """:math:`G_0 K_j`, shape (stages, m)."""
         layers = zip(*vectors, self.lefts, self.columns, strict=True)
         return sum((left @ a)[:, None] * (right @ b.T) for left, right, a, b in layers)  # pyright: ignore
+
+
+class Collocation(diffrax.AbstractLocalInterpolation):
+    """The collocation polynomial of a step."""
+
+    t0: Any
+    t1: Any
+    state: FlowState
+    derivatives: Factors
+    time_slopes: Any
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> FlowState:
+        if t1 is not None:
+            return jax.tree.map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
+        step, p = self.t1 - self.t0, self.time_slopes.size
+        # The integral of the k-th Legendre polynomial is a difference of its neighbours.
+        values = legendre_values((t0 - self.t0) / step, p + 1)
+        integrals = [(values[1] + 1) / 2]
+        integrals += [(values[k + 1] - values[k - 1]) / (4 * k + 2) for k in range(1, p)]
+        coefficients = step * jnp.stack(integrals) @ radau(p).legendre
+        return FlowState(
+            move(self.state.weights, self.derivatives, coefficients),
+            self.state.scaled_time + coefficients @ self.time_slopes,
+        )
 
 
 def evaluate_stage(
@@ -76,7 +104,7 @@ def evaluate_stage(
     )
     rate = field.clock.rate(t, log_risk, squared_norm)
     derivative = Factors(lefts, [rate * right for right in rights])
-    return Stage(derivative, rate, squared_norm, slopes, curvatures, distance - level)
+    return Stage(derivative, log_risk, rate, squared_norm, slopes, curvatures, distance - level)
 
 
 def _pullback(
@@ -121,7 +149,8 @@ def start_frame(problem: Problem, weights: Weights) -> Frame:
     columns = jax.vmap(lambda v: pull(v).rights)(basis)
     gram = sum(jnp.sum(a**2) * (b @ b.T) for a, b in zip(lefts, columns, strict=True))
     sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
-    return Frame(design, lefts, columns, gram, sizes)  # pyright: ignore
+    log_risk = problem.loss_slopes(problem.spread(coordinates)).log_risk
+    return Frame(design, lefts, columns, gram, sizes, log_risk)  # pyright: ignore
 
 
 def _loss_terms(loss: AbstractLoss, offsets: Array, level: Array) -> tuple[Array, Array, Array]:

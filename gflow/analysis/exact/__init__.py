@@ -16,6 +16,7 @@ with errors of round-off only, and in logarithms wherever risk or time leaves th
 | `two_layer_square_loss` | two layers of width one, unbalanced | square loss |
 | `two_layer_riccati` | two layers, $\lambda$-balanced | square loss, whitened data |
 | `risk_clock` | any | any |
+| `limits` | any depth, any start | separable; exponential tail: asymptotic, with constants |
 
 Flow time is that of $\dot W_k = -\partial R/\partial W_k$ with the MEAN loss as the risk $R$.
 """
@@ -41,11 +42,15 @@ from gflow.analysis.exact.two_points import (
     risk_clock as risk_clock,
     two_point_linear as two_point_linear,
 )
+from gflow.analysis.laws import Limits as Limits
+from gflow.analysis.limits import limits as limits
 
 __all__ = [
     "ExactFlow",
+    "Limits",
     "SquareLossFlow",
     "diagonal_network",
+    "limits",
     "one_datum_balanced",
     "one_datum_convolution",
     "one_datum_diagonal",

@@ -1,0 +1,435 @@
+"""What the benchmarks of the solvers share: timing, achieved errors, peers and the report.
+
+Compilation is never part of a time: `timed` calls once before it measures. Contestants that are
+compared take turns, so that a disturbance of the machine meets all of them. Every report says how
+busy the machine was.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import numpy as np
+import optimistix as optx
+import scipy.integrate
+from jax.flatten_util import ravel_pytree
+
+import gflow
+from gflow.dynamics import stepping
+from gflow.problem.observables import Reference, standard
+from gflow.record import versions
+
+RESULTS = Path(__file__).with_name("results")
+
+AT_THE_LIMIT = ("margin_gap", "direction_error")
+"""Distances from the limit of a vector of length one: below 1e-8 float64 weights cannot hold eight
+digits of them, whatever the solver; their errors are reported apart."""
+
+NOT_COMPARED = ("alignment", "imbalance_drift")
+"""One minus the misalignment; a round-off."""
+
+UNLIMITED = 10**9
+
+COLORS = {
+    "GaussNewton, 3 stages": "#56B4E9",
+    "GaussNewton, 5 stages": "#0072B2",
+    "GaussNewton, 7 stages": "#000000",
+    "Dopri8": "#E69F00",
+    "Kvaerno5, as shipped": "#CC79A7",
+    "Kvaerno5, better root finder": "#D55E00",
+    "SciPy LSODA": "#009E73",
+    "SciPy Radau": "#7F7F7F",
+}
+"""The palette of Okabe and Ito, its yellow replaced by grey."""
+
+MARKERS = dict(zip(COLORS, "v^sDoXP*", strict=True))
+
+
+# -------------------------------------------------------------------------------------------------
+# Timing
+# -------------------------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    """Seconds of one warm call."""
+
+    median: float
+    least: float
+    greatest: float
+    repeats: int
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall time of one call, its result ready."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - began, result
+
+
+def timed(
+    calls: dict[str, Callable[[], Any]], *, repeats: int, budget: float = 60.0, warm: bool = False
+) -> tuple[dict[str, Timing], dict[str, Any]]:
+    """Warm times and results of calls that take turns, each called once before.
+
+    Args:
+        calls: the contestants.
+        repeats: how often each is timed.
+        budget: seconds after which no further round begins (one is always made).
+        warm: whether the calls are compiled already.
+    """
+    results = {} if warm else {name: seconds(call)[1] for name, call in calls.items()}
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            wall, results[name] = seconds(call)
+            took[name].append(wall)
+        if time.perf_counter() - began > budget:
+            break
+    return {name: summary(each) for name, each in took.items()}, results
+
+
+def summary(took: list[float]) -> Timing:
+    """The median and the extremes."""
+    return Timing(statistics.median(took), min(took), max(took), len(took))
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs and their errors
+# -------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """A flow to follow in a clock, from its start to a risk."""
+
+    field: gflow.FlowField
+    weights: tuple[np.ndarray, ...]
+    s_start: float
+
+    @property
+    def num_weights(self) -> int:
+        """The number of weights."""
+        return sum(matrix.size for matrix in self.weights)
+
+    def s_end(self, log_risk: float) -> float:
+        """The clock where log R has this value."""
+        return self.field.clock.read(log_risk, -math.inf)
+
+
+def task(
+    widths: tuple[int, ...],
+    *,
+    n: int = 100,
+    loss: gflow.AbstractLoss | None = None,
+    data: gflow.Dataset | None = None,
+    seed: int = 0,
+) -> Task:
+    """Separable data (margin 0.1) or given ones, a random start, the clock of the risk."""
+    data = data or gflow.datasets.separable(n=n, d=widths[0], margin=0.1, seed=seed)
+    problem = gflow.Problem(data, loss=loss or gflow.Exponential())
+    weights = gflow.init.admissible(gflow.init.gaussian(widths, seed=seed), problem)
+    clock = gflow.clocks.LogRisk()
+    start = clock.read(float(problem.log_risk(weights)), -math.inf)
+    return Task(gflow.FlowField(problem, clock), weights, start)
+
+
+class Run(NamedTuple):
+    """A solver's run on a task."""
+
+    state: gflow.FlowState
+    finished: bool
+    log_risk: float
+    num_steps: int
+    num_rejected: int
+    num_iterations: int
+    seconds: float
+
+
+def walk(
+    work: Task,
+    solver: diffrax.AbstractAdaptiveSolver,
+    log_risk: float,
+    rtol: float,
+    *,
+    limit: float | None = None,
+    chunk: int = 100,
+    max_steps: int = UNLIMITED,
+) -> Run:
+    """gflow's adaptive loop around a solver, to one target; given up after ``limit`` seconds."""
+    began = time.perf_counter()
+    state = gflow.FlowState(work.weights, np.zeros(()))
+    tolerance = stepping.Tolerance(
+        np.float64(rtol), np.float64(stepping.default_atol(state, rtol))
+    )
+    carry = stepping.start(work.field, solver, tolerance, np.float64(work.s_start), state)
+    limits = stepping.Limits(
+        s_end=np.float64(work.s_end(log_risk)),
+        num_steps=np.int64(max_steps),
+        goals=(),
+        attempts=np.int64(UNLIMITED if limit is None else chunk),
+    )
+    while True:
+        carry, reason = stepping.advance(work.field, solver, tolerance, (), carry, limits)
+        late = limit is not None and time.perf_counter() - began > limit
+        if int(reason) != stepping.TIRED or late:
+            break
+    jax.block_until_ready(carry)
+    took = time.perf_counter() - began
+    return Run(
+        state=carry.state,
+        finished=int(reason) == stepping.LANDED,
+        log_risk=float(work.field.problem.log_risk(carry.state.weights)),
+        num_steps=int(carry.num_steps),
+        num_rejected=int(carry.num_rejected),
+        num_iterations=int(getattr(carry.solver_state, "num_iterations", 0)),
+        seconds=took,
+    )
+
+
+class Observer:
+    """Every observable of a state, and how far two states differ in them."""
+
+    def __init__(self, work: Task):
+        problem = work.field.problem
+        solution = problem.data.max_margin()
+        reference = Reference.of(solution, problem, work.weights)
+        self._observe = eqx.filter_jit(
+            lambda state: {
+                **standard(problem, state.weights, reference),
+                "log_time": work.field.log_time(state),
+            }
+        )
+
+    def __call__(self, state: gflow.FlowState) -> dict[str, np.ndarray]:
+        """The observables, by name."""
+        return {name: np.asarray(value) for name, value in self._observe(state).items()}
+
+    def drift(self, state: gflow.FlowState) -> float:
+        """The relative drift of the conserved matrices."""
+        return float(self(state)["imbalance_drift"])
+
+    def errors(self, state: gflow.FlowState, reference: gflow.FlowState) -> dict[str, float]:
+        """Relative error of each observable; the end-to-end vector's is that of its direction."""
+        found, expected = self(state), self(reference)
+        errors = {}
+        for name in sorted(set(found) - set(NOT_COMPARED)):
+            a, b = found[name], expected[name]
+            if name == "end_to_end":
+                a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+                errors["direction"] = float(np.linalg.norm(a - b))
+                continue
+            shown = np.abs(b) > 1e-300  # the last layer is a row: its rank-one gap is zero
+            if np.any(shown):
+                errors[name] = float(np.max(np.abs(a - b)[shown] / np.abs(b)[shown]))
+        return errors
+
+    def worst(self, state: gflow.FlowState, reference: gflow.FlowState) -> float:
+        """The largest relative error of an observable that float64 weights resolve."""
+        errors = self.errors(state, reference)
+        return max(error for name, error in errors.items() if name not in AT_THE_LIMIT)
+
+
+def digits(error: float) -> float:
+    """Correct digits."""
+    return -math.log10(max(error, 1e-16))
+
+
+def reference_run(work: Task, log_risk: float) -> Run:
+    """The flow to about twelve digits."""
+    return walk(work, gflow.GaussNewton(stages=7, tolerance=1e-14), log_risk, 1e-13)
+
+
+# -------------------------------------------------------------------------------------------------
+# Peers
+# -------------------------------------------------------------------------------------------------
+
+
+class FixedChord(diffrax.VeryChord):
+    """diffrax's root finder without its mistake.
+
+    `VeryChord` reports an iteration that has neither converged nor diverged as diverged, and the
+    step is rejected. It is corrected in the development version of its library.
+    """
+
+    def terminate(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        terminate, result = super().terminate(*args, **kwargs)
+        return terminate, optx.RESULTS.where(terminate, result, optx.RESULTS.successful)
+
+
+def kvaerno5(rtol: float, *, fixed: bool) -> diffrax.Kvaerno5:
+    """Kvaerno 5/4 with the root finder's tolerances those of the step, as ``diffeqsolve`` does."""
+    finder = (FixedChord if fixed else diffrax.VeryChord)(np.float64(rtol), np.float64(rtol))
+    return diffrax.Kvaerno5(root_finder=finder)
+
+
+class Peer:
+    """SciPy's implicit solvers on the same field, compiled, with its exact compiled Jacobian.
+
+    They are told how small the scaled time becomes, so that its tolerance is relative as gflow's.
+    """
+
+    def __init__(self, work: Task):
+        state = gflow.FlowState(work.weights, np.zeros(()))
+        flat, self._unravel = ravel_pytree(state)
+        self._start, self._work = np.asarray(flat), work
+        field = lambda s, y: ravel_pytree(work.field(s, self._unravel(y)))[0]  # noqa: E731
+        self._field, self._jacobian = jax.jit(field), jax.jit(jax.jacfwd(field, argnums=1))
+
+    def compile(self) -> None:
+        """Compile field and Jacobian."""
+        s = np.float64(self._work.s_start)
+        jax.block_until_ready((self._field(s, self._start), self._jacobian(s, self._start)))
+
+    def walk(
+        self, method: str, log_risk: float, rtol: float, *, scaled_time: float, limit: float
+    ) -> Run:
+        """Follow the flow; given up at the first step that ends after ``limit`` seconds."""
+        work = self._work
+        state = gflow.FlowState(work.weights, np.zeros(()))
+        atol = np.full(self._start.size, stepping.default_atol(state, rtol))
+        atol[-1] = rtol * scaled_time
+        began = time.perf_counter()
+        solver = getattr(scipy.integrate, method)(
+            lambda s, y: np.asarray(self._field(s, y)),
+            work.s_start,
+            self._start,
+            work.s_end(log_risk),
+            rtol=rtol,
+            atol=atol,
+            jac=lambda s, y: np.asarray(self._jacobian(s, y)),
+        )
+        steps = 0
+        while solver.status == "running" and time.perf_counter() - began < limit:
+            solver.step()
+            steps += 1
+        took = time.perf_counter() - began
+        state = self._unravel(solver.y)
+        return Run(
+            state=state,
+            finished=solver.status == "finished",
+            log_risk=float(work.field.problem.log_risk(state.weights)),
+            num_steps=steps,
+            num_rejected=0,
+            num_iterations=int(solver.nlu),
+            seconds=took,
+        )
+
+
+def time_at(points: list[tuple[float, float]], error: float) -> float | None:
+    """Seconds at an achieved error, between measured (error, seconds) in logarithms.
+
+    None if no point is as good; the cheapest point if even the coarsest is better.
+    """
+    points = sorted(points)  # from the best error to the worst
+    if not points or points[0][0] > error:
+        return None
+    # Between neighbours, and never slower than any point at least as good.
+    good = min(wall for achieved, wall in points if achieved <= error)
+    for (e0, t0), (e1, t1) in zip(points[:-1], points[1:], strict=True):
+        if e0 <= error <= e1 and e1 > e0:
+            weight = math.log(error / e0) / math.log(e1 / e0)
+            good = min(good, math.exp((1 - weight) * math.log(t0) + weight * math.log(t1)))
+    return good
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line and report
+# -------------------------------------------------------------------------------------------------
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options of every script."""
+    found = argparse.ArgumentParser(description=doc.splitlines()[0])
+    found.add_argument("--quick", action="store_true", help="less of everything, under 30 s")
+    found.add_argument("--tag", default="", help="appended to the names of the files written")
+    found.add_argument(
+        "--out", type=Path, help="folder of the results; a quick run writes only if it is given"
+    )
+    return found
+
+
+class Report:
+    """What a script found, with all that is needed to judge it."""
+
+    def __init__(self, script: str, options: argparse.Namespace):
+        self.name = Path(script).stem + (f"-{options.tag}" if options.tag else "")
+        self.folder = options.out or (None if options.quick else RESULTS)
+        self.document: dict[str, Any] = {
+            "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+            "quick": options.quick,
+            "device": f"{jax.devices()[0]}, {processor()}",
+            "cores": os.cpu_count(),
+            "versions": {
+                **versions(),
+                "jaxlib_version": jax.lib.__version__,
+                "optimistix_version": optx.__version__,
+                "scipy_version": scipy.__version__,
+            },
+            "load_average_before": os.getloadavg(),
+        }
+
+    def write(self, figure: Any = None, **found: Any) -> None:
+        """Write JSON, and the figure as PNG."""
+        self.document |= {"load_average_after": os.getloadavg(), **found}
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain(self.document), indent=1, allow_nan=False)
+        (self.folder / f"{self.name}.json").write_text(text + "\n")
+        if figure is not None:
+            figure.savefig(self.folder / f"{self.name}.png", dpi=130)
+        print(f"wrote {self.folder / self.name}.json")
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown processor"
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Print rows; ``columns`` maps keys to formats."""
+    cells = [
+        [
+            "-" if row.get(key) is None else format(row[key], style)
+            for key, style in columns.items()
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(list(columns), *cells, strict=True)]
+    for line in [list(columns), *cells]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types; four digits are enough for a time."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        value = float(value)
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

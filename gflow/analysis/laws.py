@@ -1,0 +1,147 @@
+r"""The asymptotic laws of one flow: every limit with its rate, its constant and its next order.
+
+With $s = -\log R \to \infty$, $\gamma$ the margin, $\bar u$ its direction, exponential tails, and
+the conserved $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$ (derived in ``docs/asymptotics.md``):
+
+1. In the chain frame (``gflow.dynamics.split``) $\dot e_k = O(s^{-1-2/L})$ and
+   $\dot C_k = O(s^{-1-3/L})$: $e_k \to u_k$ and $C_k$ converge, $\sigma_k \to \infty$. So do the
+   singular vectors of $W_k$, to $u_k$ and $u_{k-1}$, where $u_L = 1$, $u_0 = \bar u$.
+2. Norms. $\sigma_{k+1}^2 - \sigma_k^2 \to u_k^\top D_k u_k$ and $\prod_k\sigma_k = \lVert w\rVert$:
+   $\lVert W_k\rVert_2^2 = \lVert w\rVert^{2/L} + a_k + O(s^{-2/L})$,
+   $a_{k+1} - a_k = u_k^\top D_k u_k$, $\sum_k a_k = 0$.
+3. Rank one. $\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2 \to r_k$, $r_L = 0$,
+   $r_k = r_{k+1} - \operatorname{tr} D_k + u_k^\top D_k u_k$, up to $O(s^{-3/L})$.
+4. Alignment. The upper right block of $D_k$ gives the angle $\varphi_k$ between $u_k(W_k)$ and
+   $v_{k+1}(W_{k+1})$, of which $u_k$ is the middle: with $n$ the unit vector along
+   $(I - u_k u_k^\top) D_k u_k$
+
+   $$\varphi_k = \frac{\lVert (I - u_k u_k^\top) D_k u_k\rVert}{\lVert w\rVert^{2/L}
+   + \frac12(a_k + a_{k+1}) - \frac12(\lVert C_k^\top n\rVert^2 + \lVert C_{k+1} n\rVert^2)}
+   \,(1 + O(s^{-3/L})).$$
+
+5. Direction. Across $\bar u$, in the span T of the differences of support vectors, $w_T \to b^*$,
+   the minimiser of $\sum_{i\in S} e^{-\langle b, z_i\rangle}$ over T, which exists if and only if
+   all support vectors can carry weight at once; next order
+   $\Sigma\,(w_T - b^*) = (L-1)\gamma^2 b^*/s + \gamma\, C_1^\top c_1/\sigma^2$, $\Sigma$ the
+   covariance of $z$ under $p^*$. Outside T nothing pulls any more: $W_1$ is constant there, so that
+   $w_N \simeq (s/\gamma)^{1-1/L}\,(W_1^\top u_1)_N$. If the support spans, the direction error is
+   $\gamma\lVert b^*\rVert/s$ at every depth; if it does not, it is of order $s^{-1/L}$.
+6. Time. $\log t = s - \log\kappa + (2 - 2/L)/s + O(s^{-2})$ with, up to $O(s^{-4/L})$,
+   $\kappa = \gamma^2\lVert w\rVert^2\sigma_1^{-2} + m^2\sum_{k\ge2}\sigma_k^{-2}$, so that
+   $R\,L\,\gamma^2\,t\,\lVert w\rVert^{2-2/L} \to 1$.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Product(NamedTuple):
+    r"""The end-to-end vector at one risk, $w = (m/\gamma)\bar u + w_T + w_N$."""
+
+    along: np.float64
+    """m."""
+    tangent: np.ndarray
+    outside: np.ndarray
+    norm: np.float64
+    slope: np.float64
+    r"""The tangent of the angle between $w$ and $\bar u$."""
+    lowest: float
+    r"""The smallest $q_i - m$ on the support."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Limits:
+    r"""The constants of the asymptotic laws of one flow; ``predict`` evaluates the laws.
+
+    Attributes:
+        margin: $\gamma$.
+        depth: L.
+        num_points: the number of data points, over which the risk is a mean.
+        directions: $u_1 … u_{L-1}$, limits of the singular vectors between the layers.
+        rank_one: $r_k$, shape (layers,).
+        rank_one_gap: limit of $(1 - \lVert W_k\rVert_2/\lVert W_k\rVert_F)\,s^{2/L}$.
+        misalignment: limit of $(1 - |\langle v_{k+1}, u_k\rangle|)\,s^{4/L}$, shape (pairs,).
+        direction_error: limit of $\lVert w/\lVert w\rVert - \bar u\rVert\,s^{\beta}$.
+        direction_exponent: $\beta$: 1, or 1/L where the support does not span.
+        spectral_shift: $a_k$, shape (layers,).
+        tangent: $b^*$, in an orthonormal basis of the differences of support vectors.
+        free: $(W_1^\top u_1)_N$, the limit outside the span of the support.
+        support: indices of the points on the margin.
+        dual: $p^*$ on the support, the limit of the normalised loss slopes.
+        imbalance: the largest $\lVert D_k\rVert_2$: the laws are series in ``expansion``.
+        settled_from: the s from which the points off the margin have lost their weight.
+        degenerate: reasons why some law fails or holds late; empty in general position.
+    """
+
+    margin: float
+    depth: int
+    num_points: int
+    directions: tuple[np.ndarray, ...]
+    rank_one: np.ndarray
+    rank_one_gap: np.ndarray
+    misalignment: np.ndarray
+    direction_error: float
+    direction_exponent: float
+    spectral_shift: np.ndarray
+    tangent: np.ndarray
+    free: np.ndarray
+    support: np.ndarray
+    dual: np.ndarray
+    imbalance: float
+    settled_from: float
+    degenerate: tuple[str, ...]
+    _points: np.ndarray
+    _turn: np.ndarray
+    _lean: np.ndarray
+    _pull: np.ndarray
+    _free_turn: np.ndarray
+
+    def expansion(self, log_risk: float) -> float:
+        r"""$\max_k\lVert D_k\rVert_2\,(\gamma/s)^{2/L}$, in whose powers the laws are series."""
+        return self.imbalance * (self.margin / -float(log_risk)) ** (2 / self.depth)
+
+    def predict(self, log_risk: float) -> dict[str, np.ndarray]:
+        """The laws with their next-order terms at one risk, under the names of a record."""
+        s, depth = -float(log_risk), self.depth
+        w = self.product(log_risk)
+        level = w.norm ** (2 / depth)
+        spectral = level + self.spectral_shift
+        frobenius = spectral + self.rank_one
+        pairs = (self.spectral_shift[1:] + self.spectral_shift[:-1]) / 2
+        angle = self._turn / (level + pairs - self._lean)
+        speed = (self.margin * w.norm) ** 2 / spectral[0] + w.along**2 * np.sum(1 / spectral[1:])
+        stretch = np.hypot(1.0, w.slope)
+        gap = (w.along * w.slope**2 / (1 + stretch) - w.lowest) / w.norm
+        return {
+            "rank_one_gap": self.rank_one / (frobenius + np.sqrt(frobenius * spectral)),
+            "misalignment": 2 * np.sin(angle / 2) ** 2,
+            "direction_error": np.asarray(w.slope * np.sqrt(2 / (stretch * (1 + stretch)))),
+            "margin_gap": np.asarray(gap),
+            "spectral_norm": np.sqrt(spectral),
+            "frobenius_norm": np.sqrt(frobenius),
+            "log_time": np.asarray(s - np.log(speed) + (2 - 2 / depth) / s),
+        }
+
+    def product(self, log_risk: float) -> Product:
+        """The end-to-end vector at one risk, with its next-order terms."""
+        s, gamma, depth = -float(log_risk), self.margin, self.depth
+        level = (s / gamma) ** (2 / depth)
+        tangent = self.tangent
+        if len(tangent):
+            covariance = (self._points.T * self.dual) @ self._points
+            drive = (depth - 1) * gamma**2 * tangent / s + gamma * self._pull / level**1.5
+            tangent = tangent + np.linalg.lstsq(covariance, drive, rcond=1e-10)[0]
+        bracket = self._points @ tangent
+        lowest = float(bracket.min())
+        total = lowest - float(np.log(np.sum(np.exp(lowest - bracket))))
+        along = np.float64(s - total - np.log(self.num_points))
+        outside, slope, norm = self.free, np.float64(0.0), along / gamma
+        for _ in range(20):  # |w| and w_N need each other
+            first = norm ** (2 / depth) + self.spectral_shift[0]
+            if depth > 1:
+                outside = norm / np.sqrt(first) * (self.free - self._free_turn / first)
+            slope = gamma / along * np.hypot(np.linalg.norm(tangent), np.linalg.norm(outside))
+            norm = along / gamma * np.hypot(1.0, slope)
+        return Product(along, tangent, outside, norm, slope, lowest)

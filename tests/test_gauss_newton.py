@@ -1,0 +1,266 @@
+"""The implicit solver: exact where it can be checked, and at horizons where nothing else goes."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gflow
+from gflow.dynamics import gauss_newton
+from gflow.dynamics.radau import radau
+
+# The error of a whole run at step tolerance 1e-8: the requirement is eight correct digits.
+EIGHT_DIGITS = 1e-8
+# What a long run may lose of the conserved matrices, relative to the squared norm.
+DRIFT = 1e-12
+
+
+def points(n=40, d=2, seed=0):
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(n, d))
+    inputs += 0.3 * np.sign(inputs[:, :1])
+    return gflow.Dataset(inputs / 3, np.sign(inputs[:, 0]))
+
+
+def start(widths=(2, 6, 6, 1), seed=1):
+    return gflow.init.gaussian(widths, seed=seed)
+
+
+def state(weights):
+    return gflow.FlowState(tuple(jnp.asarray(w) for w in weights), jnp.zeros(()))
+
+
+def beginning(field, weights):
+    return jnp.asarray(field.clock.read(float(field.problem.log_risk(weights)), -np.inf))
+
+
+@jax.jit
+def solve(field, y0, times, solver, rtol=1e-8):
+    """States at ``times``, by diffrax alone, with steps that end there."""
+    control = diffrax.ClipStepSizeController(
+        diffrax.PIDController(rtol=rtol, atol=rtol), step_ts=times
+    )
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        solver,
+        times[0],
+        times[-1],
+        1e-3,
+        y0,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=control,
+        max_steps=4096,
+    )
+
+
+def walk(field, weights, step, number, solver):
+    """A few steps of equal length, made by hand: differentiable, and cheap to compile."""
+    term = diffrax.ODETerm(field)
+    y = gflow.FlowState(weights, jnp.zeros(()))
+    s = beginning_of(field, weights)
+    carry = solver.init(term, s, s + step, y, None)
+    for _ in range(number):
+        y, error, _, carry, _ = solver.step(term, s, s + step, y, None, carry, jnp.array(False))
+        s = s + step
+    return y, error, carry
+
+
+def beginning_of(field, weights):
+    return jnp.arcsinh(-field.problem.log_risk(weights))
+
+
+@pytest.fixture(scope="module")
+def field():
+    return gflow.FlowField(gflow.Problem(points()), gflow.clocks.LogRisk())
+
+
+@pytest.fixture(scope="module")
+def long_run(field):
+    weights = start()
+    times = jnp.concatenate(
+        [beginning(field, weights)[None], jnp.arcsinh(jnp.array([1e2, 1e6, 1e9, 1e13]))]
+    )
+    return times, solve(field, state(weights), times, gflow.GaussNewton())
+
+
+def test_radau_quadrature_has_order_2p_minus_1_and_integrates_its_interpolants():
+    for p in (3, 5, 7):
+        tableau = radau(p)
+        powers = np.arange(2 * p - 1)
+        exact = 1 / (powers + 1)
+        np.testing.assert_allclose(
+            tableau.matrix[-1] @ tableau.nodes[:, None] ** powers, exact, rtol=1e-13
+        )
+        low = powers[:p]
+        np.testing.assert_allclose(
+            tableau.matrix @ tableau.nodes[:, None] ** low,
+            tableau.nodes[:, None] ** (low + 1) / (low + 1),
+            atol=1e-14,
+        )
+
+
+def test_agrees_with_an_explicit_solver_where_that_is_possible(field, long_run):
+    times, solution = long_run
+    explicit = solve(field, state(start()), times[:2], diffrax.Dopri8(), 1e-12)
+    for ours, theirs in zip(
+        jax.tree.leaves(solution.ys.weights), jax.tree.leaves(explicit.ys.weights), strict=True
+    ):
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=0, atol=EIGHT_DIGITS)
+    np.testing.assert_allclose(
+        solution.ys.scaled_time[1], explicit.ys.scaled_time[1], rtol=10 * EIGHT_DIGITS
+    )
+
+
+def test_reaches_any_horizon_in_few_steps(long_run):
+    # 13 decades of log R, 30 units of the clock; an explicit solver needs 1e13 steps.
+    _, solution = long_run
+    assert solution.stats["num_steps"] < 200
+
+
+def test_the_clock_shows_the_risk_to_eight_digits(field, long_run):
+    times, solution = long_run
+    log_risk = jax.vmap(field.problem.log_risk)(solution.ys.weights)
+    np.testing.assert_allclose(-log_risk, jnp.sinh(times), rtol=EIGHT_DIGITS)
+
+
+def test_imbalance_is_conserved_by_the_flow(long_run):
+    _, solution = long_run
+    weights = [np.asarray(w) for w in solution.ys.weights]
+    for lower, upper in zip(weights[:-1], weights[1:], strict=True):
+        imbalance = np.swapaxes(upper, 1, 2) @ upper - lower @ np.swapaxes(lower, 1, 2)
+        drift = np.abs(imbalance - imbalance[0]).max(axis=(1, 2))
+        assert np.all(drift <= DRIFT * np.maximum(1, np.sum(lower**2, axis=(1, 2))))
+
+
+def test_the_limits_are_the_max_margin_solution_and_rank_one(field, long_run):
+    _, solution = long_run
+    weights = [np.asarray(w[-1]) for w in solution.ys.weights]
+    direction = np.linalg.multi_dot(weights[::-1])[0]
+    direction /= np.linalg.norm(direction)
+    # The direction converges like 1/log R, here 1e-13, up to rounding.
+    np.testing.assert_allclose(direction, field.problem.data.max_margin().direction, atol=1e-10)
+    for w in weights:
+        values = np.linalg.svd(w, compute_uv=False)
+        assert np.all(values[1:] < 1e-3 * values[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "clock", "data", "end"),
+    [
+        (gflow.Exponential(), gflow.clocks.LogTime(), points(), 12.0),
+        (gflow.PolynomialTail(2.0), gflow.clocks.Time(), points(n=4, d=9), 50.0),
+        (gflow.Logistic(), gflow.clocks.Risk(), points(n=4, d=9), 20.0),
+    ],
+)
+def test_every_clock_and_loss_agrees_with_an_explicit_solver(loss, clock, data, end):
+    field = gflow.FlowField(gflow.Problem(data, loss=loss), clock)
+    weights = start((data.dim, 5, 1))
+    weights = (0 * weights[0], weights[1])  # a first layer that starts at zero
+    times = jnp.stack([beginning(field, weights), jnp.asarray(end)])
+    ours = solve(field, state(weights), times, gflow.GaussNewton())
+    theirs = solve(field, state(weights), times, diffrax.Dopri8(), 1e-11)
+    for a, b in zip(jax.tree.leaves(ours.ys), jax.tree.leaves(theirs.ys), strict=True):
+        np.testing.assert_allclose(a[-1], b[-1], rtol=10 * EIGHT_DIGITS, atol=EIGHT_DIGITS)
+
+
+def test_a_network_written_as_a_function_takes_the_same_steps_as_its_deep_linear_form(field):
+    def apply(weights, x):
+        for matrix in weights:
+            x = matrix @ x
+        return x[0]
+
+    problem = gflow.Problem(field.problem.data, network=gflow.Network(apply))
+    general = gflow.FlowField(problem, field.clock)
+    weights = state(start()).weights
+    ours, _, _ = jax.jit(walk, static_argnums=(3, 4))(general, weights, 0.2, 4, gflow.GaussNewton())
+    deep, _, _ = jax.jit(walk, static_argnums=(3, 4))(field, weights, 0.2, 4, gflow.GaussNewton())
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(deep), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_sharing_one_jacobian_among_the_stages_changes_nothing(field, monkeypatch):
+    weights = state(start()).weights
+    separate, _, _ = jax.jit(walk, static_argnums=(3, 4))(
+        field, weights, 0.2, 4, gflow.GaussNewton()
+    )
+    monkeypatch.setattr(gauss_newton, "DIRECT", 0)
+    shared, _, _ = jax.jit(lambda *a: walk(*a, 4, gflow.GaussNewton()))(field, weights, 0.2)
+    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(separate), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_order_of_convergence_is_2p_minus_1(field):
+    weights = state(start()).weights
+    solver = gflow.GaussNewton(stages=3)
+
+    def end(number):
+        steps = jax.jit(walk, static_argnums=(3, 4))
+        return steps(field, weights, 1.2 / number, number, solver)[0].weights
+
+    exact = jax.jit(walk, static_argnums=(3, 4))(
+        field, weights, 0.1, 12, gflow.GaussNewton(stages=7)
+    )[0].weights
+    errors = [
+        max(float(jnp.abs(a - b).max()) for a, b in zip(end(n), exact, strict=True))
+        for n in (6, 12)
+    ]
+    order = np.log2(errors[0] / errors[1])
+    assert 4.3 < order < 6.0
+
+
+def test_forward_and_reverse_derivatives_agree_with_differences(field):
+    weights = state(start((2, 3, 1))).weights
+    direction = jax.tree.map(lambda w: jnp.cos(jnp.arange(1.0 * w.size)).reshape(w.shape), weights)
+
+    def outcome(weights):
+        y, _, _ = walk(field, weights, 0.3, 2, gflow.GaussNewton(stages=3))
+        return jnp.sum(y.weights[0] ** 2) + jnp.log(y.scaled_time)
+
+    def along(size):
+        return jax.tree.map(lambda w, d: w + size * d, weights, direction)
+
+    compiled = jax.jit(outcome)
+    size = 1e-4  # the error of the central difference is then about its square
+    difference = (compiled(along(size)) - compiled(along(-size))) / (2 * size)
+    _, forward = jax.jit(lambda w, d: jax.jvp(outcome, (w,), (d,)))(weights, direction)
+    gradient = jax.jit(jax.grad(outcome))(weights)
+    reverse = sum(jnp.sum(g * d) for g, d in zip(gradient, direction, strict=True))
+    np.testing.assert_allclose(forward, difference, rtol=1e-6)
+    np.testing.assert_allclose(reverse, forward, rtol=1e-9)
+
+
+def test_vmap_over_starts_equals_the_loop(field):
+    starts = [state(start(seed=seed)).weights for seed in range(3)]
+    stacked = jax.tree.map(lambda *w: jnp.stack(w), *starts)
+    step = lambda w: walk(field, w, 0.2, 2, gflow.GaussNewton())[0]  # noqa: E731
+    together = jax.jit(jax.vmap(step))(stacked)
+    for index, weights in enumerate(starts):
+        alone = jax.jit(step)(weights)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[index], b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_step_that_newton_cannot_solve_is_rejected_and_leaves_the_state_alone(field):
+    weights = state(start()).weights
+    y, error, carry = jax.jit(walk, static_argnums=(3, 4))(
+        field, weights, 40.0, 1, gflow.GaussNewton()
+    )
+    assert all(bool(jnp.all(jnp.isinf(leaf))) for leaf in jax.tree.leaves(error))
+    for a, b in zip(y.weights, weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert carry.num_iterations <= gflow.GaussNewton().max_iterations
+
+
+def test_counts_iterations_and_evaluations(field):
+    weights = state(start()).weights
+    _, _, carry = jax.jit(walk, static_argnums=(3, 4))(field, weights, 0.2, 4, gflow.GaussNewton())
+    assert 8 <= int(carry.num_iterations) <= 48
+    # One evaluation to begin with, and per step one more than iterations, at five stages each.
+    assert int(carry.num_evaluations) == 1 + 5 * (int(carry.num_iterations) + 4)
+
+
+def test_a_field_without_structure_is_refused():
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+    with pytest.raises(ValueError, match="FlowField"):
+        gflow.GaussNewton().init(term, 0.0, 1.0, jnp.zeros(2), None)
