@@ -97,8 +97,8 @@ class SolverState(NamedTuple):
     num_iterations: Array
     num_evaluations: Array
     """Of the field, one for each stage in each iteration."""
-    correction: Array
-    """Size of the last Newton correction relative to the weights: the precision reached."""
+    newton_error: Array
+    """Of the last step, relative to the weights: the precision reached."""
 
 
 class Iterate(NamedTuple):
@@ -124,7 +124,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
 
     Args:
         stages: the number p >= 3 of stages; the order is 2p - 1.
-        tolerance: size of the Newton correction, relative to each layer, at which a step counts as
+        tolerance: error of the Newton iteration, relative to each layer, at which a step counts as
             solved. Far below the step tolerance: what is lost here, the conserved matrices lose.
         max_iterations: a step that needs more is rejected.
     """
@@ -162,7 +162,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             offsets=repeat(offsets),
             num_iterations=jnp.zeros((), int),
             num_evaluations=jnp.ones((), int),
-            correction=jnp.zeros_like(start.rate),
+            newton_error=jnp.zeros_like(start.rate),
         )
 
     def step(
@@ -197,10 +197,10 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             frame = start_frame(field.problem, y0.weights)
             last = self._newton(field, evaluate, frame, solver_state, h)
             count = last.count.astype(last.size.dtype)  # custom_root wants floats
-            aux = count, last.size, frame.log_risk, self._error(frame, last, h)
+            aux = count, _remaining(last), frame.log_risk, self._error(frame, last, h)
             return (last.derivatives, last.offsets), aux
 
-        (derivatives, offsets), (count, correction, log_risk, error) = jax.lax.custom_root(
+        (derivatives, offsets), (count, newton_error, log_risk, error) = jax.lax.custom_root(
             residual,
             (solver_state.derivatives, solver_state.offsets),
             solve,
@@ -222,7 +222,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk),
         )
 
-        failed = ~(correction < 100 * self.tolerance)
+        failed = ~(newton_error < 100 * self.tolerance)
         y1 = FlowState(move(y0.weights, derivatives, matrix[-1]), u[-1])
         y1 = jax.tree.map(lambda new, old: jnp.where(failed, old, new), y1, y0)
         error = FlowState(shaped(error, y0.weights), jax.lax.stop_gradient(time_error))
@@ -233,7 +233,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             offsets=offsets,
             num_iterations=solver_state.num_iterations + count.astype(int),
             num_evaluations=solver_state.num_evaluations + p * (count.astype(int) + 1),
-            correction=correction,
+            newton_error=newton_error,
         )
         dense = {"state": y0, "derivatives": derivatives, "time_slopes": time_slopes}
         return y1, error, dense, state, diffrax.RESULTS.successful
@@ -339,10 +339,8 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             )
 
         def unfinished(now: Iterate) -> Array:
-            ahead = now.size * now.contraction / (1 - jnp.minimum(now.contraction, 0.5))
-            fast = now.contraction < 0.5
-            solved = (now.size < self.tolerance) | (fast & (ahead < self.tolerance))
-            stagnant = ~fast & (now.size < 100 * self.tolerance)
+            solved = _remaining(now) < self.tolerance
+            stagnant = (now.contraction > 0.5) & (now.size < 100 * self.tolerance)
             spent = jnp.isnan(now.size) | (now.count >= self.max_iterations)
             return (now.count < 2) | ~(solved | stagnant | spent)
 
@@ -366,6 +364,11 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             scale * ((tail[-1][:, None] * left).T @ right - jnp.outer(a, z @ b))
             for left, right, a, b in zip(*last.derivatives, frame.lefts, frame.columns, strict=True)
         ]
+
+
+def _remaining(last: Iterate) -> Array:
+    """The error left after the last correction, from the rate at which corrections shrink."""
+    return last.size * jnp.minimum(last.contraction / (1 - jnp.minimum(last.contraction, 0.5)), 1.0)
 
 
 def _solve_linear(linear: Callable, rhs: Any) -> Any:

@@ -29,14 +29,9 @@ class Carry(eqx.Module):
 
     weights: Weights
     optimizer_state: Any
-    meter_state: Any
     num_steps: Array
-    log_time: Array
-    """Logarithm of the sum of the step sizes, minus infinity at first."""
-    lost: Array
-    """What rounding has taken from ``log_time`` (Kahan's summation)."""
-    log_step_size: Array
-    """The step size taken last."""
+    elapsed: Elapsed | None
+    """The time so far; None in a loop that does not need it."""
     order: Array | None
     """The order in which this epoch visits the points, for mini-batches."""
 
@@ -85,15 +80,11 @@ class Descent(eqx.Module):
     def start(self, weights: Weights) -> Carry:
         """The carry before the first step."""
         weights = jax.tree.map(jnp.asarray, weights)
-        nothing = jnp.full((), -jnp.inf)
         carry = Carry(
             weights=weights,
             optimizer_state=self.optimizer.init(weights),
-            meter_state=self.meter.init(),
             num_steps=jnp.zeros((), jnp.int64),
-            log_time=nothing,
-            lost=jnp.zeros(()),
-            log_step_size=nothing,
+            elapsed=self.meter.start(),
             order=None if self.sampler is None else jnp.arange(self.problem.data.inputs.shape[0]),
         )
         # No weak types: the first call would be compiled for them, and the second without.
@@ -119,27 +110,23 @@ class Descent(eqx.Module):
         )
         return found, carry
 
-    def move(self, carry: Carry, at: "Evaluation", go: Array) -> Carry:
-        """The next iterate if ``go``, else the same again."""
+    def move(self, carry: Carry, at: "Evaluation") -> Carry:
+        """The next iterate."""
         updates, optimizer_state = self.optimizer.update(
             at.gradient, carry.optimizer_state, carry.weights, **at.extra_arguments()
         )
-        log_step, meter_state = self.meter.log_step_size(
-            carry.meter_state, updates, at.log_risk, at.log_gradient
+        elapsed = carry.elapsed
+        if elapsed is not None and self.meter.nominal:
+            elapsed = self.meter.nominal_step(elapsed, at.log_risk)
+        elif elapsed is not None:
+            elapsed = self.meter.measured_step(elapsed, updates, at.log_risk, at.log_gradient)
+        return Carry(
+            weights=optax.apply_updates(carry.weights, updates),
+            optimizer_state=optimizer_state,
+            num_steps=carry.num_steps + 1,
+            elapsed=elapsed,
+            order=carry.order,
         )
-        log_time, lost = _add(carry.log_time, carry.lost, log_step)
-        moved = (
-            optax.apply_updates(carry.weights, updates),
-            optimizer_state,
-            meter_state,
-            carry.num_steps + 1,
-            log_time,
-            lost,
-            log_step,
-        )
-        *stayed, order = (getattr(carry, field) for field in carry.__dataclass_fields__)
-        kept = jax.tree.map(lambda new, old: jnp.where(go, new, old), moved, tuple(stayed))
-        return Carry(*kept, order)
 
 
 class Evaluation(NamedTuple):
@@ -173,62 +160,46 @@ class Evaluation(NamedTuple):
 
 
 class Watch(eqx.Module):
-    """The stopping rules to ask, split by what they cost."""
+    """What to ask of the iterates, split by what it costs."""
 
-    cheap: tuple[AbstractRule, ...]
+    cheap: tuple[AbstractRule, ...] = ()
     """Asked at every iterate."""
-    costly: tuple[AbstractRule, ...]
+    costly: tuple[AbstractRule, ...] = ()
     """Asked at every ``every``-th: they need singular values, or the risk on all points."""
-    every: int
+    timed: tuple[AbstractRule, ...] = ()
+    """Rules on the time, where the time can be told beforehand."""
+    every: int = 1
+    careful: bool = False
+    """Ask at every iterate whether it is finite. Otherwise only at the end: what is not finite
+    stays so."""
+
+    @property
+    def rules(self) -> tuple[AbstractRule, ...]:
+        """All rules, in the order of the answers."""
+        return (*self.cheap, *self.costly, *self.timed)
+
+    def asks(self) -> bool:
+        """Whether an iterate is asked anything before it moves."""
+        return bool(self.cheap or self.costly or self.careful)
 
     def hits(
         self, descent: Descent, carry: Carry, at: Evaluation, goals: tuple[Array, ...]
     ) -> Array:
-        """Which rules are met, the cheap ones first."""
+        """Which of the cheap and the costly rules are met, and at last whether to stop anyhow."""
+        here = coordinates(carry, at.log_risk)
         met = [
-            rule.progress(self._coordinates(carry, at.log_risk)) >= goal
-            for rule, goal in zip(self.cheap, goals, strict=False)
+            rule.progress(here) >= goal for rule, goal in zip(self.cheap, goals, strict=False)
         ]
         if self.costly:
+
+            def late() -> list[Array]:
+                here = look_around(descent.problem, carry, self.costly)
+                rest = zip(self.costly, goals[len(self.cheap) :], strict=False)
+                return [rule.progress(here) >= goal for rule, goal in rest]
+
             due = carry.num_steps % self.every == 0
-            late = jax.lax.cond(
-                due,
-                lambda: jnp.stack(
-                    [
-                        progress >= goal
-                        for progress, goal in zip(
-                            self.costly_progress(descent, carry),
-                            goals[len(self.cheap) :],
-                            strict=True,
-                        )
-                    ]
-                ),
-                lambda: jnp.zeros(len(self.costly), bool),
-            )
-            met.extend(late)
-        return jnp.array(met, dtype=bool)
-
-    def costly_progress(self, descent: Descent, carry: Carry) -> list[Array]:
-        """The progress of the costly rules."""
-        needed = any(rule.needs_misalignment for rule in self.costly)
-        at = self._coordinates(
-            carry,
-            descent.problem.log_risk(carry.weights),
-            largest_misalignment(carry.weights) if needed else None,
-        )
-        return [rule.progress(at) for rule in self.costly]
-
-    @staticmethod
-    def _coordinates(
-        carry: Carry, log_risk: Array, misalignment: Array | None = None
-    ) -> Coordinates:
-        unknown = jnp.full_like(log_risk, jnp.nan)
-        return Coordinates(
-            log_risk=log_risk,
-            log_time=carry.log_time,
-            num_steps=carry.num_steps,
-            misalignment=unknown if misalignment is None else misalignment,
-        )
+            met.extend(jax.lax.cond(due, late, lambda: [jnp.array(False)] * len(self.costly)))
+        return jnp.array([*met, ~at.sound if self.careful else False])
 
 
 @eqx.filter_jit
@@ -238,25 +209,48 @@ def advance(
     """Step until ``num_steps`` in all, a rule that is met, or an iterate that is not finite.
 
     Returns:
-        The carry, which rules are met there (the cheap ones first), and whether the iterate is
-        finite.
+        The carry, which rules are met there, and whether the iterate is finite. If it is not, and
+        the watch was not careful, it is not the first.
     """
+    meter, elapsed = descent.meter, carry.elapsed
+    if meter.predictable:
+        # The clock is run ahead to where the time rules stop, and again to where the weights did.
+        carry = eqx.tree_at(lambda c: c.elapsed, carry, None)
+        late = goals[len(watch.cheap) + len(watch.costly) :]
+        values = tuple(_log_time_at(rule, goal) for rule, goal in zip(watch.timed, late, strict=True))
+        ahead = meter.predict(elapsed, num_steps, values)
+        num_steps = ahead.num_steps
 
-    def attempt(loop: tuple[Carry, Array, Array]) -> tuple[Carry, Array, Array]:
+    def attempt(loop: tuple[Carry, Array]) -> tuple[Carry, Array]:
         at, carry = descent.evaluate(loop[0])
+        if not watch.asks():
+            return descent.move(carry, at), loop[1]
         hits = watch.hits(descent, carry, at, goals)
-        go = at.sound & ~jnp.any(hits)
-        return descent.move(carry, at, go), hits, at.sound
+        go = ~jnp.any(hits)
+        moved, order = descent.move(carry, at), carry.order
+        moved, stays = (eqx.tree_at(lambda c: c.order, c, None) for c in (moved, carry))
+        kept = jax.tree.map(lambda new, old: jnp.where(go, new, old), moved, stays)
+        return eqx.tree_at(lambda c: c.order, kept, order, is_leaf=lambda x: x is None), hits
 
-    carry, hits, sound = jax.lax.while_loop(
-        lambda loop: (loop[0].num_steps < num_steps) & loop[2] & ~jnp.any(loop[1]),
+    asked = len(watch.cheap) + len(watch.costly) + 1
+    carry, hits = jax.lax.while_loop(
+        lambda loop: (loop[0].num_steps < num_steps) & ~jnp.any(loop[1]),
         attempt,
-        (carry, jnp.zeros(len(goals), bool), jnp.array(True)),
+        (carry, jnp.zeros(asked, bool)),
     )
-    # The last iterate has not been looked at when the count ended the loop.
+    hits = hits[:-1]
+    if meter.predictable:
+        elapsed = meter.predict(elapsed, carry.num_steps)
+        carry = eqx.tree_at(lambda c: c.elapsed, carry, elapsed, is_leaf=lambda x: x is None)
+        due = [elapsed.log_time >= value for value in values]
+        hits = jnp.concatenate([hits, jnp.array(due, dtype=bool)])
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(carry.weights)]
     margins = jnp.isfinite(descent.problem.margins(carry.weights))
-    return carry, hits, sound & jnp.all(jnp.stack(leaves)) & jnp.all(margins)
+    return carry, hits, jnp.all(jnp.stack(leaves)) & jnp.all(margins)
+
+
+def _log_time_at(rule: AbstractRule, goal: Array) -> Array:
+    raise NotImplementedError
 
 
 @eqx.filter_jit

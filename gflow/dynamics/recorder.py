@@ -12,6 +12,7 @@ import numpy as np
 
 from gflow import record
 from gflow.problem import observables as obs
+from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import Array, Weights, widths
 from gflow.problem.risk import Problem
 
@@ -93,6 +94,7 @@ class Recorder:
                 else np.full(self.problem.data.dim, np.nan),
                 "maximum-margin direction through the origin",
             )
+            constants |= self._support()
         return record.build(
             columns,
             constants=constants,
@@ -103,6 +105,19 @@ class Recorder:
                 "wall_time": time.perf_counter() - self.began,
             },
         )
+
+    def _support(self) -> dict[str, tuple[tuple[str, ...], Any, str]]:
+        """The points on the margin: all of the data that the asymptotic laws need."""
+        data, solution = self.problem.data, self.problem.data.max_margin()
+        if not solution.separable:
+            return {}
+        on = solution.support
+        vectors, dual = data.signed_inputs[on], solution.dual[on]
+        return {
+            "support": (("support",), on, "numbers of the points on the margin"),
+            "support_vectors": (("support", "coordinate"), vectors, "y_i x_i on the margin"),
+            "dual_weights": (("support",), dual, "weights p with sum_i p_i y_i x_i = margin u"),
+        }
 
     def _provenance(self) -> dict[str, Any]:
         problem, data = self.problem, self.problem.data
@@ -125,8 +140,17 @@ class Recorder:
                 "separable": solution.separable,
                 "max_margin": solution.margin if solution.separable else None,
                 "margin_upper_bound": solution.margin_upper,
+                "next_margin_gap": _next_gap(data.signed_inputs, solution),
             }
         return facts
+
+
+def _next_gap(signed_inputs: np.ndarray, solution: MaxMargin) -> float | None:
+    r"""The least $\langle z_i, \bar u\rangle/\gamma - 1$ of a point that is not on the margin."""
+    if not solution.separable or len(solution.support) == len(signed_inputs):
+        return None
+    gaps = signed_inputs @ (solution.direction / solution.margin) - 1
+    return float(np.min(np.delete(gaps, solution.support)))
 
 
 @eqx.filter_jit

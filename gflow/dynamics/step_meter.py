@@ -23,6 +23,36 @@ import optax
 from gflow.problem.network import Array, Weights
 
 
+class Elapsed(eqx.Module):
+    """The time of descent so far."""
+
+    num_steps: Array
+    log_time: Array
+    """Logarithm of the sum of the step sizes, minus infinity at first."""
+    lost: Array
+    """What rounding has taken from ``log_time`` (Kahan's summation)."""
+    log_step_size: Array
+    """The step size taken last."""
+    meter_state: Any
+
+    # log(T + eta) = log T + log(1 + eta/T), in which either may be larger by any factor. Increments
+    # get small and there are many of them: hence Kahan's summation.
+    def add(self, log_step: Array, meter_state: Any) -> "Elapsed":
+        """After one more step."""
+        first = jnp.isneginf(self.log_time)
+        base = jnp.where(first, log_step, self.log_time)
+        increment = jnp.logaddexp(0.0, log_step - base) - self.lost
+        total = base + increment
+        lost = (total - base) - increment
+        return Elapsed(
+            num_steps=self.num_steps + 1,
+            log_time=jnp.where(first, log_step, total),
+            lost=jnp.where(first, 0.0, lost),
+            log_step_size=log_step,
+            meter_state=meter_state,
+        )
+
+
 class StepMeter(eqx.Module):
     """Reads the step size of an optimiser's updates."""
 
@@ -41,27 +71,48 @@ class StepMeter(eqx.Module):
         inner = rule.inner if scaled else optax.with_extra_args_support(optimizer)
         return cls(inner, works_entry_by_entry(inner, weights), scaled)
 
-    def init(self) -> Any:
-        """The meter's own state: that of the optimiser for one weight."""
-        return self.optimizer.init(jnp.zeros(())) if self.nominal else ()
+    @property
+    def predictable(self) -> bool:
+        """Whether the time is a function of the number of steps alone."""
+        return self.nominal and not self.on_log_risk
 
-    def log_step_size(
-        self,
-        state: Any,
-        updates: Weights,
-        log_risk: Array,
-        log_gradient: Weights,
-    ) -> tuple[Array, Any]:
-        r"""$\log\eta$ of an update at weights with the given $\log R$ and $g = \nabla\log R$."""
-        if self.nominal:
-            answer, state = self.optimizer.update(jnp.ones(()), state, jnp.zeros(()))
-            log_rate = jnp.log(jnp.maximum(-answer, 0.0))
-            return (log_rate - log_risk if self.on_log_risk else log_rate), state
+    def start(self) -> Elapsed:
+        """No time has passed. The state is that of the optimiser for a single weight."""
+        never = jnp.full((), -jnp.inf)
+        state = self.optimizer.init(jnp.zeros(())) if self.nominal else ()
+        return Elapsed(jnp.zeros((), jnp.int64), never, jnp.zeros(()), never, state)
+
+    def nominal_step(self, elapsed: Elapsed, log_risk: Array | float = 0.0) -> Elapsed:
+        """After the step that a constant gradient of one would get."""
+        answer, state = self.optimizer.update(jnp.ones(()), elapsed.meter_state, jnp.zeros(()))
+        log_step = jnp.log(jnp.maximum(-answer, 0.0))
+        return elapsed.add(log_step - log_risk if self.on_log_risk else log_step, state)
+
+    def measured_step(
+        self, elapsed: Elapsed, updates: Weights, log_risk: Array, log_gradient: Weights
+    ) -> Elapsed:
+        r"""After an update at weights with the given $\log R$ and $g = \nabla\log R$."""
         along = jnp.maximum(-inner_product(updates, log_gradient), 0.0)
         squared_norm = inner_product(log_gradient, log_gradient)
         stands = squared_norm == 0
         log_rate = jnp.log(along) - jnp.log(jnp.where(stands, 1.0, squared_norm))
-        return jnp.where(stands, -jnp.inf, log_rate - log_risk), state
+        log_step = jnp.where(stands, -jnp.inf, log_rate - log_risk)
+        return elapsed.add(log_step, elapsed.meter_state)
+
+    def predict(
+        self, elapsed: Elapsed, num_steps: Array, goals: tuple[Array, ...] = ()
+    ) -> Elapsed:
+        """Pass time until ``num_steps`` in all, or one of the values of ``log_time`` is reached.
+
+        A loop over scalars, fifty nanoseconds a step: inside the loop over the weights the same
+        operations would each be a kernel of their own and cost more than a step of a small network.
+        """
+
+        def unfinished(elapsed: Elapsed) -> Array:
+            early = [elapsed.log_time < goal for goal in goals]
+            return (elapsed.num_steps < num_steps) & jnp.all(jnp.array([True, *early]))
+
+        return jax.lax.while_loop(unfinished, self.nominal_step, elapsed)
 
 
 def works_entry_by_entry(optimizer: optax.GradientTransformation, weights: Weights) -> bool:

@@ -76,7 +76,8 @@ def margin(
     ax = _axes(ax)
     if gap:
         _draw_lines(ax, records, x, "margin_gap", positive=True)
-        ax.set_yscale("log")
+        if _has_curves(ax):
+            ax.set_yscale("log")
         return _finish(ax, x, r"$\gamma - \min_i q_i/\|w\|$")
     shown = _labelled(records)
     _draw_lines(ax, records, x, "margin")
@@ -90,7 +91,8 @@ def direction_error(records: "Records", x: str = "log_time", *, ax: "Axes | None
     r"""The distance of the end-to-end direction from the max-margin one."""
     ax = _axes(ax)
     _draw_lines(ax, records, x, "direction_error", positive=True)
-    ax.set_yscale("log")
+    if _has_curves(ax):
+        ax.set_yscale("log")
     return _finish(ax, x, r"$\|w/\|w\| - \bar u\|$")
 
 
@@ -295,6 +297,8 @@ def _draw_lines(
             **style,
             label=label if len(shown) > 1 else "_",
         )
+    if not _has_curves(ax):
+        _say_nothing_to_show(ax, "undefined: the data are not separable")
 
 
 def _draw_families(
@@ -338,16 +342,12 @@ def _draw_families(
         for _ in range(rows - len(shown)):
             ax.plot([], [], color="none", label=" ")
     if not drawn:
-        ax.text(
-            0.5,
-            0.5,
-            f"no {dim}s to show",
-            transform=ax.transAxes,
-            ha="center",
-            va="center",
-            fontsize=_FONT,
-            color="0.4",
-        )
+        _say_nothing_to_show(ax, f"no {dim}s to show")
+
+
+def _say_nothing_to_show(ax: "Axes", why: str) -> None:
+    middle = {"ha": "center", "va": "center", "transform": ax.transAxes}
+    ax.text(0.5, 0.5, why, fontsize=_FONT, color="0.4", **middle)
 
 
 def _curve(ax: "Axes", x: np.ndarray, y: np.ndarray, positive: bool, **style: Any) -> "bool":
