@@ -24,7 +24,7 @@ FAR = -1e30
 HAND_OVER = -1e3
 """log R to which a start is integrated before it continues on the slow manifold."""
 
-LATE = 1e4
+LATE = 1e6
 """Points off the margin that keep their weight beyond this s are reported."""
 
 FADED = 30.0
@@ -34,6 +34,9 @@ WEIGHTLESS = 1e-9
 """A support vector whose limiting weight is below this is reported."""
 
 EPS = float(np.finfo(np.float64).eps)
+
+ROUND_OFF = 64 * EPS
+"""Entries of a conserved matrix below this, relative to the squared layers, count as zero."""
 
 
 def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None) -> Limits:
@@ -71,13 +74,13 @@ def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None)
     True
     """
     start = check_weights(weights)
-    imbalance = [b.T @ b - a @ a.T for a, b in pairwise(start)]
     solver = SlowManifold(rtol=1e-8)
     late = start if late is None else check_weights(late)
     if solver.obstacle(problem, late) is not None:
         late = _integrate(problem, late)
-    state = solver.advance(solver.start(problem, late, imbalance=imbalance), FAR)
-    law = _read(state, imbalance)
+    state = solver.start(problem, late, imbalance=_imbalance(start))
+    state = solver.advance(state, FAR)
+    law = _read(state, start)
     settled = _settled_from(law, state.geometry)
     reasons = law.degenerate
     if settled > LATE:
@@ -106,7 +109,6 @@ def limits_of_record(record: "xr.Dataset") -> Limits:
         [np.asarray(record[f"{label}_weights_{k + 1}"].values) for k in range(depth)]
         for label in ("initial", "final")
     )
-    imbalance = [b.T @ b - a @ a.T for a, b in pairwise(first)]
     row = np.ones(1)
     for matrix in reversed(last):
         row = row @ matrix
@@ -114,9 +116,9 @@ def limits_of_record(record: "xr.Dataset") -> Limits:
         raise ValueError("the last weights do not separate the data by an unnormalised margin of 1")
     data = Dataset(support, np.ones(len(support)), name="support vectors")
     # The risk only scales the variables that are read back.
-    state = split(data, last, -1.0, -np.inf, imbalance)
+    state = split(data, last, -1.0, -np.inf, _imbalance(first))
     law = dataclasses.replace(
-        _read(state, imbalance),
+        _read(state, first),
         num_points=int(record.attrs["num_points"]),
         support=np.asarray(record["support"].values),
     )
@@ -158,13 +160,19 @@ def _integrate(problem: "Problem", weights: Weights) -> Weights:
     return tuple(record[f"final_weights_{k + 1}"].values for k in range(len(weights)))
 
 
-def _read(state: SplitState, imbalance: Sequence[np.ndarray]) -> Limits:
-    """The constants, from a state far out and the conserved matrices."""
+def _imbalance(start: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [after.T @ after - before @ before.T for before, after in pairwise(start)]
+
+
+def _read(state: SplitState, start: Sequence[np.ndarray]) -> Limits:
+    """The constants, from a state far out and the start's conserved matrices."""
     geometry, layers, depth = state.geometry, state.layers, state.layout.depth
+    imbalance = _imbalance(start)
+    squares = [float(np.sum(matrix**2)) for matrix in start]
     views = state.layout.views(state.slow)
     gamma = geometry.margin
     directions, turn, lean = [], np.zeros(depth - 1), np.zeros(depth - 1)
-    shift, rank_one = np.zeros(depth), np.zeros(depth)
+    shift, rank_one, noise = np.zeros(depth), np.zeros(depth), np.zeros(depth)
     for k in range(depth - 1, 0, -1):
         basis, layer, above = views["frame", k], layers[k - 1], layers[k]
         # The frame turns by half the angle that is left (e_k is the right vector of layer k + 1).
@@ -173,14 +181,17 @@ def _read(state: SplitState, imbalance: Sequence[np.ndarray]) -> Limits:
         pushed = imbalance[k - 1] @ u
         corner = float(u @ pushed)
         side = basis[:, 1:].T @ (pushed - corner * u)
-        turn[k - 1] = np.linalg.norm(side)
-        if turn[k - 1] > 0:
-            n = side / turn[k - 1]
+        rounding = ROUND_OFF * (squares[k - 1] + squares[k])
+        noise[k - 1] = noise[k] + rounding
+        size = float(np.linalg.norm(side))
+        if size > rounding:
+            turn[k - 1], n = size, side / size
             lean[k - 1] = (np.sum((layer.rest.T @ n) ** 2) + np.sum((above.rest @ n) ** 2)) / 2
         directions.append(u)
         shift[k - 1] = shift[k] - corner
         rank_one[k - 1] = rank_one[k] - np.trace(imbalance[k - 1]) + corner
     shift -= shift.mean()
+    rank_one[rank_one <= noise] = 0.0
     points = geometry.across[geometry.support, : geometry.num_tangent]
     tangent, dual = _soft_minimiser(points)
     free = state.across[geometry.num_tangent :]

@@ -1,5 +1,6 @@
 """Gradient descent: one call from weights and an optax optimiser to a record of the run."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import optax
 from gflow.dynamics.iterating import (
     Carry,
     Descent,
+    Goals,
     Sampler,
     Watch,
     advance,
@@ -32,6 +34,7 @@ from gflow.dynamics.until import (
     LogTime,
     Steps,
     Time,
+    anonymous,
     as_rules,
     save_grid,
 )
@@ -181,7 +184,7 @@ class _Run:
 
         def step(carry: Carry) -> Carry:
             at, carry = descent.evaluate(carry)
-            return descent.move(carry, at, at.sound)
+            return descent.move(carry, at)
 
         try:
             after = jax.eval_shape(step, self.carry)
@@ -190,29 +193,26 @@ class _Run:
                 f"`optimizer` cannot make a step: {error}. gradient_descent provides the extra "
                 "arguments value, grad, value_fn, log_risk, log_gradient and log_risk_fn."
             ) from error
-        before = jax.eval_shape(lambda carry: carry, self.carry)
-        if jax.tree.structure(after) != jax.tree.structure(before):
+        if jax.tree.structure(after) != jax.tree.structure(self.carry):
             raise ValueError(
                 "`optimizer` changes the structure of its state in a step; expected the structure "
                 "that its `init` returns."
             )
         if descent.meter.nominal:
-            answer, _ = descent.meter.optimizer.update(
-                jnp.ones(()), descent.meter.init(), jnp.zeros(())
-            )
-            if not float(answer) <= 0:
+            first = descent.meter.nominal_answer(descent.meter.start())
+            if not float(first) <= 0:
                 raise ValueError(
-                    f"`optimizer` answers a gradient of one by a step of {float(answer):g}; "
+                    f"`optimizer` answers a gradient of one by a step of {float(first):g}; "
                     "expected a negative number: learning rates are positive."
                 )
 
     def scalars(self) -> dict[str, Any]:
         """What a saved point holds beside the observables of its weights."""
-        carry = self.carry
+        elapsed = self.carry.elapsed
         return {
-            "log_time": carry.log_time,
-            "num_steps": carry.num_steps,
-            "log_step_size": carry.log_step_size,
+            "log_time": elapsed.log_time,
+            "num_steps": elapsed.num_steps,
+            "log_step_size": elapsed.log_step_size,
         }
 
     @property
@@ -222,53 +222,57 @@ class _Run:
 
     def look(self, rules: tuple[AbstractRule, ...]) -> tuple[float, list[float]]:
         """The log risk, and how far the run is in the coordinate of each rule."""
-        at = self.carry
-        anonymous = tuple(_anonymous(rule) for rule in rules)
-        log_risk, found = look(
-            self.descent.problem, at.weights, at.log_time, at.num_steps, anonymous
-        )
+        at = eqx.tree_at(lambda c: c.optimizer_state, self.carry, ())  # not another program
+        log_risk, found = look(self.descent.problem, at, tuple(map(anonymous, rules)))
         return float(log_risk), [float(value) for value in found]
 
     def advance(
-        self, watch: Watch, goals: list[float], num_steps: int
-    ) -> tuple[list[bool], "_End | None"]:
+        self, watch: Watch, goals: Goals, num_steps: int
+    ) -> tuple[np.ndarray, "_End | None"]:
         """Go on to ``num_steps`` or to a rule; which are met, and whether the run has to end."""
         before = self.carry
         began = time.perf_counter()
-        limit = min(num_steps, self.num_steps + self.call)
-        given = tuple(jnp.asarray(goal) for goal in goals)
-        after, hits, sound = advance(self.descent, watch, before, jnp.asarray(limit), given)
-        hits, sound = np.asarray(hits), bool(sound)
+        limit = jnp.asarray(min(num_steps, self.num_steps + self.call))
+        after, hits, sound = advance(self.descent, watch, before, limit, goals)
+        hits, sound = np.array(hits), bool(sound)
         took = time.perf_counter() - began
         if not sound:
-            # The map is deterministic: once more from where this call began, to the last iterate
-            # that was finite.
-            broken = int(after.num_steps)
-            self.carry, _, _ = advance(self.descent, watch, before, jnp.asarray(broken - 1), given)
-            return [False] * len(hits), _End("diverged", _why_diverged(self, broken))
+            return np.zeros_like(hits), self._last_sound(watch, goals, limit)
         self.carry = after
         if took < SECONDS_A_CALL / 2:
             self.call *= 2
         elif took > 2 * SECONDS_A_CALL:
             self.call = max(1, self.call // 2)
-        if self._stalled(watch, before, given):
-            return list(hits), _End("stalled", _why_stalled(self))
-        return list(hits), None
+        end = _End("stalled", _why_stalled(self)) if self._stalled(watch, before, goals) else None
+        return hits, end
 
-    def _stalled(self, watch: Watch, before: Carry, goals: tuple[jax.Array, ...]) -> bool:
+    def _last_sound(self, watch: Watch, goals: Goals, limit: jax.Array) -> "_End":
+        """Go to the last iterate that is finite: the same steps again, from where the call began.
+
+        They are the same because every step is a function of the one before.
+        """
+        watch = dataclasses.replace(watch, careful=True)
+        before, sound, broken = self.carry, False, limit
+        while not sound:
+            after, _, sound = advance(self.descent, watch, before, limit, goals)
+            broken = int(after.num_steps)
+            limit = jnp.asarray(broken - 1)
+        self.carry = after
+        return _End("diverged", _why_diverged(self, broken + 1))
+
+    def _stalled(self, watch: Watch, before: Carry, goals: Goals) -> bool:
         """Whether no weight has changed for long, and none does in one step more."""
         made = self.num_steps - int(before.num_steps)
-        if made == 0 or not bool(same_weights(before, self.carry)):
+        if made == 0 or not bool(same_weights(before.weights, self.carry.weights)):
             self.resting = 0
             return False
         self.resting += made
         if self.resting < STALLED_AFTER:
             return False
         # A cycle may have come back to where it was.
-        further, _, _ = advance(
-            self.descent, watch, self.carry, jnp.asarray(self.num_steps + 1), goals
-        )
-        return bool(same_weights(further, self.carry))
+        once = jnp.asarray(self.num_steps + 1)
+        further, _, _ = advance(self.descent, watch, self.carry, once, goals)
+        return bool(same_weights(further.weights, self.carry.weights))
 
 
 class _End(NamedTuple):
@@ -336,8 +340,7 @@ class _Target(NamedTuple):
 def _reach(run: _Run, targets: list[_Target], max_steps: int, bar: ProgressBar) -> _End | None:
     """Go on to the first of ``targets``: None if it is the leading one, else why the run ends."""
     lead, *others = targets
-    watch, watched = _watch(targets, run.descent)
-    goals = [target.goal for target in watched]
+    watch, goals, watched = _watch(targets, run.descent)
     counts = [target.steps for target in targets if target.steps is not None]
     last = max([max_steps, *(rule.value for rule, *_ in targets if isinstance(rule, Steps))])
     limit = min([last, *counts])
@@ -362,28 +365,25 @@ def _reach(run: _Run, targets: list[_Target], max_steps: int, bar: ProgressBar) 
             )
 
 
-def _watch(targets: list[_Target], descent: Descent) -> tuple[Watch, list[_Target]]:
-    """The rules to ask on the device, and their targets in the order of the answers."""
-    asked = [target for target in targets if target.steps is None]
+def _watch(targets: list[_Target], descent: Descent) -> tuple[Watch, Goals, list[_Target]]:
+    """The rules to ask on the device, their goals, and their targets in the order of the answers."""
     sampler = descent.sampler
-
-    def costly(target: _Target) -> bool:
-        return target.rule.needs_misalignment or (
-            sampler is not None and isinstance(target.rule, LogRisk)
-        )
-
-    cheap = [target for target in asked if not costly(target)]
-    rest = [target for target in asked if costly(target)]
+    groups: dict[str, list[_Target]] = {"cheap": [], "costly": [], "timed": []}
+    for target in targets:
+        rule = target.rule
+        if rule.needs_misalignment or (sampler is not None and isinstance(rule, LogRisk)):
+            groups["costly"].append(target)
+        elif isinstance(rule, Time | LogTime) and descent.meter.predictable:
+            groups["timed"].append(target)
+        elif not isinstance(rule, Steps):
+            groups["cheap"].append(target)
     every = 1 if sampler is None else sampler.batches_an_epoch(descent.problem)
-    if any(target.rule.needs_misalignment for target in rest):
+    if any(target.rule.needs_misalignment for target in groups["costly"]):
         every = max(every, MISALIGNMENT_EVERY)
-    rules = (tuple(_anonymous(target.rule) for target in group) for group in (cheap, rest))
-    return Watch(*rules, every), cheap + rest
-
-
-def _anonymous(rule: AbstractRule) -> AbstractRule:
-    """The rule without its value, so that another value is not another program to compile."""
-    return eqx.tree_at(lambda rule: rule.value, rule, 0.0)
+    rules = {key: tuple(anonymous(t.rule) for t in group) for key, group in groups.items()}
+    goals = {key: tuple(jnp.asarray(t.goal) for t in group) for key, group in groups.items()}
+    order = [target for group in groups.values() for target in group]
+    return Watch(**rules, every=every), Goals(**goals), order
 
 
 def _why_diverged(run: _Run, broken: int) -> str:

@@ -2,8 +2,12 @@ r"""The loop of descent on the device: many steps a call, stopping exactly where
 
 Every step evaluates the margins and the gradient at the current iterate, asks the stopping rules,
 and only then moves. An iterate that meets a rule is therefore the first one that does and the last
-one computed. What an optimiser does not use costs nothing: XLA drops it, and with it the risk
-itself when only its gradient is asked for.
+one computed.
+
+It is also the loop that one would write by hand, and as fast. What an optimiser does not use XLA
+drops, the risk itself when only its gradient is asked for. Rules that count steps, or a time that
+depends on the number of steps alone, are never asked. On a CPU every further kernel costs as much as
+a small layer, which is why time is kept in a loop of its own where that can be done.
 
 Two gradients are on offer. $\nabla R = \frac1n\sum_i \ell'(q_i)\nabla q_i$ is what optimisers
 expect, and underflows with the risk; $g = \nabla\log R$ with $\log R$ never does, and is for the
@@ -17,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gflow.dynamics.step_meter import StepMeter
+from gflow.dynamics.step_meter import Elapsed, StepMeter
 from gflow.dynamics.until import AbstractRule, Coordinates
 from gflow.problem.network import Array, DeepLinear, Weights
 from gflow.problem.observables import largest_misalignment
@@ -160,77 +164,72 @@ class Evaluation(NamedTuple):
 
 
 class Watch(eqx.Module):
-    """What to ask of the iterates, split by what it costs."""
+    """The stopping rules, split by what they cost."""
 
     cheap: tuple[AbstractRule, ...] = ()
     """Asked at every iterate."""
     costly: tuple[AbstractRule, ...] = ()
     """Asked at every ``every``-th: they need singular values, or the risk on all points."""
     timed: tuple[AbstractRule, ...] = ()
-    """Rules on the time, where the time can be told beforehand."""
+    """Rules on a time that can be told beforehand."""
     every: int = 1
     careful: bool = False
-    """Ask at every iterate whether it is finite. Otherwise only at the end: what is not finite
-    stays so."""
+    """Stop at the first iterate that is not finite. Otherwise it is noticed at the end of a call,
+    for what is not finite stays so."""
 
-    @property
-    def rules(self) -> tuple[AbstractRule, ...]:
-        """All rules, in the order of the answers."""
-        return (*self.cheap, *self.costly, *self.timed)
-
-    def asks(self) -> bool:
-        """Whether an iterate is asked anything before it moves."""
-        return bool(self.cheap or self.costly or self.careful)
-
-    def hits(
-        self, descent: Descent, carry: Carry, at: Evaluation, goals: tuple[Array, ...]
-    ) -> Array:
-        """Which of the cheap and the costly rules are met, and at last whether to stop anyhow."""
-        here = coordinates(carry, at.log_risk)
-        met = [
-            rule.progress(here) >= goal for rule, goal in zip(self.cheap, goals, strict=False)
-        ]
+    def hits(self, descent: Descent, carry: Carry, at: Evaluation, goals: "Goals") -> Array:
+        """Which cheap and costly rules are met, and at last whether to stop for another reason."""
+        here = coordinates(carry.num_steps, carry.elapsed, at.log_risk)
+        met = _met(self.cheap, here, goals.cheap)
         if self.costly:
 
             def late() -> list[Array]:
                 here = look_around(descent.problem, carry, self.costly)
-                rest = zip(self.costly, goals[len(self.cheap) :], strict=False)
-                return [rule.progress(here) >= goal for rule, goal in rest]
+                return _met(self.costly, here, goals.costly)
 
             due = carry.num_steps % self.every == 0
-            met.extend(jax.lax.cond(due, late, lambda: [jnp.array(False)] * len(self.costly)))
-        return jnp.array([*met, ~at.sound if self.careful else False])
+            met += jax.lax.cond(due, late, lambda: [jnp.array(False)] * len(self.costly))
+        return jnp.array([*met, ~at.sound if self.careful else jnp.array(False)])
+
+
+class Goals(NamedTuple):
+    """The progress at which each rule of a watch is met."""
+
+    cheap: tuple[Array, ...] = ()
+    costly: tuple[Array, ...] = ()
+    timed: tuple[Array, ...] = ()
 
 
 @eqx.filter_jit
 def advance(
-    descent: Descent, watch: Watch, carry: Carry, num_steps: Array, goals: tuple[Array, ...]
+    descent: Descent, watch: Watch, carry: Carry, num_steps: Array, goals: Goals
 ) -> tuple[Carry, Array, Array]:
     """Step until ``num_steps`` in all, a rule that is met, or an iterate that is not finite.
 
     Returns:
-        The carry, which rules are met there, and whether the iterate is finite. If it is not, and
-        the watch was not careful, it is not the first.
+        The carry; which rules are met there, in the order cheap, costly, timed; and whether the
+        iterate is finite. If it is not, and the watch is not careful, it need not be the first.
     """
     meter, elapsed = descent.meter, carry.elapsed
+    asks = bool(watch.cheap or watch.costly or watch.careful)
     if meter.predictable:
-        # The clock is run ahead to where the time rules stop, and again to where the weights did.
-        carry = eqx.tree_at(lambda c: c.elapsed, carry, None)
-        late = goals[len(watch.cheap) + len(watch.costly) :]
-        values = tuple(_log_time_at(rule, goal) for rule, goal in zip(watch.timed, late, strict=True))
-        ahead = meter.predict(elapsed, num_steps, values)
-        num_steps = ahead.num_steps
+        # The clock runs ahead to where a rule on the time stops it, and once more to where the
+        # weights have stopped.
+        carry = _with_elapsed(carry, None)
+        num_steps = meter.predict(
+            elapsed, num_steps, lambda ahead: _timed(watch, ahead, goals)
+        ).num_steps
 
     def attempt(loop: tuple[Carry, Array]) -> tuple[Carry, Array]:
         at, carry = descent.evaluate(loop[0])
-        if not watch.asks():
-            return descent.move(carry, at), loop[1]
+        moved = descent.move(carry, at)
+        if not asks:
+            return moved, loop[1]
         hits = watch.hits(descent, carry, at, goals)
         go = ~jnp.any(hits)
-        moved, order = descent.move(carry, at), carry.order
-        moved, stays = (eqx.tree_at(lambda c: c.order, c, None) for c in (moved, carry))
-        kept = jax.tree.map(lambda new, old: jnp.where(go, new, old), moved, stays)
-        return eqx.tree_at(lambda c: c.order, kept, order, is_leaf=lambda x: x is None), hits
+        chosen = jax.tree.map(lambda new, old: jnp.where(go, new, old), moved, carry)
+        # The order belongs to the epoch whether or not the step is made, and may be long.
+        return eqx.tree_at(lambda c: c.order, chosen, carry.order, is_leaf=_is_none), hits
 
     asked = len(watch.cheap) + len(watch.costly) + 1
     carry, hits = jax.lax.while_loop(
@@ -241,43 +240,53 @@ def advance(
     hits = hits[:-1]
     if meter.predictable:
         elapsed = meter.predict(elapsed, carry.num_steps)
-        carry = eqx.tree_at(lambda c: c.elapsed, carry, elapsed, is_leaf=lambda x: x is None)
-        due = [elapsed.log_time >= value for value in values]
-        hits = jnp.concatenate([hits, jnp.array(due, dtype=bool)])
+        carry = _with_elapsed(carry, elapsed)
+        hits = jnp.concatenate([hits, jnp.array(_timed(watch, elapsed, goals), dtype=bool)])
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(carry.weights)]
     margins = jnp.isfinite(descent.problem.margins(carry.weights))
     return carry, hits, jnp.all(jnp.stack(leaves)) & jnp.all(margins)
 
 
-def _log_time_at(rule: AbstractRule, goal: Array) -> Array:
-    raise NotImplementedError
-
-
 @eqx.filter_jit
 def look(
-    problem: Problem,
-    weights: Weights,
-    log_time: Array,
-    num_steps: Array,
-    rules: tuple[AbstractRule, ...],
+    problem: Problem, carry: Carry, rules: tuple[AbstractRule, ...]
 ) -> tuple[Array, list[Array]]:
-    r"""$\log R$ on all points, and the progress of rules, at an iterate."""
-    log_risk = problem.log_risk(weights)
-    at = Coordinates(
-        log_risk=log_risk,
-        log_time=log_time,
-        num_steps=num_steps,
-        misalignment=largest_misalignment(weights)
-        if any(rule.needs_misalignment for rule in rules)
-        else jnp.full_like(log_risk, jnp.nan),
+    r"""$\log R$ on all points, and the progress of rules, at the current iterate."""
+    here = look_around(problem, carry, rules)
+    return here.log_risk, [rule.progress(here) for rule in rules]
+
+
+def look_around(problem: Problem, carry: Carry, rules: tuple[AbstractRule, ...]) -> Coordinates:
+    """The coordinates of an iterate, with all that the rules need."""
+    needed = any(rule.needs_misalignment for rule in rules)
+    return coordinates(
+        carry.num_steps,
+        carry.elapsed,
+        problem.log_risk(carry.weights),
+        largest_misalignment(carry.weights) if needed else None,
     )
-    return log_risk, [rule.progress(at) for rule in rules]
+
+
+def coordinates(
+    num_steps: Array,
+    elapsed: Elapsed | None,
+    log_risk: Array,
+    misalignment: Array | None = None,
+) -> Coordinates:
+    """What rules look at; NaN for what is not known."""
+    unknown = jnp.full_like(log_risk, jnp.nan)
+    return Coordinates(
+        log_risk=log_risk,
+        log_time=unknown if elapsed is None else elapsed.log_time,
+        num_steps=num_steps,
+        misalignment=unknown if misalignment is None else misalignment,
+    )
 
 
 @eqx.filter_jit
-def same_weights(a: Carry, b: Carry) -> Array:
+def same_weights(a: Weights, b: Weights) -> Array:
     """Whether two iterates are equal bit for bit."""
-    pairs = zip(jax.tree.leaves(a.weights), jax.tree.leaves(b.weights), strict=True)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jnp.all(jnp.stack([jnp.array_equal(x, y) for x, y in pairs]))
 
 
@@ -288,17 +297,25 @@ def misaligning(rules: tuple[AbstractRule, ...], problem: Problem) -> bool:
     )
 
 
+def _met(
+    rules: tuple[AbstractRule, ...], here: Coordinates, goals: tuple[Array, ...]
+) -> list[Array]:
+    return [rule.progress(here) >= goal for rule, goal in zip(rules, goals, strict=True)]
+
+
+def _timed(watch: Watch, elapsed: Elapsed, goals: Goals) -> list[Array]:
+    here = coordinates(elapsed.num_steps, elapsed, jnp.full((), jnp.nan))
+    return _met(watch.timed, here, goals.timed)
+
+
+def _with_elapsed(carry: Carry, elapsed: Elapsed | None) -> Carry:
+    return eqx.tree_at(lambda c: c.elapsed, carry, elapsed, is_leaf=_is_none)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
 def _strong(leaf: Any) -> Array:
     leaf = jnp.asarray(leaf)
     return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
-
-
-# log(T + eta) = log T + log(1 + eta/T), in which either may be larger by any factor. Increments get
-# small and there are many of them: hence Kahan's summation.
-def _add(log_time: Array, lost: Array, log_step: Array) -> tuple[Array, Array]:
-    first = jnp.isneginf(log_time)
-    base = jnp.where(first, log_step, log_time)
-    increment = jnp.logaddexp(0.0, log_step - base) - lost
-    total = base + increment
-    lost = (total - base) - increment
-    return jnp.where(first, log_step, total), jnp.where(first, 0.0, lost)

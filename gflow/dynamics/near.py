@@ -14,7 +14,7 @@ from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.stepping import Carry, Limits, Tolerance
 from gflow.dynamics.targets import Failure, Target, out_of_steps
-from gflow.dynamics.until import AbstractRule
+from gflow.dynamics.until import AbstractRule, anonymous
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem, risk_and_slope
 
@@ -78,7 +78,7 @@ class NearRun:
 
     def progress(self, rule: AbstractRule) -> float:
         """How far the run is in the coordinate of ``rule``."""
-        _, (progress,) = _look(self.field, self.carry, (rule,))
+        _, (progress,) = _look(self.field, self.carry, (anonymous(rule),))
         return float(progress)
 
     def counts(self) -> dict[str, int]:
@@ -102,7 +102,7 @@ class NearRun:
     def reach(self, targets: list[Target], max_steps: int, bar: ProgressBar) -> Target | Failure:
         """Advance to the first of ``targets`` and say which it was, or why none was reached."""
         watched = [target for target in targets if target.watched]
-        rules = tuple(target.rule for target in watched)
+        rules = tuple(anonymous(target.rule) for target in watched)
         s_end = min(target.clock for target in targets)
         steps = min(target.steps for target in targets)
         while (tried := self.num_tried) < max_steps:
@@ -147,7 +147,11 @@ class NearRun:
         crossed = [target for target in watched if self.progress(target.rule) >= target.progress]
         landed = [
             stepping.land(
-                self.field, self.solver, target.rule, self.carry, np.float64(target.progress)
+                self.field,
+                self.solver,
+                anonymous(target.rule),
+                self.carry,
+                np.float64(target.progress),
             )
             for target in crossed
         ]

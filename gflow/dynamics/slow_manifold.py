@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -275,10 +276,17 @@ def _log_risk(problem: "Problem", weights: Weights) -> float:
     return float(np.log(np.mean(np.exp(lowest - margins)))) - lowest
 
 
+_GEOMETRIES: dict[int, Geometry] = {}
+
+
 def _geometry(problem: "Problem") -> Geometry:
-    """The data's geometry, worked out once and kept beside its maximum-margin solution."""
-    kept = problem.data.__dict__.get("_geometry")
-    if kept is None:
-        kept = Geometry(problem.data)
-        object.__setattr__(problem.data, "_geometry", kept)
-    return kept
+    """The data's geometry, worked out once for each data set.
+
+    Kept beside the data and not on it: another attribute of a pytree would be another structure to
+    JAX, and everything would be compiled again.
+    """
+    key = id(problem.data)
+    if key not in _GEOMETRIES:
+        _GEOMETRIES[key] = Geometry(problem.data)
+        weakref.finalize(problem.data, _GEOMETRIES.pop, key).atexit = False
+    return _GEOMETRIES[key]

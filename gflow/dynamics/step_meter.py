@@ -12,6 +12,7 @@ along the gradient, $\eta = -\langle u, \nabla R\rangle/\lVert\nabla R\rVert^2$ 
 exact whenever $u$ is a multiple of the gradient. An update that points uphill counts as zero.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -84,9 +85,16 @@ class StepMeter(eqx.Module):
 
     def nominal_step(self, elapsed: Elapsed, log_risk: Array | float = 0.0) -> Elapsed:
         """After the step that a constant gradient of one would get."""
-        answer, state = self.optimizer.update(jnp.ones(()), elapsed.meter_state, jnp.zeros(()))
+        answer, state = self._answer(elapsed)
         log_step = jnp.log(jnp.maximum(-answer, 0.0))
         return elapsed.add(log_step - log_risk if self.on_log_risk else log_step, state)
+
+    def nominal_answer(self, elapsed: Elapsed) -> Array:
+        """The update that a gradient of one would get; negative for descent."""
+        return self._answer(elapsed)[0]
+
+    def _answer(self, elapsed: Elapsed) -> tuple[Array, Any]:
+        return self.optimizer.update(jnp.ones(()), elapsed.meter_state, jnp.zeros(()))
 
     def measured_step(
         self, elapsed: Elapsed, updates: Weights, log_risk: Array, log_gradient: Weights
@@ -100,19 +108,21 @@ class StepMeter(eqx.Module):
         return elapsed.add(log_step, elapsed.meter_state)
 
     def predict(
-        self, elapsed: Elapsed, num_steps: Array, goals: tuple[Array, ...] = ()
+        self,
+        elapsed: Elapsed,
+        num_steps: Array,
+        reached: Callable[[Elapsed], list[Array]] = lambda elapsed: [],
     ) -> Elapsed:
-        """Pass time until ``num_steps`` in all, or one of the values of ``log_time`` is reached.
+        """Let time pass until ``num_steps`` in all, or until any of ``reached`` is true.
 
         A loop over scalars, fifty nanoseconds a step: inside the loop over the weights the same
         operations would each be a kernel of their own and cost more than a step of a small network.
         """
-
-        def unfinished(elapsed: Elapsed) -> Array:
-            early = [elapsed.log_time < goal for goal in goals]
-            return (elapsed.num_steps < num_steps) & jnp.all(jnp.array([True, *early]))
-
-        return jax.lax.while_loop(unfinished, self.nominal_step, elapsed)
+        return jax.lax.while_loop(
+            lambda at: (at.num_steps < num_steps) & ~jnp.any(jnp.array([False, *reached(at)])),
+            self.nominal_step,
+            elapsed,
+        )
 
 
 def works_entry_by_entry(optimizer: optax.GradientTransformation, weights: Weights) -> bool:

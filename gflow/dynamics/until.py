@@ -179,6 +179,11 @@ def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
     )
 
 
+def anonymous(rule: AbstractRule) -> AbstractRule:
+    """The rule without its value, so that another value is not another program to compile."""
+    return eqx.tree_at(lambda rule: rule.value, rule, 0.0)
+
+
 def save_grid(
     rule: AbstractRule, start: float, save: int | Sequence[float] | np.ndarray
 ) -> np.ndarray:

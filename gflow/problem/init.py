@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gflow.problem.network import check_weights, end_to_end
-from gflow.problem.risk import ROUND_OFF, Problem
+from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
 LayerWeights = tuple[np.ndarray, ...]
 
@@ -124,7 +124,7 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
         at_zero = float(problem.log_risk_at_zero())
 
         def excess(factor: float) -> float:
-            return float(problem.log_risk((*rest, factor * last))) - at_zero
+            return float(risk_and_slope(problem, (*rest, factor * last))[0]) - at_zero
 
         if excess(1.0) <= ROUND_OFF:
             return (*rest, last)
