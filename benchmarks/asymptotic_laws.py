@@ -1,6 +1,6 @@
-"""Do the asymptotic laws meet the flow? Constants predicted from start and data, 100 random problems.
+"""Do the asymptotic laws meet the flow? Their constants, from start and data, on 100 problems.
 
-Depth 2 to 6, dimension 2 to 20, up to 500 points, three initialisations, two losses, half of the
+Random problems of depth 2 to 6, dimension 2 to 20, up to 500 points, three initialisations, two losses, half of the
 data with as many support vectors as dimensions. Each law with its next order, as
 `gflow.exact.limits(problem, start).predict` gives it, is compared with the trajectory at
 log R = -1e12, and `gflow.verify` judges the record. A problem whose laws hold late or not at all
@@ -19,8 +19,9 @@ import gflow
 
 HORIZON = 1e12
 FOUR_DIGITS = 1e-4
-LEAST = {"misalignment": 1e-27, "rank_one_gap": 1e-15}
-"""Below this the law says zero, and so does the flow, up to the rounding of the start."""
+LEAST = {"misalignment": 1e-22, "rank_one_gap": 1e-10}
+"""Parts of the largest over the layers: what is smaller is lost in the rounding of the start's
+conserved matrices, of which rank one is a difference."""
 
 LAWS = ("rank_one_gap", "misalignment", "direction_error", "spectral_norm", "margin_gap")
 INITIALISATIONS = {
@@ -61,7 +62,7 @@ def relative(predicted, found, least):
     """The largest relative deviation of what is not zero."""
     predicted, found = np.atleast_1d(predicted), np.atleast_1d(found)
     scale = np.maximum(np.abs(predicted), np.abs(found))
-    there = scale > least
+    there = scale > least * np.max(scale, initial=0)
     return float(np.max((np.abs(predicted - found) / np.where(there, scale, 1))[there], initial=0))
 
 
@@ -94,8 +95,7 @@ def compare(number):
     for i, log_risk in enumerate(record["log_risk"].values):
         if log_risk > -50:
             continue
-        with np.errstate(invalid="ignore"):
-            predicted = law.predict(log_risk)
+        predicted = law.predict(log_risk)
         found = {
             key: relative(predicted[key], record[key].values[i], LEAST.get(key, 0)) for key in LAWS
         }

@@ -167,7 +167,7 @@ def walk(
     chunk: int = 100,
     max_steps: int = UNLIMITED,
 ) -> Run:
-    """The adaptive loop of gflow around a solver, to one target; given up after ``limit`` seconds."""
+    """The loop of gflow around a solver, to one target; given up after ``limit`` seconds."""
     began = time.perf_counter()
     state = gflow.FlowState(work.weights, np.zeros(()))
     tolerance = stepping.Tolerance(np.float64(rtol), np.float64(stepping.default_atol(state, rtol)))
@@ -287,14 +287,14 @@ class Peer:
     def __init__(self, work: Task):
         state = gflow.FlowState(work.weights, np.zeros(()))
         flat, self._unravel = ravel_pytree(state)
-        self._start, self._work = np.asarray(flat), work
+        self.start, self._work = np.asarray(flat), work
         field = lambda s, y: ravel_pytree(work.field(s, self._unravel(y)))[0]  # noqa: E731
-        self._field, self._jacobian = jax.jit(field), jax.jit(jax.jacfwd(field, argnums=1))
+        self._field, self.jacobian = jax.jit(field), jax.jit(jax.jacfwd(field, argnums=1))
 
     def compile(self) -> None:
         """Compile field and Jacobian."""
         s = np.float64(self._work.s_start)
-        jax.block_until_ready((self._field(s, self._start), self._jacobian(s, self._start)))
+        jax.block_until_ready((self._field(s, self.start), self.jacobian(s, self.start)))
 
     def walk(
         self, method: str, log_risk: float, rtol: float, *, scaled_time: float, limit: float
@@ -302,10 +302,11 @@ class Peer:
         """Follow the flow; given up at the first step that ends after ``limit`` seconds."""
         work = self._work
         state = gflow.FlowState(work.weights, np.zeros(()))
-        atol = np.full(self._start.size, stepping.default_atol(state, rtol))
+        atol = np.full(self.start.size, stepping.default_atol(state, rtol))
         atol[-1] = rtol * scaled_time
-        # Small dense systems lose time to BLAS's threads.
-        with threadpool_limits(1 if self._start.size < 2_000 else None, user_api="blas"):
+        # A large LU gains from all cores, as a small one loses.
+        threads = 1 if self.start.size < 2_000 else os.cpu_count()
+        with threadpool_limits(threads, user_api="blas"):
             return self._walk(method, log_risk, rtol, atol, limit)
 
     def _walk(
@@ -316,11 +317,11 @@ class Peer:
         solver = getattr(scipy.integrate, method)(
             lambda s, y: np.asarray(self._field(np.float64(s), y)),
             work.s_start,
-            self._start,
+            self.start,
             work.s_end(log_risk),
             rtol=rtol,
             atol=atol,
-            jac=lambda s, y: np.asarray(self._jacobian(np.float64(s), y)),
+            jac=lambda s, y: np.asarray(self.jacobian(np.float64(s), y)),
         )
         steps = 0
         while solver.status == "running" and time.perf_counter() - began < limit:
@@ -364,12 +365,24 @@ def time_at(points: list[tuple[float, float]], error: float) -> float | None:
 def parser(doc: str) -> argparse.ArgumentParser:
     """The options of every script."""
     found = argparse.ArgumentParser(description=doc.splitlines()[0])
-    found.add_argument("--quick", action="store_true", help="less of everything, under 30 s")
+    found.add_argument("--quick", action="store_true", help="less of everything")
     found.add_argument("--tag", default="", help="appended to the names of the files written")
     found.add_argument(
         "--out", type=Path, help="folder of the results; a quick run writes only if it is given"
     )
+    found.add_argument(
+        "--blas-threads", type=int, default=1,
+        help="threads of BLAS and LAPACK, whose small problems lose time to more than one",
+    )  # fmt: skip
     return found
+
+
+def begin(found: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line; compute in double precision with so many threads of BLAS."""
+    options = found.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    threadpool_limits(options.blas_threads, user_api="blas")
+    return options
 
 
 class Report:
@@ -383,6 +396,7 @@ class Report:
             "quick": options.quick,
             "device": f"{jax.devices()[0]}, {processor()}",
             "cores": os.cpu_count(),
+            "blas_threads": options.blas_threads,
             "versions": {
                 **versions(),
                 "jaxlib_version": jax.lib.__version__,

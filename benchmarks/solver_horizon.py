@@ -17,7 +17,6 @@ import time
 
 import common
 import diffrax
-import jax
 
 import gflow
 
@@ -75,7 +74,6 @@ def alone(work, goal, rtol):
 
 def first_call(goal):
     """What a new process waits for: run by this script in a process of its own."""
-    jax.config.update("jax_enable_x64", True)
     work = common.task(WIDTHS)
     took, _ = common.seconds(lambda: whole_call(work, goal).attrs["status"])
     print(json.dumps({"first_call_s": took}))
@@ -83,7 +81,7 @@ def first_call(goal):
 
 def fresh_process(goal):
     began = time.perf_counter()
-    command = [sys.executable, __file__, "--first-call", str(goal)]
+    command = [sys.executable, __file__, f"--first-call={goal}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     wall = time.perf_counter() - began
     return {**json.loads(output.splitlines()[-1]), "whole_process_s": wall}
@@ -111,10 +109,9 @@ def figure(curve, explicit, record):
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--first-call", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = common.begin(parser)
     if options.first_call:
         return first_call(options.first_call)
-    jax.config.update("jax_enable_x64", True)
     report, quick = common.Report(__file__, options), options.quick
     repeats = 3 if quick else 15
     work = common.task(WIDTHS)

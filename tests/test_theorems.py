@@ -34,6 +34,7 @@ ALL = [
     "law of time",
     "direction's rate",
 ]
+SHARP = [f"sharp law: {name}" for name in ("rank one", "alignment", "direction", "norms", "time")]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_bounded_growth_levels_off_and_logarithmic_growth_does_not():
 
 def test_every_claim_holds_on_the_flow(flow):
     claims = verify(flow)
-    assert [claim.name for claim in claims] == ALL
+    assert [claim.name for claim in claims] == ALL + SHARP
     assert {claim.verdict for claim in claims} == {"holds"}, str(claims)
 
 
@@ -176,7 +177,8 @@ def test_one_saved_point_decides_what_holds_at_every_time_and_no_limit(flow):
         "imbalance is conserved",
         "Lemma 2: rank one",
         "Lemma 2: alignment",
-        "law of time",  # compared with its next order
+        "law of time",  # compared with its next order, as the sharp laws are
+        *SHARP,
     }
     assert "one saved point" in claims["risk vanishes"].why
 
@@ -320,6 +322,81 @@ def test_a_drift_beyond_the_error_budget_fails(descent):
 
 
 # -------------------------------------------------------------------------------------------------
+# The sharp laws
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def far(problem, start):
+    return gflow.gradient_flow(problem, start, until=gflow.LogRisk(-1e30), save=61)
+
+
+@pytest.mark.parametrize("at", [25, 40, 60])  # s = 2e12, 3e20, 1e30
+def test_the_sharp_laws_hold_beyond_float64s_wall_to_more_than_six_digits(far, at):
+    claims = verify(far.isel(point=slice(0, at + 1)))
+    assert not claims.failed
+    for name in SHARP:
+        assert claims[name].holds and claims[name].value < 1e-6, str(claims)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("rank_one_gap", "rank one"),
+        ("misalignment", "alignment"),
+        ("direction_error", "direction"),
+        ("spectral_norm", "norms"),
+    ],
+)
+def test_a_constant_off_by_a_tenth_of_a_per_cent_fails(far, variable, name):
+    claims = verify(changed(far, **{variable: far[variable].values * 1.001}))
+    assert [claim.name for claim in claims.failed] == [f"sharp law: {name}"]
+
+
+def test_a_time_off_by_a_tenth_of_a_per_cent_fails(far):
+    claims = verify(changed(far, log_time=far.log_time.values + 1e-3))
+    assert claims["sharp law: time"].holds is False
+
+
+def test_log_time_without_digits_left_is_not_compared(far):
+    claims = verify(far.isel(point=slice(40, None)))
+    for name in ("law of time", "sharp law: time"):
+        assert claims[name].verdict == "not applicable" and "s up to 1e+10" in claims[name].why
+
+
+def test_a_law_is_not_denied_while_a_point_off_the_margin_may_have_weight(far):
+    wrong = changed(far, direction_error=far.direction_error.values * 2)
+    tied = verify(wrong.assign_attrs(next_margin_gap=1e-40))["sharp law: direction"]
+    assert tied.holds is None and "may have weight up to s = 3e+41" in tied.why
+
+
+def test_balanced_starts_have_no_constants_to_compare(problem):
+    start = gflow.init.balanced((2, 3, 1), end_to_end=[0.2, -0.1], seed=3)
+    claims = verify(gflow.gradient_flow(problem, start, until=gflow.LogRisk(-1e12), save=20))
+    assert not claims.failed
+    assert "balanced" in claims["sharp law: rank one"].why
+    assert "always aligned" in claims["sharp law: alignment"].why
+    assert claims["sharp law: direction"].holds and claims["sharp law: norms"].holds
+
+
+def test_a_support_that_does_not_span_has_its_own_direction_law():
+    data = Dataset([[0.5, 0.2, 0.3], [-0.5, 0.6, 0.1]], [1, -1])
+    problem = gflow.Problem(data, loss=gflow.Exponential())
+    start = gflow.init.admissible(gflow.init.gaussian((3, 3, 1), seed=2), problem)
+    record = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-1e30), save=31)
+    claims = verify(record)
+    assert not claims.failed
+    assert claims["sharp law: direction"].holds  # (W_1^T u_1)_N read off an earlier point
+    assert claims["sharp law: direction"].value < 1e-6
+
+
+def test_records_without_support_vectors_say_so(flow):
+    claims = verify(flow.drop_vars(["support_vectors"]))
+    assert "no support vectors" in claims["sharp law: direction"].why
+    assert not claims.failed
+
+
+# -------------------------------------------------------------------------------------------------
 # Lemma 2
 # -------------------------------------------------------------------------------------------------
 
@@ -396,18 +473,18 @@ def test_the_table_prints_aligned_and_sums_up(flow):
     column = lines[2].index("verdict")
     rows = lines[4 : 4 + len(claims)]
     assert all(row[column:] == "holds" and row[column - 2 : column] == "  " for row in rows)
-    assert f"{len(ALL)} of {len(ALL)} applicable claims hold" in str(claims)
+    assert f"{len(ALL + SHARP)} of {len(ALL + SHARP)} applicable claims hold" in str(claims)
 
 
 def test_the_table_explains_what_does_not_hold(polynomial):
     text = str(verify(polynomial))
-    assert "4 not applicable" in text
+    assert "9 not applicable" in text
     assert text.count("has no exponential tail") == 1  # one reason, said once
 
 
 def test_the_html_view_escapes_and_has_one_row_a_claim(flow):
     html = verify(flow)._repr_html_()
-    assert html.count("<tr") == len(ALL) + 1
+    assert html.count("<tr") == len(ALL + SHARP) + 1
     assert "|&lt;v_{k+1}, u_k&gt;|" in html
 
 

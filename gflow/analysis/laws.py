@@ -32,6 +32,7 @@ the conserved $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$ (derived in ``docs/asy
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,32 @@ class Product(NamedTuple):
     r"""The tangent of the angle between $w$ and $\bar u$."""
     lowest: float
     r"""The smallest $q_i - m$ on the support."""
+
+
+class Conserved(NamedTuple):
+    """What the conserved matrices say about the layers, given the vectors between them."""
+
+    matrices: tuple[np.ndarray, ...]
+    rounding: np.ndarray
+    """What is below this in a matrix is the rounding of the start."""
+    lean: np.ndarray
+    r"""$\frac12(\lVert C_k^\top n\rVert^2 + \lVert C_{k+1} n\rVert^2)$."""
+
+    def laws(self, middle: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        r"""$a_k$, $r_k$, and $\lVert(I - uu^\top)D_ku\rVert$ at $u = $ ``middle[k]``."""
+        depth = len(self.matrices) + 1
+        shift, rank_one, turn = np.zeros(depth), np.zeros(depth), np.zeros(depth - 1)
+        for k in range(depth - 2, -1, -1):
+            matrix, u = self.matrices[k], middle[k]
+            pushed = matrix @ u
+            corner = float(u @ pushed)
+            turn[k] = np.linalg.norm(pushed - corner * u)
+            shift[k] = shift[k + 1] - corner
+            rank_one[k] = rank_one[k + 1] - np.trace(matrix) + corner
+        noise = np.append(np.cumsum(self.rounding[::-1])[::-1], 0.0)
+        rank_one[rank_one <= noise] = 0.0
+        turn[turn <= self.rounding] = 0.0
+        return shift - shift.mean(), rank_one, turn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,8 +120,8 @@ class Limits:
     settled_from: float
     degenerate: tuple[str, ...]
     _points: np.ndarray
-    _turn: np.ndarray
-    _lean: np.ndarray
+    _conserved: Conserved
+    _drift: np.ndarray
     _pull: np.ndarray
     _free_turn: np.ndarray
 
@@ -102,20 +129,28 @@ class Limits:
         r"""$\max_k\lVert D_k\rVert_2\,(\gamma/s)^{2/L}$, in whose powers the laws are series."""
         return self.imbalance * (self.margin / -float(log_risk)) ** (2 / self.depth)
 
+    @np.errstate(invalid="ignore", divide="ignore")
     def predict(self, log_risk: float) -> dict[str, np.ndarray]:
-        """The laws with their next-order terms at one risk, under the names of a record."""
+        """The laws with their next-order terms at one risk, under the names of a record.
+
+        NaN where s is so small that a law has no value.
+        """
         s, depth = -float(log_risk), self.depth
         w = self.product(log_risk)
         level = w.norm ** (2 / depth)
-        spectral = level + self.spectral_shift
-        frobenius = spectral + self.rank_one
-        pairs = (self.spectral_shift[1:] + self.spectral_shift[:-1]) / 2
-        angle = self._turn / (level + pairs - self._lean)
+        middle = list(self.directions)
+        if depth > 1:
+            middle[0] = middle[0] + self._drift / level
+            middle[0] = middle[0] / np.linalg.norm(middle[0])
+        shift, rank_one, turn = self._conserved.laws(middle)
+        spectral = level + shift
+        frobenius = spectral + rank_one
+        angle = turn / (level + (shift[1:] + shift[:-1]) / 2 - self._conserved.lean)
         speed = (self.margin * w.norm) ** 2 / spectral[0] + w.along**2 * np.sum(1 / spectral[1:])
         stretch = np.hypot(1.0, w.slope)
         gap = (w.along * w.slope**2 / (1 + stretch) - w.lowest) / w.norm
         return {
-            "rank_one_gap": self.rank_one / (frobenius + np.sqrt(frobenius * spectral)),
+            "rank_one_gap": rank_one / (frobenius + np.sqrt(frobenius * spectral)),
             "misalignment": 2 * np.sin(angle / 2) ** 2,
             "direction_error": np.asarray(w.slope * np.sqrt(2 / (stretch * (1 + stretch)))),
             "margin_gap": np.asarray(gap),
@@ -124,6 +159,7 @@ class Limits:
             "log_time": np.asarray(s - np.log(speed) + (2 - 2 / depth) / s),
         }
 
+    @np.errstate(invalid="ignore", divide="ignore")
     def product(self, log_risk: float) -> Product:
         """The end-to-end vector at one risk, with its next-order terms."""
         s, gamma, depth = -float(log_risk), self.margin, self.depth

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gflow.analysis.laws import Limits
+from gflow.analysis.laws import Conserved, Limits
 from gflow.dynamics.slow_manifold import SlowManifold
 from gflow.dynamics.split import Geometry, SplitState, split
 from gflow.problem.data import Dataset
@@ -171,37 +171,34 @@ def _read(state: SplitState, start: Sequence[np.ndarray]) -> Limits:
     squares = [float(np.sum(matrix**2)) for matrix in start]
     views = state.layout.views(state.slow)
     gamma = geometry.margin
-    directions, turn, lean = [], np.zeros(depth - 1), np.zeros(depth - 1)
-    shift, rank_one, noise = np.zeros(depth), np.zeros(depth), np.zeros(depth)
-    for k in range(depth - 1, 0, -1):
+    rounding = np.array([ROUND_OFF * (a + b) for a, b in pairwise(squares)])
+    pushing = [layer.below for layer in layers]
+    if depth > 1:
+        pushing[0] = views["below", 1] * state.minus_log_risk ** (-1 / depth)
+    directions, drift, lean = [], np.zeros(state.layout.widths[1]), np.zeros(depth - 1)
+    for k in range(1, depth):
         basis, layer, above = views["frame", k], layers[k - 1], layers[k]
         # The frame turns by half the angle that is left (e_k is the right vector of layer k + 1).
-        u = basis[:, 0] + basis[:, 1:] @ layer.below / (2 * layer.sigma)
-        u /= np.linalg.norm(u)
-        pushed = imbalance[k - 1] @ u
-        corner = float(u @ pushed)
-        side = basis[:, 1:].T @ (pushed - corner * u)
-        rounding = ROUND_OFF * (squares[k - 1] + squares[k])
-        noise[k - 1] = noise[k] + rounding
-        size = float(np.linalg.norm(side))
-        if size > rounding:
-            turn[k - 1], n = size, side / size
+        u = basis[:, 0] + basis[:, 1:] @ pushing[k - 1] / (2 * layer.sigma)
+        directions.append(u / np.linalg.norm(u))
+        if k == 1:
+            drift = basis[:, 1:] @ (layer.below - pushing[0]) * layer.sigma / 2
+        n = basis[:, 1:].T @ (imbalance[k - 1] @ directions[-1])
+        if np.linalg.norm(n) > 0:
+            n /= np.linalg.norm(n)
             lean[k - 1] = (np.sum((layer.rest.T @ n) ** 2) + np.sum((above.rest @ n) ** 2)) / 2
-        directions.append(u)
-        shift[k - 1] = shift[k] - corner
-        rank_one[k - 1] = rank_one[k] - np.trace(imbalance[k - 1]) + corner
-    shift -= shift.mean()
-    rank_one[rank_one <= noise] = 0.0
+    conserved = Conserved(tuple(imbalance), rounding, lean)
+    shift, rank_one, turn = conserved.laws(directions)
     points = geometry.across[geometry.support, : geometry.num_tangent]
     tangent, dual = _soft_minimiser(points)
     free = state.across[geometry.num_tangent :]
     pull, free_turn, rest = np.zeros(geometry.num_tangent), np.zeros_like(free), 1.0
     if depth > 1:
-        first = layers[0]
-        moved = first.sigma * views["rest", 1].T @ first.below
+        sigma = layers[0].sigma
+        moved = sigma * views["rest", 1].T @ pushing[0]
         pull, free_turn = np.split(moved, [geometry.num_tangent])
         free_turn = free_turn / 2
-        free = free / np.prod([layer.sigma for layer in layers[1:]]) + free_turn / first.sigma**2
+        free = free / np.prod([layer.sigma for layer in layers[1:]]) + free_turn / sigma**2
         rest = float(np.linalg.norm(views["rest", 1]))
     spans = float(np.linalg.norm(free)) <= 1e-14 * rest
     if depth == 1:
@@ -215,7 +212,7 @@ def _read(state: SplitState, start: Sequence[np.ndarray]) -> Limits:
         margin=gamma,
         depth=depth,
         num_points=geometry.num_points,
-        directions=tuple(reversed(directions)),
+        directions=tuple(directions),
         rank_one=rank_one,
         rank_one_gap=rank_one * gamma ** (2 / depth) / 2,
         misalignment=turn**2 * gamma ** (4 / depth) / 2,
@@ -230,8 +227,8 @@ def _read(state: SplitState, start: Sequence[np.ndarray]) -> Limits:
         settled_from=0.0,
         degenerate=_weightless(geometry.support, dual),
         _points=points,
-        _turn=turn,
-        _lean=lean,
+        _conserved=conserved,
+        _drift=drift,
         _pull=pull,
         _free_turn=free_turn,
     )
@@ -276,8 +273,7 @@ def _settled_from(law: Limits, geometry: Geometry) -> float:
     beyond = geometry.across[off, geometry.num_tangent :]
     settled = 1.0
     for s in np.geomspace(1.0, -FAR, 301):
-        with np.errstate(invalid="ignore"):
-            w = law.product(-s)
+        w = law.product(-s)
         bracket = tangent @ w.tangent + beyond @ w.outside[: beyond.shape[1]]
         ahead = w.along * geometry.gaps[off] + bracket - w.lowest
         if not np.all(ahead >= FADED):

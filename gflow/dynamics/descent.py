@@ -366,7 +366,7 @@ def _reach(run: _Run, targets: list[_Target], max_steps: int, bar: ProgressBar) 
 
 
 def _watch(targets: list[_Target], descent: Descent) -> tuple[Watch, Goals, list[_Target]]:
-    """The rules to ask on the device, their goals, and their targets in the order of the answers."""
+    """The rules to ask on the device, their goals, and their targets in the order of answers."""
     sampler = descent.sampler
     groups: dict[str, list[_Target]] = {"cheap": [], "costly": [], "timed": []}
     for target in targets:

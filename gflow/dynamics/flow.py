@@ -29,6 +29,9 @@ SMALL_SYSTEM = 64
 """Up to so many coordinates the implicit solver's dense systems cost less than an explicit
 solver's extra evaluations, and one compilation serves the whole run."""
 
+ARRIVED = 1e-9
+"""The clock lands on a risk up to the integration error of the risk itself."""
+
 SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
 on which side the flow would leave it is beyond the tolerances."""
@@ -189,7 +192,7 @@ class _Run:
         while self.manifold is not None and isinstance(self.now, NearRun):
             goal = LogRisk(COMPARE_AT if self.early is None else HAND_OVER_AT)
             step = Target.of(goal, goal.goal, self.clock)
-            if self.now.progress(goal) < goal.goal:
+            if self.now.progress(goal) < goal.goal * (1 - ARRIVED):
                 met = self.now.reach([*targets, step], self.max_steps, bar)
                 if met is not step:
                     return met

@@ -6,8 +6,8 @@ one computed.
 
 It is also the loop that one would write by hand, and as fast. What an optimiser does not use XLA
 drops, the risk itself when only its gradient is asked for. Rules that count steps, or a time that
-depends on the number of steps alone, are never asked. On a CPU every further kernel costs as much as
-a small layer, which is why time is kept in a loop of its own where that can be done.
+depends on the number of steps alone, are never asked. On a CPU every further kernel costs as much
+as a small layer, which is why time is kept in a loop of its own where that can be done.
 
 Two gradients are on offer. $\nabla R = \frac1n\sum_i \ell'(q_i)\nabla q_i$ is what optimisers
 expect, and underflows with the risk; $g = \nabla\log R$ with $\log R$ never does, and is for the

@@ -72,3 +72,10 @@ def legendre_values(x: Array, count: int) -> Array:
     for k in range(2, count):
         values.append(((2 * k - 1) * values[1] * values[-1] - (k - 1) * values[-2]) / k)
     return jnp.stack(values[:count])
+
+
+def decay_rate(final: Array, second: Array, third: Array) -> Array:
+    """The rate at which the last three coefficients, sizes, decay; at most one."""
+    tiny = jnp.finfo(final.dtype).tiny
+    rate = jnp.maximum(final / (second + tiny), jnp.sqrt(final / (third + tiny)))
+    return jnp.minimum(rate, 1.0)

@@ -22,6 +22,10 @@ $d_0 … d_L$, $\gamma$ the maximum margin and $\bar u$ its direction:
    $R(W(0)) \le R(0)$ may be met late: the flow is autonomous, so any point with $R \le R(0)$ is
    an admissible start (there $\nabla R \ne 0$ by convexity unless $R = R(0)$).
 
+4. The sharp laws give limits their rates and constants; how they are judged, and predicted from
+   the record's own weights and support vectors, is in ``gflow.analysis.theorems.sharp``. They
+   are rows of a flow only: descent does not conserve the matrices that fix the constants.
+
 What Lemma 2 becomes for descent is derived in ``gflow.analysis.theorems.facts``.
 """
 
@@ -32,6 +36,7 @@ import numpy as np
 from gflow.analysis.theorems import bounds, limits
 from gflow.analysis.theorems.claims import Claim as Claim, Claims as Claims
 from gflow.analysis.theorems.facts import Facts
+from gflow.analysis.theorems.sharp import sharp_laws
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -73,6 +78,8 @@ def verify(record: "xr.Dataset") -> Claims:
         rows.append(bounds.smoothed_margin(facts))
     if facts.deep_linear:
         rows += [limits.time_law(facts), limits.direction_rate(facts)]
+        if not facts.is_descent:
+            rows += sharp_laws(facts)
     return Claims(rows, facts.title)
 
 

@@ -27,6 +27,9 @@ TIME_LAW_FLOOR = 1e-2
 """The law of time counts as reached when it holds to one per cent, or to twice its next order: the
 product is 1 + (2 - 2/L)/s + smaller terms."""
 
+LAST_TIME = 1e10
+"""The s beyond which float64's log t, of size s, no longer tells R t to 1e-5."""
+
 LONGEST_STEP = 1e-2
 """Relative decrease of the risk in one step up to which descent's time is comparable with t."""
 
@@ -162,29 +165,34 @@ def time_law(facts: Facts) -> Claim:
     """Risk, time and norm are tied by one law with all its constants."""
     depth = max(facts.depth, 1)
     norm = np.linalg.norm(facts["end_to_end"], axis=1)
+    # log t + log R is a difference of numbers of size s: in float64 nothing is left of it far out.
+    resolved = np.flatnonzero(~(facts.s > LAST_TIME))
+    last = int(resolved[-1]) if len(resolved) else 0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         log_slope = math.log(depth) + 2 * np.log(facts.max_margin) + (2 - 2 / depth) * np.log(norm)
         ratio = np.exp(facts.log_risk + log_slope + facts["log_time"])
     obstacles = list(facts.tail_obstacles)
     if facts.is_descent and "log_step_size" in facts.record:
         # |grad R|^2 = R^2 L gamma^2 |w|^(2 - 2/L) to leading order.
-        log_change = float((facts["log_step_size"] + facts.log_risk + log_slope)[-1])
+        log_change = float((facts["log_step_size"] + facts.log_risk + log_slope)[last])
         if log_change > math.log(LONGEST_STEP):
             obstacles.append(
                 f"a step changes log R by more than {LONGEST_STEP:g}, so that the sum of step "
                 "sizes is not the flow's time"
             )
-    floor = max(TIME_LAW_FLOOR, 2 * (2 - 2 / depth) / max(float(facts.s[-1]), 1.0))
-    if abs(float(ratio[-1]) - 1) <= floor:
+    floor = max(TIME_LAW_FLOOR, 2 * (2 - 2 / depth) / max(float(facts.s[last]), 1.0))
+    if facts.s[last] > LAST_TIME:
+        found = Trend(None, math.nan, math.nan, f"no saved point has s up to {LAST_TIME:g}")
+    elif abs(float(ratio[last]) - 1) <= floor:
         found = Trend(True, math.nan, 0.0, f"it is within {floor:.2g} of one")
     else:
-        found = trend(facts.log_s, ratio - 1)
+        found = trend(facts.log_s[: last + 1], (ratio - 1)[: last + 1])
     return _limit_claim(
         "law of time",
         "R L gamma^2 t |w|^(2 - 2/L) -> 1, the constants of R ~ 1/(t (log t)^(2 - 2/L))",
         f"{LYU_LI}; the constants are gflow's",
         "R L gamma^2 t |w|^(2-2/L)",
-        float(ratio[-1]),
+        float(ratio[last]),
         "1",
         found,
         obstacles,
