@@ -1,8 +1,8 @@
-"""What the benchmarks of the solvers share: timing, achieved errors, peers and the report.
+"""What the benchmarks of the solvers share: timing, achieved errors and the report.
 
 Compilation is never part of a time: `timed` calls once before it measures. Contestants that are
 compared take turns, so that a disturbance of the machine meets all of them. Every report says how
-busy the machine was.
+busy the machine was, and gives processor times beside wall times.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import optimistix as optx
-import scipy.integrate
-from jax.flatten_util import ravel_pytree
+import scipy
 from threadpoolctl import threadpool_limits
 
 import gflow
@@ -42,21 +40,6 @@ NOT_COMPARED = ("alignment", "imbalance_drift")
 
 UNLIMITED = 10**9
 
-COLORS = {
-    "GaussNewton, 3 stages": "#56B4E9",
-    "GaussNewton, 5 stages": "#0072B2",
-    "GaussNewton, 7 stages": "#000000",
-    "Dopri8": "#E69F00",
-    "Kvaerno5, as shipped": "#CC79A7",
-    "Kvaerno5, better root finder": "#D55E00",
-    "SciPy LSODA": "#009E73",
-    "SciPy Radau": "#7F7F7F",
-}
-"""The palette of Okabe and Ito, its yellow replaced by grey."""
-
-MARKERS = dict(zip(COLORS, "v^sDoXP*", strict=True))
-
-
 # -------------------------------------------------------------------------------------------------
 # Timing
 # -------------------------------------------------------------------------------------------------
@@ -68,6 +51,8 @@ class Timing(NamedTuple):
     median: float
     least: float
     greatest: float
+    cpu: float
+    """Least processor time, all threads together: what does not see other programs' turns."""
     repeats: int
 
 
@@ -90,20 +75,22 @@ def timed(
         warm: whether the calls are compiled already.
     """
     results = {} if warm else {name: seconds(call)[1] for name, call in calls.items()}
-    took: dict[str, list[float]] = {name: [] for name in calls}
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     began = time.perf_counter()
     for _ in range(repeats):
         for name, call in calls.items():
+            spent = time.process_time()
             wall, results[name] = seconds(call)
-            took[name].append(wall)
+            took[name].append((wall, time.process_time() - spent))
         if time.perf_counter() - began > budget:
             break
     return {name: summary(each) for name, each in took.items()}, results
 
 
-def summary(took: list[float]) -> Timing:
-    """The median and the extremes."""
-    return Timing(statistics.median(took), min(took), max(took), len(took))
+def summary(took: list[tuple[float, float]]) -> Timing:
+    """The median and the extremes of wall times, from pairs with processor times."""
+    wall, cpu = zip(*took, strict=True)
+    return Timing(statistics.median(wall), min(wall), max(wall), min(cpu), len(took))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -155,6 +142,8 @@ class Run(NamedTuple):
     num_rejected: int
     num_iterations: int
     seconds: float
+    cpu: float
+    """Processor time, all threads together."""
 
 
 def walk(
@@ -168,7 +157,7 @@ def walk(
     max_steps: int = UNLIMITED,
 ) -> Run:
     """The loop of gflow around a solver, to one target; given up after ``limit`` seconds."""
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     state = gflow.FlowState(work.weights, np.zeros(()))
     tolerance = stepping.Tolerance(np.float64(rtol), np.float64(stepping.default_atol(state, rtol)))
     carry = stepping.start(work.field, solver, tolerance, np.float64(work.s_start), state)
@@ -184,7 +173,7 @@ def walk(
         if int(reason) != stepping.TIRED or late:
             break
     jax.block_until_ready(carry)
-    took = time.perf_counter() - began
+    took, spent = time.perf_counter() - began, time.process_time() - spent
     return Run(
         state=carry.state,
         finished=int(reason) == stepping.LANDED,
@@ -193,6 +182,7 @@ def walk(
         num_rejected=int(carry.num_rejected),
         num_iterations=int(getattr(carry.solver_state, "num_iterations", 0)),
         seconds=took,
+        cpu=spent,
     )
 
 
@@ -256,108 +246,6 @@ def reference_run(work: Task, log_risk: float, *, quick: bool = False) -> Run:
 
 
 # -------------------------------------------------------------------------------------------------
-# Peers
-# -------------------------------------------------------------------------------------------------
-
-
-class FixedChord(diffrax.VeryChord):
-    """diffrax's root finder without its mistake.
-
-    `VeryChord` reports an iteration that has neither converged nor diverged as diverged, and the
-    step is rejected. It is corrected in the development version of its library.
-    """
-
-    def terminate(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        terminate, result = super().terminate(*args, **kwargs)
-        return terminate, optx.RESULTS.where(terminate, result, optx.RESULTS.successful)
-
-
-def kvaerno5(rtol: float, *, fixed: bool) -> diffrax.Kvaerno5:
-    """Kvaerno 5/4 with the root finder's tolerances those of the step, as ``diffeqsolve`` does."""
-    finder = (FixedChord if fixed else diffrax.VeryChord)(np.float64(rtol), np.float64(rtol))
-    return diffrax.Kvaerno5(root_finder=finder)
-
-
-class Peer:
-    """SciPy's implicit solvers on the same field, compiled, with its exact compiled Jacobian.
-
-    They are told how small the scaled time becomes, so that its tolerance is relative as gflow's.
-    """
-
-    def __init__(self, work: Task):
-        state = gflow.FlowState(work.weights, np.zeros(()))
-        flat, self._unravel = ravel_pytree(state)
-        self.start, self._work = np.asarray(flat), work
-        field = lambda s, y: ravel_pytree(work.field(s, self._unravel(y)))[0]  # noqa: E731
-        self._field, self.jacobian = jax.jit(field), jax.jit(jax.jacfwd(field, argnums=1))
-
-    def compile(self) -> None:
-        """Compile field and Jacobian."""
-        s = np.float64(self._work.s_start)
-        jax.block_until_ready((self._field(s, self.start), self.jacobian(s, self.start)))
-
-    def walk(
-        self, method: str, log_risk: float, rtol: float, *, scaled_time: float, limit: float
-    ) -> Run:
-        """Follow the flow; given up at the first step that ends after ``limit`` seconds."""
-        work = self._work
-        state = gflow.FlowState(work.weights, np.zeros(()))
-        atol = np.full(self.start.size, stepping.default_atol(state, rtol))
-        atol[-1] = rtol * scaled_time
-        # A large LU gains from all cores, as a small one loses.
-        threads = 1 if self.start.size < 2_000 else os.cpu_count()
-        with threadpool_limits(threads, user_api="blas"):
-            return self._walk(method, log_risk, rtol, atol, limit)
-
-    def _walk(
-        self, method: str, log_risk: float, rtol: float, atol: np.ndarray, limit: float
-    ) -> Run:
-        work = self._work
-        began = time.perf_counter()
-        solver = getattr(scipy.integrate, method)(
-            lambda s, y: np.asarray(self._field(np.float64(s), y)),
-            work.s_start,
-            self.start,
-            work.s_end(log_risk),
-            rtol=rtol,
-            atol=atol,
-            jac=lambda s, y: np.asarray(self.jacobian(np.float64(s), y)),
-        )
-        steps = 0
-        while solver.status == "running" and time.perf_counter() - began < limit:
-            solver.step()
-            steps += 1
-        took = time.perf_counter() - began
-        state = self._unravel(solver.y)
-        return Run(
-            state=state,
-            finished=solver.status == "finished",
-            log_risk=float(work.field.problem.log_risk(state.weights)),
-            num_steps=steps,
-            num_rejected=0,
-            num_iterations=int(solver.nlu),
-            seconds=took,
-        )
-
-
-def time_at(points: list[tuple[float, float]], error: float) -> float | None:
-    """Seconds at an achieved error, between measured (error, seconds) in logarithms.
-
-    None if no point is as good; the cheapest point if even the coarsest is better.
-    """
-    points = sorted(points)  # from the best error to the worst
-    if not points or points[0][0] > error:
-        return None
-    # Between neighbours, and never slower than any point at least as good.
-    good = min(wall for achieved, wall in points if achieved <= error)
-    for (e0, t0), (e1, t1) in pairwise(points):
-        if e0 <= error <= e1 and e1 > e0:
-            weight = math.log(error / e0) / math.log(e1 / e0)
-            good = min(good, math.exp((1 - weight) * math.log(t0) + weight * math.log(t1)))
-    return good
-
-
-# -------------------------------------------------------------------------------------------------
 # Command line and report
 # -------------------------------------------------------------------------------------------------
 
@@ -371,9 +259,11 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "--out", type=Path, help="folder of the results; a quick run writes only if it is given"
     )
     found.add_argument(
-        "--blas-threads", type=int, default=1,
+        "--blas-threads",
+        type=int,
+        default=1,
         help="threads of BLAS and LAPACK, whose small problems lose time to more than one",
-    )  # fmt: skip
+    )
     return found
 
 
@@ -428,14 +318,16 @@ def processor() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-    """Print rows; ``columns`` maps keys to formats."""
+def table(rows: list[dict[str, Any]], columns: str) -> None:
+    """Print rows; ``columns`` lists keys with their formats, as in "rtol:g median:.3f"."""
+    styles = dict(column.split(":") for column in columns.split())
+    heads = list(styles)
     cells = [
-        ["-" if row.get(key) is None else format(row[key], style) for key, style in columns.items()]
+        ["-" if row.get(key) is None else format(row[key], styles[key]) for key in heads]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(list(columns), *cells, strict=True)]
-    for line in [list(columns), *cells]:
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    for line in [heads, *cells]:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     print(flush=True)
 

@@ -4,32 +4,22 @@ The bare loop is what one writes by hand: the mean logistic loss, `jax.grad`, an
 in one jitted `lax.scan` that returns the final weights and nothing else. Both make the same steps
 from the same start in double precision, alternately, after compilation. What a step costs is the
 difference between a long call and one of a tenth of its steps; what is left, the fixed cost of a
-call with its checks and its record, is listed apart. With PyTorch installed its eager loop, the same
-arithmetic without any tool, is timed as well.
+call with its checks and its record, is listed apart. With PyTorch installed its eager loop, the
+same arithmetic without any tool, is timed as well.
 
-    python benchmarks/descent_throughput.py [--quick] [--out benchmarks/descent_throughput.json]
+    python benchmarks/descent_throughput.py [--quick] [--out FOLDER]
 """
 
-import argparse
-import json
 import os
 import statistics
-import sys
-import time
-from pathlib import Path
-
-# The few singular value decompositions of a record are small; BLAS threads that wait for each other
-# on a busy machine would be timed instead of descent.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import Report, begin, parser, seconds
 
 import gflow
-from gflow.dynamics.descent import gradient_descent
-from gflow.record import versions
 
 OPTIMISERS = {
     "sgd": lambda: optax.sgd(0.1),
@@ -83,12 +73,6 @@ def torch_loop(z, steps, rate=0.1):
     return loop
 
 
-def seconds(call):
-    began = time.perf_counter()
-    result = call()
-    return time.perf_counter() - began, result
-
-
 def compare(width, name, steps):
     widths = NETWORKS[width][0]
     data = gflow.datasets.separable(n=100, d=widths[0], margin=0.1, seed=0)
@@ -98,7 +82,7 @@ def compare(width, name, steps):
     z = jnp.asarray(data.signed_inputs)
 
     def ours(until):
-        return lambda: gradient_descent(problem, weights, optimizer, until=until, save=2)
+        return lambda: gflow.gradient_descent(problem, weights, optimizer, until=until, save=2)
 
     def contestants(steps):
         bare = bare_loop(z, optimizer, steps)
@@ -159,34 +143,24 @@ def against_torch(data, weights, steps, expected):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    arguments = parser.parse_args()
+    options = begin(parser(__doc__))
+    report = Report(__file__, options)
     rows = []
-    with jax.enable_x64(True):
-        for width, (_, steps) in NETWORKS.items():
-            for name in OPTIMISERS:
-                row = compare(width, name, steps // 10 if arguments.quick else steps)
-                rows.append(row)
-                us, ratio = row["step_us"], row["throughput, gflow"]
-                watching = row["throughput, gflow, watching the risk"]
-                print(
-                    f"width {width:3d} {name:9s} bare {us['bare']:7.2f} us, gflow "
-                    f"{us['gflow']:7.2f} us: throughput {ratio['median']:.3f} "
-                    f"[{ratio['least']:.3f}, {ratio['greatest']:.3f}]; watching the risk "
-                    f"{watching['median']:.3f}; weights differ by "
-                    f"{row['largest_difference_of_weights']:.1e}",
-                    flush=True,
-                )
-    report = {
-        "command": " ".join(["python", "benchmarks/descent_throughput.py", *sys.argv[1:]]),
-        "device": str(jax.devices()[0]),
-        "cores": os.cpu_count(),
-        "versions": versions(),
-        "rows": rows,
-    }
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    for width, (_, steps) in NETWORKS.items():
+        for name in OPTIMISERS:
+            row = compare(width, name, steps // 5 if options.quick else steps)
+            rows.append(row)
+            us, ratio = row["step_us"], row["throughput, gflow"]
+            watching = row["throughput, gflow, watching the risk"]
+            print(
+                f"width {width:3d} {name:9s} bare {us['bare']:7.2f} us, gflow "
+                f"{us['gflow']:7.2f} us: throughput {ratio['median']:.3f} "
+                f"[{ratio['least']:.3f}, {ratio['greatest']:.3f}]; watching the risk "
+                f"{watching['median']:.3f}; weights differ by "
+                f"{row['largest_difference_of_weights']:.1e}",
+                flush=True,
+            )
+    report.write(rows=rows)
 
 
 if __name__ == "__main__":

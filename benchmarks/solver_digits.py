@@ -20,12 +20,17 @@ PAIRS = ((0, 1), (3, 5))
 WIDTHS = (64, 64, 64, 64, 1)
 
 
-def measure(pair, goal, repeats):
+def measure(pair, goal, saved, repeats):
     data = gflow.datasets.digits(*pair)
     work = common.task(WIDTHS, data=data, loss=gflow.Logistic())
     problem = work.field.problem
     call = functools.partial(
-        gflow.gradient_flow, problem, work.weights, until=gflow.LogRisk(goal), progress=False
+        gflow.gradient_flow,
+        problem,
+        work.weights,
+        until=gflow.LogRisk(goal),
+        save=saved,
+        progress=False,
     )
     first, _ = common.seconds(call)
     alone = functools.partial(common.walk, work, gflow.GaussNewton(), goal, 1e-8)
@@ -46,6 +51,7 @@ def measure(pair, goal, repeats):
         "solver": record.attrs["solver"],
         "median": times["call"].median,
         "least": times["call"].least,
+        "cpu": times["call"].cpu,
         "threaded_s": threaded["call"].median,
         "first_call_s": first,
         "alone_s": times["alone"].median,
@@ -88,19 +94,19 @@ def figure(rows):
 def main():
     options = common.begin(common.parser(__doc__))
     report = common.Report(__file__, options)
-    pairs, goal, repeats = (PAIRS[:1], -1e4, 1) if options.quick else (PAIRS, -1e6, 5)
-    rows = [measure(pair, goal, repeats) for pair in pairs]
-    columns = {
-        "data": "s", "points": "d", "log_risk": "g", "status": "s", "median": ".2f",
-        "least": ".2f", "threaded_s": ".2f", "first_call_s": ".1f", "alone_s": ".2f",
-        "alone_steps": "d",
-        "smallest_alignment": ".8f", "margin_over_best": ".8f", "largest_drift": ".1e",
-        "claims_held": "d",
-    }  # fmt: skip
+    pairs, *how = (PAIRS[:1], -1e4, 20, 1) if options.quick else (PAIRS, -1e6, 100, 5)
+    rows = [measure(pair, *how) for pair in pairs]
+    columns = (
+        "data:s points:d log_risk:g status:s median:.2f least:.2f cpu:.2f threaded_s:.2f "
+        "first_call_s:.1f alone_s:.2f alone_steps:d smallest_alignment:.8f "
+        "margin_over_best:.8f largest_drift:.1e claims_held:d"
+    )
     common.table(rows, columns)
     for row in rows:
-        print(f"{row['data']}: {row['solver']}; fails: {row['claims_failed']}; "
-              f"not applicable: {row['claims_silent']}")  # fmt: skip
+        print(
+            f"{row['data']}: {row['solver']}; fails: {row['claims_failed']}; "
+            f"not applicable: {row['claims_silent']}"
+        )
     report.write(figure(rows), rows=rows)
 
 

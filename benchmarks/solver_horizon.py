@@ -87,6 +87,69 @@ def fresh_process(goal):
     return {**json.loads(output.splitlines()[-1]), "whole_process_s": wall}
 
 
+def against_dopri8(work, observer, goals, references, quick):
+    """Both at one tolerance in turns."""
+    rows = []
+    for goal in goals:
+        calls = {
+            "GaussNewton": alone(work, goal, RTOL),
+            "Dopri8": functools.partial(common.walk, work, diffrax.Dopri8(), goal, RTOL),
+        }
+        few = quick or goal <= -1e5
+        times, runs = common.timed(calls, repeats=1 if few else 3, warm=len(rows) > 0 and few)
+        exact = references.get(goal) or common.reference_run(work, goal, quick=quick)
+        digits = {n: common.digits(observer.worst(r.state, exact.state)) for n, r in runs.items()}
+        rows.append(
+            {
+                "log_risk": goal,
+                **times["Dopri8"]._asdict(),
+                "steps": runs["Dopri8"].num_steps,
+                "digits": digits["Dopri8"],
+                "our_median": times["GaussNewton"].median,
+                "our_digits": digits["GaussNewton"],
+                "ratio": times["Dopri8"].median / times["GaussNewton"].median,
+                "cpu_ratio": times["Dopri8"].cpu / times["GaussNewton"].cpu,
+            }
+        )
+    print(f"Dopri8 in the same clock, rtol {RTOL:g}; ratio: its time over that of GaussNewton")
+    columns = (
+        "log_risk:g median:.4f steps:d digits:.1f our_median:.4f our_digits:.1f ratio:.1f "
+        "cpu_ratio:.1f"
+    )
+    common.table(rows, columns)
+    return rows
+
+
+def whole_calls(work, observer, references, repeats):
+    """`gradient_flow` at its defaults, its last point against the references."""
+    calls = {goal: functools.partial(whole_call, work, goal) for goal in references}
+    times, found = common.timed(calls, repeats=repeats)
+    rows = []
+    for goal, timing in times.items():
+        last = found[goal].isel(point=-1)
+        values = {name: last[name].values for name in last.data_vars}
+        errors = common.errors(values, observer(references[goal].state))
+        rows.append(
+            {
+                "log_risk": goal,
+                **timing._asdict(),
+                "status": last.attrs["status"],
+                "solver": last.attrs["solver"],
+                "steps": int(last["num_steps"]),
+                "newton": int(last.attrs["num_newton_iterations"]),
+                "digits": common.digits(common.worst(errors)),
+                "drift": float(last["imbalance_drift"]),
+                "errors": errors,
+            }
+        )
+    print("The whole call of gradient_flow, 20 saved points, rtol 1e-9, warm")
+    columns = (
+        "log_risk:g median:.3f least:.3f cpu:.3f steps:d newton:d digits:.1f drift:.1e solver:s"
+    )
+    common.table(rows, columns)
+    return rows
+
+
 def figure(curve, explicit, record):
     import matplotlib.pyplot as plt
 
@@ -126,78 +189,36 @@ def main():
     for row, timing in zip(rows, times.values(), strict=True):
         row |= timing._asdict()
     print("The solver alone, warm")
-    columns = {
-        "log_risk": "g", "rtol": "g", "median": ".4f", "least": ".4f", "steps": "d",
-        "rejected": "d", "newton": "d", "digits": ".1f", "reference_digits": ".1f",
-        "direction_error_digits": ".1f", "drift": ".1e",
-    }  # fmt: skip
+    columns = (
+        "log_risk:g rtol:g median:.4f least:.4f cpu:.4f steps:d rejected:d newton:d "
+        "digits:.1f reference_digits:.1f direction_error_digits:.1f drift:.1e"
+    )
     common.table(rows, columns)
 
     # The curve over the horizon, everything in turns; Dopri8 to where it takes seconds.
     far = [-(10.0**k) for k in range(2, 7 if quick else 9)]
     times, _ = common.timed({str(g): alone(work, g, RTOL) for g in far}, repeats=repeats, warm=True)
     curve = [{"log_risk": g, **t._asdict()} for g, t in zip(far, times.values(), strict=True)]
-    near = [g for g in far if g >= (-1e4 if quick else -1e5)]
-    explicit = []
-    for goal in near:
-        calls = {
-            "GaussNewton": alone(work, goal, RTOL),
-            "Dopri8": functools.partial(common.walk, work, diffrax.Dopri8(), goal, RTOL),
-        }
-        times, found = common.timed(calls, repeats=1 if quick else 3)
-        exact = references.get(goal) or common.reference_run(work, goal, quick=quick)
-        explicit.append(
-            {
-                "log_risk": goal,
-                **times["Dopri8"]._asdict(),
-                "steps": found["Dopri8"].num_steps,
-                "digits": common.digits(observer.worst(found["Dopri8"].state, exact.state)),
-                "our_median": times["GaussNewton"].median,
-                "our_digits": common.digits(
-                    observer.worst(found["GaussNewton"].state, exact.state)
-                ),
-                "ratio": times["Dopri8"].median / times["GaussNewton"].median,
-            }
-        )
-    print(f"Dopri8 in the same clock, rtol {RTOL:g}; ratio: its time over that of GaussNewton")
-    columns = {"log_risk": "g", "median": ".4f", "steps": "d", "digits": ".1f",
-               "our_median": ".4f", "our_digits": ".1f", "ratio": ".1f"}  # fmt: skip
-    common.table(explicit, columns)
+    near = [-1e4] if quick else [goal for goal in far if goal >= -1e5]
+    explicit = against_dopri8(work, observer, near, references, quick)
 
-    calls = {goal: functools.partial(whole_call, work, goal) for goal in references}
-    times, found = common.timed(calls, repeats=max(3, repeats // 2))
-    record = []
-    for goal, timing in times.items():
-        last = found[goal].isel(point=-1)
-        values = {name: last[name].values for name in last.data_vars}
-        errors = common.errors(values, observer(references[goal].state))
-        record.append(
-            {
-                "log_risk": goal,
-                **timing._asdict(),
-                "status": last.attrs["status"],
-                "solver": last.attrs["solver"],
-                "steps": int(last["num_steps"]),
-                "newton": int(last.attrs["num_newton_iterations"]),
-                "digits": common.digits(common.worst(errors)),
-                "drift": float(last["imbalance_drift"]),
-                "errors": errors,
-            }
-        )
-    print("The whole call of gradient_flow, 20 saved points, rtol 1e-9, warm")
-    columns = {"log_risk": "g", "median": ".3f", "least": ".3f", "steps": "d", "newton": "d",
-               "digits": ".1f", "drift": ".1e", "solver": "s"}  # fmt: skip
-    common.table(record, columns)
-
-    first = [fresh_process(-1e6) for _ in range(0 if quick else FIRST_CALL)]
-    print(f"First call to log R = -1e6 in a fresh process: {first}")
-    at = {(row["log_risk"], row["rtol"]): row["least"] for row in rows}
+    record, first = [], []
+    if not quick:
+        record = whole_calls(work, observer, references, 7)
+        first = [fresh_process(-1e6) for _ in range(FIRST_CALL)]
+        print(f"First call to log R = -1e6 in a fresh process: {first}")
+    at = {(row["log_risk"], row["rtol"]): row["cpu"] for row in rows}
     growth = {f"rtol {rtol:g}": at[min(references), rtol] / at[-1e4, rtol] for rtol in RTOLS}
-    print(f"Growth of the cost from log R = -1e4 to {min(references):g}: {growth}")
+    print(f"Growth of the processor time from log R = -1e4 to {min(references):g}: {growth}")
     report.write(
-        figure(curve, explicit, record), alone=rows, horizons=curve, explicit=explicit,
-        gradient_flow=record, first_call=first, growth=growth,
-    )  # fmt: skip
+        figure(curve, explicit, record),
+        alone=rows,
+        horizons=curve,
+        explicit=explicit,
+        gradient_flow=record,
+        first_call=first,
+        growth=growth,
+    )
     return None
 
 

@@ -13,6 +13,7 @@ import time
 
 import common
 import numpy as np
+import peers
 from scipy.linalg import lu_factor
 
 import gflow
@@ -31,18 +32,23 @@ def ours(work, observer, reference, rtols, repeats):
         run = runs["walk"]
         rows.append(
             {
-                "method": "GaussNewton", "rtol": rtol, "seconds": times["walk"].median,
-                "finished": run.finished, "log_risk": run.log_risk, "steps": run.num_steps,
+                "method": "GaussNewton",
+                "rtol": rtol,
+                "seconds": times["walk"].median,
+                "cpu": times["walk"].cpu,
+                "finished": run.finished,
+                "log_risk": run.log_risk,
+                "steps": run.num_steps,
                 "error": observer.worst(run.state, reference.state),
                 "drift": observer.drift(run.state),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
 def theirs(work, observer, reference, rtols, repeats, limit):
     rows = []
-    peer = common.Peer(work)
+    peer = peers.Peer(work)
     peer.compile()
     small = float(reference.state.scaled_time)
     for method in ("LSODA", "Radau"):
@@ -55,13 +61,17 @@ def theirs(work, observer, reference, rtols, repeats, limit):
             run = runs[-1]
             rows.append(
                 {
-                    "method": method, "rtol": rtol,
+                    "method": method,
+                    "rtol": rtol,
                     "seconds": float(np.median([each.seconds for each in runs])),
-                    "finished": run.finished, "log_risk": run.log_risk, "steps": run.num_steps,
+                    "cpu": min(each.cpu for each in runs),
+                    "finished": run.finished,
+                    "log_risk": run.log_risk,
+                    "steps": run.num_steps,
                     "error": observer.worst(run.state, reference.state) if run.finished else None,
                     "drift": observer.drift(run.state),
                 }
-            )  # fmt: skip
+            )
             print("  ", rows[-1], flush=True)
             if not run.finished:
                 break  # nor will it at a tighter tolerance
@@ -78,25 +88,28 @@ def ratios(rows):
         for method in ("GaussNewton", "LSODA", "Radau")
     }
     for error in ERRORS:
-        mine = common.time_at(points["GaussNewton"], error)
+        mine = peers.time_at(points["GaussNewton"], error)
         for method in ("LSODA", "Radau"):
-            peer = common.time_at(points[method], error)
+            peer = peers.time_at(points[method], error)
             spent = [r["seconds"] for r in rows if r["method"] == method and not r["finished"]]
             bound = peer is None and bool(spent)
             wall = max(spent) if bound else peer
             found.append(
                 {
-                    "error": error, "method": method, "seconds": wall, "our_seconds": mine,
+                    "error": error,
+                    "method": method,
+                    "seconds": wall,
+                    "our_seconds": mine,
                     "at_least": bound,
                     "ratio": None if wall is None or mine is None else wall / mine,
                 }
-            )  # fmt: skip
+            )
     return found
 
 
 def dense_step(work):
     """What a step of any dense implicit method costs here at least: one Jacobian, one LU."""
-    peer = common.Peer(work)
+    peer = peers.Peer(work)
     peer.compile()
     s, y = np.float64(work.s_start), peer.start
     jacobian, matrix = common.seconds(lambda: peer.jacobian(s, y))
@@ -112,15 +125,19 @@ def compare(widths, rtols, peer_rtols, repeats, limit, quick):
     rows = ours(work, observer, reference, rtols, repeats)
     rows += theirs(work, observer, reference, peer_rtols, repeats, limit)
     found = {
-        "widths": widths, "weights": work.num_weights, "limit_s": limit, "rows": rows,
-        "ratios": ratios(rows), "dense": dense_step(work),
-    }  # fmt: skip
+        "widths": widths,
+        "weights": work.num_weights,
+        "limit_s": limit,
+        "rows": rows,
+        "ratios": ratios(rows),
+        "dense": dense_step(work),
+    }
     print(f"widths {widths}, {work.num_weights} weights; limit {limit:g} s; {found['dense']}")
-    columns = {"method": "s", "rtol": "g", "seconds": ".4f", "finished": "", "log_risk": ".6g",
-               "steps": "d", "error": ".1e", "drift": ".1e"}  # fmt: skip
+    columns = (
+        "method:s rtol:g seconds:.4f cpu:.4f finished: log_risk:.6g steps:d error:.1e drift:.1e"
+    )
     common.table(rows, columns)
-    columns = {"error": "g", "method": "s", "seconds": ".4f", "our_seconds": ".4f",
-               "ratio": ".1f", "at_least": ""}  # fmt: skip
+    columns = "error:g method:s seconds:.4f our_seconds:.4f ratio:.1f at_least:"
     common.table(found["ratios"], columns)
     return found
 
@@ -138,7 +155,7 @@ def figure(found):
         for method, key in styles.items():
             rows = [r for r in each["rows"] if r["method"] == method]
             done = [r for r in rows if r["finished"]]
-            style = {"color": common.COLORS[key], "marker": common.MARKERS[key]}
+            style = {"color": peers.COLORS[key], "marker": peers.MARKERS[key]}
             if done:
                 ax.loglog(
                     [r["error"] for r in done], [r["seconds"] for r in done], label=method, **style
@@ -159,7 +176,7 @@ def figure(found):
 def main():
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--limit", type=float, default=240.0, help="seconds a run of a peer may take"
+        "--limit", type=float, default=120.0, help="seconds a run of a peer may take"
     )
     options = common.begin(parser)
     report = common.Report(__file__, options)
@@ -168,7 +185,7 @@ def main():
     else:
         tight = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
         found = [
-            compare(SMALL, tight, (1e-4, 1e-6, 1e-8, 1e-10, 1e-11), 3, options.limit / 4, False),
+            compare(SMALL, tight, (1e-4, 1e-6, 1e-8, 1e-10, 1e-11), 3, options.limit / 2, False),
             compare(LARGE, tight, (1e-4, 1e-6), 1, options.limit, False),
         ]
     report.write(figure(found), goal=GOAL, problems=found)

@@ -15,6 +15,7 @@ import functools
 import common
 import diffrax
 import numpy as np
+import peers
 
 import gflow
 
@@ -31,8 +32,8 @@ def contestants(quick):
         for p in (3, 5, 7)
     } | {
         "Dopri8": (lambda rtol: diffrax.Dopri8(), theirs),
-        "Kvaerno5, as shipped": (functools.partial(common.kvaerno5, fixed=False), theirs),
-        "Kvaerno5, better root finder": (functools.partial(common.kvaerno5, fixed=True), theirs),
+        "Kvaerno5, as shipped": (functools.partial(peers.kvaerno5, fixed=False), theirs),
+        "Kvaerno5, better root finder": (functools.partial(peers.kvaerno5, fixed=True), theirs),
         "SciPy LSODA": (None, (*theirs, 1e-11, 1e-12)),
         "SciPy Radau": (None, (*theirs, 1e-11, 1e-12)),
     }
@@ -64,13 +65,18 @@ def curve(work, observer, reference, goal, name, entry, repeats, limit, peer):
         run = runs[-1]
         rows.append(
             {
-                "method": name, "goal": goal, "rtol": rtol,
+                "method": name,
+                "goal": goal,
+                "rtol": rtol,
                 "seconds": float(np.median([each.seconds for each in runs])),
-                "finished": run.finished, "log_risk": run.log_risk, "steps": run.num_steps,
+                "cpu": min(each.cpu for each in runs),
+                "finished": run.finished,
+                "log_risk": run.log_risk,
+                "steps": run.num_steps,
                 "rejected": run.num_rejected,
                 "error": observer.worst(run.state, reference.state) if run.finished else None,
             }
-        )  # fmt: skip
+        )
         if not run.finished:
             break
     return rows
@@ -78,27 +84,29 @@ def curve(work, observer, reference, goal, name, entry, repeats, limit, peer):
 
 def panel(work, observer, goal, entries, repeats, limit, quick):
     reference = common.reference_run(work, goal, quick=quick)
-    peer = common.Peer(work)
+    peer = peers.Peer(work)
     peer.compile()
     rows = []
     for name, entry in entries.items():
         rows += curve(work, observer, reference, goal, name, entry, repeats, limit, peer)
         print(f"{name} to {goal:g}: done", flush=True)
-    columns = {"method": "s", "rtol": "g", "seconds": ".4f", "error": ".1e", "steps": "d",
-               "rejected": "d", "finished": "", "log_risk": ".5g"}  # fmt: skip
+    columns = (
+        "method:s rtol:g seconds:.4f cpu:.4f error:.1e steps:d rejected:d finished: log_risk:.5g"
+    )
     common.table(rows, columns)
     at = [
-        {"method": name} | {
-            f"{accuracy:g}": common.time_at(
+        {"method": name}
+        | {
+            f"{accuracy:g}": peers.time_at(
                 [(r["error"], r["seconds"]) for r in rows if r["method"] == name and r["finished"]],
                 accuracy,
             )
             for accuracy in ACCURACIES
         }
         for name in entries
-    ]  # fmt: skip
+    ]
     print(f"Seconds to log R = {goal:g} at an achieved error")
-    common.table(at, {"method": "s"} | {f"{accuracy:g}": ".4f" for accuracy in ACCURACIES})
+    common.table(at, " ".join(["method:s", *(f"{accuracy:g}:.4f" for accuracy in ACCURACIES)]))
     return {"goal": goal, "rows": rows, "seconds_at_error": at}, reference
 
 
@@ -106,20 +114,29 @@ def figure(panels):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 4.4), layout="constrained", sharey=True,
+        1,
+        len(panels),
+        figsize=(5.2 * len(panels), 4.4),
+        layout="constrained",
+        sharey=True,
         squeeze=False,
-    )  # fmt: skip
+    )
     for ax, found in zip(axes[0], panels, strict=True):
-        for name, color in common.COLORS.items():
+        for name, color in peers.COLORS.items():
             rows = [r for r in found["rows"] if r["method"] == name and r["finished"]]
             if not rows:
                 continue
             ours = name.startswith("GaussNewton")
             ax.loglog(
-                [max(r["error"], 1e-15) for r in rows], [r["seconds"] for r in rows],
-                color=color, marker=common.MARKERS[name], markersize=5, label=name,
-                linestyle="-" if ours else "--", linewidth=1.8 if ours else 1.2,
-            )  # fmt: skip
+                [max(r["error"], 1e-15) for r in rows],
+                [r["seconds"] for r in rows],
+                color=color,
+                marker=peers.MARKERS[name],
+                markersize=5,
+                label=name,
+                linestyle="-" if ours else "--",
+                linewidth=1.8 if ours else 1.2,
+            )
         ax.invert_xaxis()
         ax.set_xlabel("error of the worst observable (better to the right)")
         ax.set_title(f"to $\\log\\,R=-10^{{{round(np.log10(-found['goal']))}}}$", fontsize=10)
@@ -132,7 +149,7 @@ def figure(panels):
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds a run may take")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds a run may take")
     options = common.begin(parser)
     report = common.Report(__file__, options)
     repeats, limit = (1, 3.0) if options.quick else (5, options.limit)

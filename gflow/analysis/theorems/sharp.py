@@ -6,8 +6,7 @@ Prediction: the conserved matrices of the record's first weights, the vectors be
 from its last weights, the support vectors from its data (``gflow.analysis.laws``). The laws are
 series in $\varepsilon = \max_k\lVert D_k\rVert_2/\lVert w\rVert^{2/L}$ of which the first two terms
 are known, so that a law *holds* when it deviates by at most $10\,\varepsilon^{3/2}$, relative to
-the largest of the layers, the digits that the solver's tolerance leaves, and for the direction
-ten times the square of its own next-order term. Before $\varepsilon$ is small, or while a point off the margin may have weight,
+the largest of the layers, the digits XX $\varepsilon$ is small, or while a point off the margin may have weight,
 it is too early to deny a law.
 """
 
@@ -84,6 +83,8 @@ class _Laws:
         self.facts = facts
         self.law: Limits | None = None
         self.obstacles = list(facts.tail_obstacles)
+        if not facts.exponential_tail:
+            return
         if facts.s[-1] < 1:
             self.obstacles.append("log R is above -1 at the last saved point")
             return
@@ -159,9 +160,10 @@ class _Point:
         if variable == "log_time":
             return allowed + NEXT / self.s**2
         if variable == "direction_error":
-            leading = float(np.linalg.norm(self.law.tangent))
-            moved = np.linalg.norm(self.law.product(-self.s).tangent - self.law.tangent)
-            allowed = allowed + NEXT * float(moved / max(leading, 1e-300)) ** 2
+            w = self.law.product(-self.s)
+            moved = np.linalg.norm(w.tangent - self.law.tangent)
+            size = np.hypot(np.linalg.norm(w.tangent), np.linalg.norm(w.outside))
+            allowed = allowed + NEXT * float(moved / max(size, 1e-300)) ** 2
         if not self._split() and variable in ("direction_error", "misalignment"):
             size = float(np.max(np.atleast_1d(self.predicted[variable])))
             angle = size if variable == "direction_error" else math.sqrt(2 * size)
