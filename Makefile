@@ -54,7 +54,7 @@ types: $(VENV)/.with-dev  ## basedpyright on the package
 check: lint types test  ## lint, types and test
 
 benchmarks: $(VENV)/.with-test  ## run every script of benchmarks/
-	@set -e; for script in benchmarks/[a-z]*.py; do \
+	@set -e; for script in benchmarks/*_*.py; do \
 	  echo "==> $$script"; $(BIN)/python $$script $(ARGS); \
 	done
 

@@ -160,7 +160,8 @@ def figure(curve, explicit, record):
         ("gradient_flow, 20 saved points, rtol 1e-9", record, "#009E73", "^"),
     ):
         x, y = [-row["log_risk"] for row in rows], [row["median"] for row in rows]
-        ax.loglog(x, y, color=color, marker=marker, label=label)
+        if rows:
+            ax.loglog(x, y, color=color, marker=marker, label=label)
     ax.set_xlabel("$-\\log\\,R$ at the end")
     ax.set_ylabel("seconds, warm")
     ax.set_title(f"widths {', '.join(map(str, WIDTHS))}, exponential loss", fontsize=10)

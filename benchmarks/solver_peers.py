@@ -145,13 +145,16 @@ def compare(widths, rtols, peer_rtols, repeats, limit, quick):
 def figure(found):
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained", sharey=True)
+    size = (4.2 * len(found), 3.6)
+    fig, axes = plt.subplots(
+        1, len(found), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
     styles = {
         "GaussNewton": "GaussNewton, 5 stages",
         "LSODA": "SciPy LSODA",
         "Radau": "SciPy Radau",
     }
-    for ax, each in zip(axes, found, strict=False):
+    for ax, each in zip(axes[0], found, strict=True):
         for method, key in styles.items():
             rows = [r for r in each["rows"] if r["method"] == method]
             done = [r for r in rows if r["finished"]]
@@ -169,7 +172,7 @@ def figure(found):
         ax.invert_xaxis()
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
-    axes[0].set_ylabel("seconds")
+    axes[0, 0].set_ylabel("seconds")
     return fig
 
 

@@ -6,8 +6,9 @@ Prediction: the conserved matrices of the record's first weights, the vectors be
 from its last weights, the support vectors from its data (``gflow.analysis.laws``). The laws are
 series in $\varepsilon = \max_k\lVert D_k\rVert_2/\lVert w\rVert^{2/L}$ of which the first two terms
 are known, so that a law *holds* when it deviates by at most $10\,\varepsilon^{3/2}$, relative to
-the largest of the layers, the digits XX $\varepsilon$ is small, or while a point off the margin may have weight,
-it is too early to deny a law.
+the largest of the layers, the digits that the solver's tolerance leaves, and for the direction
+ten times the square of its own next-order term. Before $\varepsilon$ is small, or while a point
+off the margin may have weight, it is too early to deny a law.
 """
 
 import math
