@@ -99,6 +99,22 @@ def test_direction_is_reached_at_rate_one_over_depth_where_the_support_does_not_
         assert relative(law.predict(-s)["direction_error"], found["direction_error"]) < 2e-6
 
 
+def test_next_order_holds_where_the_support_does_not_span():
+    """Fewer support vectors than dimensions turn u_1 as fast as the misalignment does."""
+    points = np.hstack([separable(20, 2, 5), 0.2 * np.ones((20, 1)), np.zeros((20, 1))])
+    late = early(points, (4, 4, 3, 5, 1), 5)
+    law = limits(problem_of(points), late, late=late)
+    assert law.direction_exponent == 0.25
+    at = (1e8, 1e12)
+    found = settle(points, late, *at)
+    for name in ("misalignment", "direction_error", "rank_one_gap"):
+        first, second = (
+            relative(law.predict(-s)[name], f[name]) for s, f in zip(at, found, strict=True)
+        )
+        # s^(-3/4) or better; with the middle taken for the limit it is s^(-1/2).
+        assert second < max(1e-8, 1.5 * first * 1e4 ** (-3 / 4)), name
+
+
 def test_one_layer_has_soudrys_limit_on_weighted_two_point_data():
     """Points (a, b) three times and (a, -b) once: w_2 tends to ln(3)/(2b)."""
     a, b = 0.8, 0.5

@@ -479,7 +479,7 @@ def test_the_table_prints_aligned_and_sums_up(flow):
 def test_the_table_explains_what_does_not_hold(polynomial):
     text = str(verify(polynomial))
     assert "9 not applicable" in text
-    assert text.count("has no exponential tail") == 1  # one reason, said once
+    assert text.count("has no exponential tail") == 2  # once for the limits, once for their laws
 
 
 def test_the_html_view_escapes_and_has_one_row_a_claim(flow):

@@ -5,15 +5,17 @@ the conserved $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$ (derived in ``docs/asy
 
 1. In the chain frame (``gflow.dynamics.split``) $\dot e_k = O(s^{-1-2/L})$ and
    $\dot C_k = O(s^{-1-3/L})$: $e_k \to u_k$ and $C_k$ converge, $\sigma_k \to \infty$. So do the
-   singular vectors of $W_k$, to $u_k$ and $u_{k-1}$, where $u_L = 1$, $u_0 = \bar u$.
+   singular vectors of $W_k$, to $u_k$ and $u_{k-1}$, where $u_L = 1$, $u_0 = \bar u$. The middle
+   of the two vectors between layers k and k+1 is $u_k$ up to $O(s^{-3/L})$, except $k = 1$ where
+   the support does not span: there it is $u_1$ plus a constant ``_drift`` times
+   $\lVert w\rVert^{-2/L}$. The laws apply the matrices $D_k$ to the middles.
 2. Norms. $\sigma_{k+1}^2 - \sigma_k^2 \to u_k^\top D_k u_k$ and $\prod_k\sigma_k = \lVert w\rVert$:
    $\lVert W_k\rVert_2^2 = \lVert w\rVert^{2/L} + a_k + O(s^{-2/L})$,
    $a_{k+1} - a_k = u_k^\top D_k u_k$, $\sum_k a_k = 0$.
 3. Rank one. $\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2 \to r_k$, $r_L = 0$,
    $r_k = r_{k+1} - \operatorname{tr} D_k + u_k^\top D_k u_k$, up to $O(s^{-3/L})$.
 4. Alignment. The upper right block of $D_k$ gives the angle $\varphi_k$ between $u_k(W_k)$ and
-   $v_{k+1}(W_{k+1})$, of which $u_k$ is the middle: with $n$ the unit vector along
-   $(I - u_k u_k^\top) D_k u_k$
+   $v_{k+1}(W_{k+1})$: with $n$ the unit vector along $(I - u_k u_k^\top) D_k u_k$
 
    $$\varphi_k = \frac{\lVert (I - u_k u_k^\top) D_k u_k\rVert}{\lVert w\rVert^{2/L}
    + \frac12(a_k + a_{k+1}) - \frac12(\lVert C_k^\top n\rVert^2 + \lVert C_{k+1} n\rVert^2)}
@@ -22,8 +24,9 @@ the conserved $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$ (derived in ``docs/asy
 5. Direction. Across $\bar u$, in the span T of the differences of support vectors, $w_T \to b^*$,
    the minimiser of $\sum_{i\in S} e^{-\langle b, z_i\rangle}$ over T, which exists if and only if
    all support vectors can carry weight at once; next order
-   $\Sigma\,(w_T - b^*) = (L-1)\gamma^2 b^*/s + \gamma\, C_1^\top c_1/\sigma^2$, $\Sigma$ the
-   covariance of $z$ under $p^*$. Outside T nothing pulls any more: $W_1$ is constant there, so that
+   $\Sigma\,(w_T - b^*) = (L-1)\gamma^2 b^*/s + \gamma\, (V^\top V\bar u)_T/\sigma^2$, V the rows of
+   $W_1$ across $u_1$, $\Sigma$ the covariance of $z$ under $p^*$. Outside T nothing pulls any more:
+   $W_1$ is constant there, so that
    $w_N \simeq (s/\gamma)^{1-1/L}\,(W_1^\top u_1)_N$. If the support spans, the direction error is
    $\gamma\lVert b^*\rVert/s$ at every depth; if it does not, it is of order $s^{-1/L}$.
 6. Time. $\log t = s - \log\kappa + (2 - 2/L)/s + O(s^{-2})$ with, up to $O(s^{-4/L})$,
