@@ -22,7 +22,9 @@ WEIGHTS = gflow.init.admissible(
 DIGITS = 1e-8
 
 
-@pytest.fixture(scope="module", params=[gflow.Exponential(), gflow.Logistic()], ids=lambda p: p.name)
+@pytest.fixture(
+    scope="module", params=[gflow.Exponential(), gflow.Logistic()], ids=lambda p: p.name
+)
 def flow(request):
     problem = gflow.Problem(DATA, loss=request.param)
     record = gflow.gradient_flow(
@@ -130,7 +132,9 @@ def test_one_datum_and_one_layer_follow_the_closed_form(log_risks):
     z = np.array([0.6, 0.5, -0.3])
     problem = gflow.Problem(gflow.Dataset([z], [1]), loss=gflow.Exponential())
     start = np.array([0.1, 0.2, 0.3])
-    record = gflow.gradient_flow(problem, (start[None],), until=gflow.LogRisk(-1000), save=log_risks)
+    record = gflow.gradient_flow(
+        problem, (start[None],), until=gflow.LogRisk(-1000), save=log_risks
+    )
     # w(t) = w0 + z/|z|^2 (q - q0), R = 1/(e^q0 + |z|^2 t), so q = -log R.
     q0, size = z @ start, z @ z
     q = np.array(log_risks)
@@ -220,7 +224,7 @@ def test_an_interrupted_run_returns_what_was_done(flow, monkeypatch):
 
 def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(flow, monkeypatch):
     problem, _ = flow
-    arguments = dict(until=gflow.LogRisk(-20), save=3)
+    arguments = {"until": gflow.LogRisk(-20), "save": 3}
     whole = gflow.gradient_flow(problem, WEIGHTS, **arguments)
     monkeypatch.setattr("gflow.dynamics.near.ATTEMPTS_A_CALL", 7)
     pieces = gflow.gradient_flow(problem, WEIGHTS, **arguments)
@@ -259,12 +263,12 @@ def test_a_general_network_walks_the_same_path(flow):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (dict(rtol=1e-16), "`rtol` is 1e-16"),
-        (dict(rtol=2.0), "`rtol` is 2.0"),
-        (dict(atol=-1.0), "`atol` is -1.0"),
-        (dict(max_steps=0), "`max_steps` is 0"),
-        (dict(save=1), "`save` is 1"),
-        (dict(observables={"margin": lambda problem, weights: 0.0}), "does not use already"),
+        ({"rtol": 1e-16}, "`rtol` is 1e-16"),
+        ({"rtol": 2.0}, "`rtol` is 2.0"),
+        ({"atol": -1.0}, "`atol` is -1.0"),
+        ({"max_steps": 0}, "`max_steps` is 0"),
+        ({"save": 1}, "`save` is 1"),
+        ({"observables": {"margin": lambda problem, weights: 0.0}}, "does not use already"),
     ],
 )
 def test_impossible_options_are_named(arguments, words):

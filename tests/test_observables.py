@@ -17,7 +17,9 @@ def unit(angle, size):
 
 def observe(weights, problem=PROBLEM):
     reference = Reference.of(problem.data.max_margin(), problem, weights)
-    return {name: np.asarray(value) for name, value in standard(problem, weights, reference).items()}
+    return {
+        name: np.asarray(value) for name, value in standard(problem, weights, reference).items()
+    }
 
 
 def test_a_perfectly_aligned_network_has_alignment_one():

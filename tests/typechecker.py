@@ -1,4 +1,4 @@
-"""The run-time checker of the tests' import hook: beartype, with an int wherever a float is asked."""
+"""The run-time checker of the tests' import hook: beartype; an int may stand for a float."""
 
 from beartype import BeartypeConf, beartype
 

@@ -13,7 +13,7 @@ needs only the $m \times m$ matrices that live in these coordinates.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -23,7 +23,10 @@ from jaxtyping import Float, PyTree
 
 from gflow.problem.data import Dataset
 
-Array = jax.Array | np.ndarray | np.generic
+if TYPE_CHECKING:
+    Array = jax.Array  # whose operators the checker knows; JAX takes NumPy's arrays as well
+else:
+    Array = jax.Array | np.ndarray | np.generic
 Weights = PyTree[Array]
 """A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
 
