@@ -311,3 +311,29 @@ def test_the_field_is_an_ordinary_diffrax_term(flow):
     np.testing.assert_allclose(
         gflow.observables.end_to_end(weights), record.end_to_end[2], rtol=DIGITS
     )
+
+
+LOG_RISKS = [-10.0, -100.0, -1000.0]
+
+
+@pytest.mark.parametrize("loss", [gflow.Exponential(), gflow.Logistic()], ids=lambda p: p.name)
+def test_three_balanced_layers_on_one_datum_follow_the_closed_form(loss):
+    z = np.array([0.6, 0.5, -0.3])
+    problem = gflow.Problem(gflow.Dataset([z], [1]), loss=loss)
+    start = 0.3 * z / np.linalg.norm(z)
+    weights = gflow.init.balanced((3, 2, 2, 1), end_to_end=start)
+    record = gflow.gradient_flow(problem, weights, until=gflow.LogRisk(-1000), save=LOG_RISKS)
+    exact = gflow.exact.one_datum_balanced(z, 0.3, 3, loss=loss, log_risk=LOG_RISKS)
+    np.testing.assert_allclose(record.end_to_end[1:], exact.end_to_end, rtol=DIGITS)
+    np.testing.assert_allclose(record.log_time[1:], exact.log_time, rtol=DIGITS)
+
+
+def test_weighted_two_point_data_follow_the_closed_form():
+    problem = gflow.Problem(gflow.datasets.two_point(), loss=gflow.Exponential())
+    start = np.array([0.3, -0.4])
+    record = gflow.gradient_flow(
+        problem, (start[None],), until=gflow.LogRisk(-1000), save=LOG_RISKS
+    )
+    exact = gflow.exact.two_point_linear((0.8, 0.5), (3, 1), start, log_risk=LOG_RISKS)
+    np.testing.assert_allclose(record.end_to_end[1:], exact.end_to_end, rtol=DIGITS)
+    np.testing.assert_allclose(record.log_time[1:], exact.log_time, rtol=DIGITS)
