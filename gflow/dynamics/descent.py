@@ -36,6 +36,7 @@ from gflow.dynamics.until import (
     Time,
     anonymous,
     as_rules,
+    positive_count,
     save_grid,
 )
 from gflow.problem.network import Weights
@@ -125,7 +126,7 @@ def gradient_descent(
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
     rules = as_rules(until)
-    max_steps = _positive("max_steps", max_steps)
+    max_steps = positive_count("max_steps", max_steps)
     size = _batch_size(batch_size, problem.data.num_points)
     if misaligning(rules, problem):
         raise ValueError(
@@ -416,16 +417,10 @@ _UNDERFLOWN = (
 def _batch_size(batch_size: int | None, num_points: int) -> int | None:
     if batch_size is None:
         return None
-    batch_size = _positive("batch_size", batch_size)
+    batch_size = positive_count("batch_size", batch_size)
     if batch_size > num_points:
         raise ValueError(
             f"`batch_size` is {batch_size}; expected at most {num_points}, the number of points. "
             "Leave it out to use all of them in every step."
         )
     return batch_size
-
-
-def _positive(name: str, value: int) -> int:
-    if int(value) != value or value < 1:
-        raise ValueError(f"`{name}` is {value}; expected a positive whole number.")
-    return int(value)

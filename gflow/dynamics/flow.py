@@ -15,7 +15,16 @@ from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.slow_manifold import SlowManifold
 from gflow.dynamics.targets import Failure, Target
-from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, LogTime, Time, as_rules, save_grid
+from gflow.dynamics.until import (
+    AbstractRule,
+    AnyOf,
+    LogRisk,
+    LogTime,
+    Time,
+    as_rules,
+    positive_count,
+    save_grid,
+)
 from gflow.problem.network import Weights
 from gflow.problem.observables import imbalance, is_deep_linear
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
@@ -97,7 +106,7 @@ def gradient_flow(
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
     rtol, atol = _tolerances(rtol, atol)
-    max_steps = _positive("max_steps", max_steps)
+    max_steps = positive_count("max_steps", max_steps)
     rules = as_rules(until)
     with jax.enable_x64(True):
         weights = problem.check(weights)
@@ -275,9 +284,3 @@ def _tolerances(rtol: float, atol: float | None) -> tuple[float, float | None]:
     if atol is not None and not 0 < atol < 1:
         raise ValueError(f"`atol` is {atol}; expected a number between 0 and 1, or None.")
     return float(rtol), atol
-
-
-def _positive(name: str, value: int) -> int:
-    if int(value) != value or value < 1:
-        raise ValueError(f"`{name}` is {value}; expected a positive whole number.")
-    return int(value)

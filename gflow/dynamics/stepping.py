@@ -22,10 +22,10 @@ from gflow.dynamics.until import AbstractRule, Coordinates
 from gflow.problem.network import Array, Weights, squared_norm
 from gflow.problem.observables import largest_misalignment
 
-RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF, IMPRECISE = range(8)
+RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF = range(7)
 """Why ``advance`` returned: the clock landed on its target, a watched rule was crossed, the step
 count was met, the segment's budget of attempts is used, the step size vanished, an explicit
-solver's step is limited by stability, the solver has lost its precision."""
+solver's step is limited by stability."""
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 

@@ -227,6 +227,13 @@ def save_grid(
     return np.append(inside, goal)
 
 
+def positive_count(name: str, value: int) -> int:
+    """``value`` of an argument that counts something, or a ValueError that names it."""
+    if int(value) != value or value < 1:
+        raise ValueError(f"`{name}` is {value}; expected a positive whole number.")
+    return int(value)
+
+
 def _finite(name: str, value: float) -> float:
     value = float(value)
     if not math.isfinite(value):
