@@ -45,6 +45,13 @@ SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
 on which side the flow would leave it is beyond the tolerances."""
 
+UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
+"""A margin of this size is uncertain by one: which points share the slope is then no longer known
+from float64 weights."""
+
+LARGEST_MARGIN = 1e150
+"""The square of a larger one may leave float64's range; polynomial tails come to that."""
+
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
 Further out, float64 weights still carry the flow but not its misalignment and direction error."""
@@ -97,7 +104,8 @@ def gradient_flow(
     Returns:
         The record: an ``xarray.Dataset`` with dimension ``point``. ``attrs["status"]`` is
         "reached", or says why the run stopped before its goal ("max_steps", "stalled",
-        "interrupted"), and ``attrs["message"]`` explains; everything computed so far is there.
+        "precision_lost", "interrupted"), and ``attrs["message"]`` explains; everything computed so
+        far is there.
 
     Raises:
         ValueError: when an argument is malformed, or the gradient vanishes at the start.
@@ -185,7 +193,7 @@ class _Run:
             # follows the risk a saddle is a branch point, which a solver may jump over unawares.
             level = LogRisk(float(self.problem.log_risk_at_zero()))
             saddle = Target.of(level, level.goal, self.clock)
-            met = self.now.reach([*targets, saddle], self.max_steps, bar)
+            met = self._reach_near(self.now, [*targets, saddle], bar)
             if met is not saddle:
                 return met
             _, squared_slope = risk_and_slope(self.problem, self.now.weights)
@@ -202,14 +210,39 @@ class _Run:
             goal = LogRisk(COMPARE_AT if self.early is None else HAND_OVER_AT)
             step = Target.of(goal, goal.goal, self.clock)
             if self.now.progress(goal) < goal.goal * (1 - ARRIVED):
-                met = self.now.reach([*targets, step], self.max_steps, bar)
+                met = self._reach_near(self.now, [*targets, step], bar)
                 if met is not step:
                     return met
             reason = self._continue(self.now, self.manifold)
             if reason is not None:
                 self.manifold = None
                 self.handed_over["hand_over"] = f"not made: {reason}"
-        return self.now.reach(targets, self.max_steps, bar)
+        if isinstance(self.now, FarRun):
+            return self.now.reach(targets, self.max_steps, bar)
+        return self._reach_near(self.now, targets, bar)
+
+    def _reach_near(
+        self, near: NearRun, targets: list[Target], bar: ProgressBar
+    ) -> Target | Failure:
+        """Go on, on the weights, to the first of ``targets`` or to where float64 weights end."""
+        rule, reason = self._wall()
+        wall = Target.of(rule, rule.goal, self.clock)
+        met = near.reach([*targets, wall], self.max_steps, bar)
+        return met if met is not wall else Failure("precision_lost", reason)
+
+    def _wall(self) -> tuple[LogRisk, str]:
+        """The risk at which float64 weights end, and why."""
+        overflow = float(self.problem.loss.log_value(np.float64(LARGEST_MARGIN)))
+        if overflow > -UNCERTAIN_MARGIN:
+            return LogRisk(overflow), (
+                f"at log R = {overflow:.6g} margins have grown to {LARGEST_MARGIN:.0e}, and their "
+                "squares leave float64's range: a flow with a polynomial tail ends here"
+            )
+        return LogRisk(-UNCERTAIN_MARGIN), (
+            f"at log R = {-UNCERTAIN_MARGIN:.2g} the margins of float64 weights are uncertain by "
+            "one; the default solver, on data and networks that allow it, goes on in coordinates "
+            "that lose nothing"
+        )
 
     def _continue(self, near: NearRun, manifold: SlowManifold) -> str | None:
         """Compare the two ways of going on, or hand over; says why neither can be done."""

@@ -120,7 +120,7 @@ class NearRun:
                 case stepping.COUNTED:
                     return next(target for target in targets if target.steps == steps)
                 case stepping.STALLED:
-                    return Failure("stalled", self._why_stalled())
+                    return self._why_stalled()
             bar.update(self.progress(targets[0].rule), f"{self.num_steps} steps")
         return out_of_steps(max_steps, targets[0].rule)
 
@@ -159,22 +159,28 @@ class NearRun:
         self.carry = landed[first]
         return crossed[first]
 
-    def _why_stalled(self) -> str:
+    def _why_stalled(self) -> Failure:
         log_risk, squared = risk_and_slope(self.field.problem, self.weights)
-        where = f"the step size vanished at log R = {float(log_risk):.6g}"
+        where = f"shorter steps did not help at log R = {float(log_risk):.6g}"
         slope = f"|grad log R| = {math.sqrt(float(squared)):.2g}"
         if float(log_risk) >= float(self.field.problem.log_risk_at_zero()):
-            return (
+            return Failure(
+                "stalled",
                 f"{where}, not below that of zero weights, with {slope}: the flow is running into "
                 "a saddle, which it may from a start with R(W(0)) > R(0); a time clock "
-                "(`until=gflow.Time(...)`) shows the approach"
+                "(`until=gflow.Time(...)`) shows the approach",
             )
         if not self.field.problem.data.separable:
-            return (
+            return Failure(
+                "stalled",
                 f"{where}, with {slope}: the data are not separable, so that the risk has a "
-                "positive infimum; a time clock (`until=gflow.Time(...)`) shows the approach"
+                "positive infimum; a time clock (`until=gflow.Time(...)`) shows the approach",
             )
-        return f"{where}, with {slope}: the tolerances are below what float64 can hold there"
+        return Failure(
+            "precision_lost",
+            f"{where}, with {slope}: the error estimate does not fall with the step, round-off "
+            f"exceeds the tolerance; try a larger `rtol` than {float(self.tolerance.rtol):.0e}",
+        )
 
 
 @eqx.filter_jit

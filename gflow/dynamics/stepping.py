@@ -24,10 +24,18 @@ from gflow.problem.observables import largest_misalignment
 
 RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF = range(7)
 """Why ``advance`` returned: the clock landed on its target, a watched rule was crossed, the step
-count was met, the segment's budget of attempts is used, the step size vanished, an explicit
+count was met, the segment's budget of attempts is used, shorter steps do not help, an explicit
 solver's step is limited by stability."""
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
+
+STEADY = 0.1
+"""A step whose error is below this part of the tolerance does not shorten the next: part of such an
+error is round-off, which shorter steps do not reduce."""
+
+NOISE_STEPS, NOISE_ERRORS = 16.0, 4.0
+"""Round-off exceeds the tolerance when a refused step has been made shorter by the first factor
+and its error has not fallen by the second; at first order it would fall as much as the step."""
 
 STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
 """A run is stiff when step times spectral radius has exceeded the first in so many looks in a row,
@@ -67,6 +75,8 @@ class Carry(eqx.Module):
     """Norm of the last accepted step's error, the memory of the step-size control."""
     num_steps: Array
     num_rejected: Array
+    refused: tuple[Array, Array]
+    """The first refused step since the last accepted one, and its error norm; zeros for none."""
     num_stiff: Array
     """Looks in a row that found the step limited by stability."""
     previous: tuple[Array, FlowState, Any]
@@ -104,7 +114,9 @@ def start(
     solver_state = solver.init(term, s, s + step, state, None)
     zero = jnp.zeros((), jnp.int64)
     previous = (s, state, solver_state)
-    return strong(Carry(s, state, step, solver_state, jnp.ones_like(s), zero, zero, zero, previous))
+    none = (jnp.zeros_like(s), jnp.zeros_like(s))
+    error = jnp.ones_like(s)
+    return strong(Carry(s, state, step, solver_state, error, zero, zero, none, zero, previous))
 
 
 def observe(
@@ -162,7 +174,8 @@ def advance(
         # control after a rejected one; a step that was cut does not shorten the next.
         steady = norm ** (-0.7 * exponent) * carry.error ** (0.4 * exponent)
         factor = jnp.where(accept, steady, jnp.minimum(norm ** (-exponent), 1.0))
-        following = step * jnp.clip(SAFETY * factor, SHRINK, GROW)
+        factor = jnp.clip(SAFETY * factor, SHRINK, GROW)
+        following = step * jnp.where(norm < STEADY, jnp.maximum(factor, 1.0), factor)
         following = jnp.where(
             accept & (lands | halved), jnp.maximum(following, carry.next_step), following
         )
@@ -174,19 +187,29 @@ def advance(
             error=norm,
             num_steps=carry.num_steps + 1,
             num_rejected=carry.num_rejected,
+            refused=jax.tree.map(jnp.zeros_like, carry.refused),
             num_stiff=_count_stiff(field, carry, s, state, error)
             if watch_stiffness
             else carry.num_stiff,
             previous=(carry.s, carry.state, carry.solver_state),
         )
+        first_step, first_norm = carry.refused
+        fresh = (first_norm == 0) & jnp.isfinite(norm)
         stayed = eqx.tree_at(
-            lambda c: (c.next_step, c.num_rejected), carry, (following, carry.num_rejected + 1)
+            lambda c: (c.next_step, c.num_rejected, c.refused),
+            carry,
+            (
+                following,
+                carry.num_rejected + 1,
+                (jnp.where(fresh, step, first_step), jnp.where(fresh, norm, first_norm)),
+            ),
         )
         carry = jax.tree.map(lambda a, b: jnp.where(accept, a, b), moved, stayed)
         at = observe(field, carry.state, carry.num_steps, rules) if rules else None
         crossed = [
             rule.progress(at) >= goal for rule, goal in zip(rules, limits.goals, strict=True)
         ]  # pyright: ignore
+        noisy = (step * NOISE_STEPS <= first_step) & (norm * NOISE_ERRORS > first_norm)
         vanished = following <= 4 * jnp.finfo(s.dtype).eps * jnp.abs(carry.s)
         reason = jnp.select(
             [
@@ -194,7 +217,7 @@ def advance(
                 accept & jnp.any(jnp.array([False, *crossed])),
                 accept & (carry.num_steps >= limits.num_steps),
                 carry.num_stiff >= STIFF_LOOKS,
-                ~accept & vanished,
+                ~accept & (vanished | (noisy & jnp.isfinite(norm))),
                 tried + 1 >= limits.attempts,
             ],
             [LANDED, CROSSED, COUNTED, STIFF, STALLED, TIRED],
