@@ -11,6 +11,7 @@
 
 from gflow.analysis import exact as exact
 from gflow.analysis.compare import compare as compare
+from gflow.analysis.ladder import ladder as ladder
 from gflow.analysis.theorems import Claim as Claim, Claims as Claims, verify as verify
 from gflow.dynamics import clocks as clocks
 from gflow.dynamics.descent import gradient_descent as gradient_descent
@@ -42,6 +43,7 @@ from gflow.problem.losses import (
     PolynomialTail as PolynomialTail,
 )
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
+from gflow.problem.modified import ModifiedEquation as ModifiedEquation
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.risk import Problem as Problem
 from gflow.record import load as load, save as save

@@ -25,6 +25,7 @@ from gflow.dynamics.until import (
     positive_count,
     save_grid,
 )
+from gflow.problem.modified import ModifiedEquation, ModifiedProblem, modify, why_stopped
 from gflow.problem.network import Weights
 from gflow.problem.observables import imbalance, is_deep_linear
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
@@ -68,6 +69,7 @@ def gradient_flow(
     keep_weights: bool = False,
     clock: clocks.AbstractClock | None = None,
     solver: diffrax.AbstractAdaptiveSolver | None = None,
+    modified: ModifiedEquation | None = None,
     rtol: float = 1e-9,
     atol: float | None = None,
     max_steps: int = 1_000_000,
@@ -96,6 +98,11 @@ def gradient_flow(
             its linear algebra costs nothing beside the field, else ``diffrax.Dopri8`` as long as
             accuracy limits its step and ``GaussNewton`` from where stability would; beyond
             log R = -1e6 ``SlowManifold``, in whose coordinates nothing small is lost.
+        modified: a ``ModifiedEquation`` to integrate instead of $\dot W = -\nabla R$: the flow that
+            descent with its learning rate follows, in any clock. Its solver is any adaptive diffrax
+            solver, ``diffrax.Dopri8`` by default, whose steps grow in number like $-\log R$;
+            ``GaussNewton`` and ``SlowManifold`` know the plain flow only. Far out, where $R$ times
+            the learning rate is below round-off, the plain flow from its weights is the same flow.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a weight; by default ``rtol`` times the typical entry of the
             smallest layer that is not zero, at most ``rtol``.
@@ -121,10 +128,17 @@ def gradient_flow(
         recorder = Recorder(problem, weights, observables, keep_weights)
         clock = clock or default_clock(rules[0])
         solvers = (solver,) if solver is not None else default_solvers(problem, rtol)
-        run = _Run(problem, clock, solvers, weights, rtol, atol, max_steps)
+        followed = problem
+        if modified is not None:
+            followed, solvers = modify(problem, weights, modified), solvers_of_modified(solver)
+        run = _Run(followed, clock, solvers, weights, rtol, atol, max_steps)
         status, message = _follow(run, recorder, rules, save, progress)
+        if isinstance(followed, ModifiedProblem) and status in ("stalled", "precision_lost"):
+            status, message = why_stopped(problem, followed, run.now.weights) or (status, message)
         return recorder.record(
-            kind="flow",
+            kind="flow" if modified is None else "modified flow",
+            modified_step=modified and modified.step,
+            modified_order=modified and modified.order,
             status=status,
             message=message,
             until=" | ".join(map(repr, rules)),
@@ -146,6 +160,18 @@ def default_solvers(problem: Problem, rtol: float) -> tuple[Solver, ...]:
     if coordinates <= SMALL_SYSTEM:
         return GaussNewton(), far
     return diffrax.Dopri8(), GaussNewton(), far
+
+
+def solvers_of_modified(solver: Solver | None) -> tuple[Solver, ...]:
+    """The solver of a modified flow, whose field is not of Gauss–Newton form."""
+    if isinstance(solver, GaussNewton | SlowManifold):
+        raise ValueError(
+            f"`solver` is {type(solver).__name__}, which integrates the plain flow only, beside "
+            "`modified`; expected an adaptive diffrax solver, explicit as diffrax.Dopri8(), the "
+            "default, or implicit with its own tolerances, as diffrax.Kvaerno5(root_finder="
+            "diffrax.VeryChord(rtol=1e-10, atol=1e-10))."
+        )
+    return (solver if solver is not None else diffrax.Dopri8(),)
 
 
 class _Run:
