@@ -177,7 +177,7 @@ def main():
     if options.first_call:
         return first_call(options.first_call)
     report, quick = common.Report(__file__, options), options.quick
-    repeats = 3 if quick else 15
+    repeats = 3 if quick else 9
     work = common.task(WIDTHS)
     observer = common.Observer(work)
 
