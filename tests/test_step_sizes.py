@@ -8,7 +8,8 @@ import pytest
 
 import gflow
 from gflow.dynamics import step_sizes
-from gflow.dynamics.step_meter import inner_product, works_entry_by_entry
+from gflow.dynamics.step_meter import works_entry_by_entry
+from gflow.problem.network import inner_product
 
 PROBLEM = gflow.Problem(gflow.datasets.two_point(), loss=gflow.Logistic())
 WEIGHTS = (np.array([[0.5, -0.2], [0.1, 0.4]]), np.array([[0.3, 0.7]]))

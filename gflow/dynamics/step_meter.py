@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.problem.network import Array, Weights
+from gflow.dynamics.step_sizes import OnLogRisk
+from gflow.problem.network import Array, Weights, inner_product
 
 
 class Elapsed(eqx.Module):
@@ -65,8 +66,6 @@ class StepMeter(eqx.Module):
     @classmethod
     def of(cls, optimizer: optax.GradientTransformation, weights: Weights) -> "StepMeter":
         """The meter for an optimiser; finds out by a trial whether it works entry by entry."""
-        from gflow.dynamics.step_sizes import OnLogRisk
-
         rule = getattr(optimizer.update, "__self__", None)
         scaled = isinstance(rule, OnLogRisk)
         inner = rule.inner if scaled else optax.with_extra_args_support(optimizer)
@@ -172,20 +171,3 @@ def _trial(
     start = optimizer.init(weights), jax.vmap(optimizer.init)(entries)
     _, results = jax.lax.scan(trial, start, gradients)
     return results
-
-
-def inner_product(a: Weights, b: Weights) -> Array:
-    r"""$\langle a, b\rangle$, summed over all arrays of two pytrees of one structure.
-
-    Matrices are reduced by a vector times matrix product: XLA vectorises that on a CPU but not a
-    plain sum, which would take longer than the rest of a step of descent.
-    """
-
-    def leaf(x: Array, y: Array) -> Array:
-        product = x * y
-        if product.ndim < 2:
-            return jnp.sum(product)
-        product = product.reshape(-1, product.shape[-1])
-        return jnp.sum(jnp.ones((product.shape[0],), product.dtype) @ product)
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))  # pyright: ignore

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.dynamics.step_meter import inner_product
-from gflow.problem.network import Array, DeepLinear
+from gflow.problem.network import Array, DeepLinear, inner_product
 from gflow.problem.risk import Problem
 
 Schedule = Callable[[Any], Any]
