@@ -26,13 +26,13 @@ Hairer, Lubich and Wanner, *Geometric Numerical Integration* (2006), IX.1; Barre
 """
 
 import math
-from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.problem.curvature import Slope, relative_gradient
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem, risk_and_slope
 
@@ -107,7 +107,7 @@ class ModifiedProblem(Problem):
 
 
 def modified_direction(
-    slope: Callable[[Weights], tuple[Array, Weights, Array]],
+    slope: Slope,
     weights: Weights,
     step: Array,
     order: int,
@@ -132,10 +132,7 @@ def modified_direction(
     """
     log_risk, g, _ = slope(weights)
 
-    def psi(at: Weights) -> Weights:
-        there, gradient, _ = slope(at)
-        factor = jnp.exp(there - log_risk)
-        return jax.tree.map(lambda leaf: factor * leaf, gradient)
+    psi = relative_gradient(slope, log_risk)
 
     def along(direction: Weights, at: Weights) -> Weights:
         return jax.jvp(psi, (at,), (direction,))[1]
