@@ -42,11 +42,48 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "rank_one_residual": (_LAYER, "| W_k/|W_k|_F - u_k v_k^T |_F"),
     "rank_one_gap": (_LAYER, "1 - |W_k|_2/|W_k|_F, free of cancellation"),
     "imbalance_drift": (_POINT, "largest change of a conserved matrix / largest |W_k|_F^2"),
-    "clock_error": (_POINT, "|-log R minus its value by the clock| / max(1, -log R)"),
+    "clock_value": (_POINT, "s, the coordinate that the solver steps in"),
+    "clock_error": (
+        _POINT,
+        "energy identity R(0) - R(t) = int |grad R|^2 dt: |-log R minus its value by the clock| / "
+        "max(1, -log R), in a time clock the same of log t",
+    ),
+    "digits_left": (_POINT, "decimal digits that float64 leaves of differences of margins"),
+    "rank_one_slack": (_LAYER, "Lemma 2 (i): D minus |W_k|_F^2 - |W_k|_2^2"),
+    "alignment_slack": (
+        _PAIR,
+        "Lemma 2 (ii): D + |W_{k+1}(0)|_2^2 + |W_k(0)|_2^2 minus "
+        "(1 - <v_{k+1}, u_k>^2) |W_{k+1}|_2^2",
+    ),
     "beyond_hand_over": (_POINT, "1 where the run continues in split coordinates, else 0"),
     "end_to_end": (("point", "coordinate"), "w = (W_L ... W_1)^T"),
 }
 """Name: (dimensions, meaning). All quantities are dimensionless."""
+
+CERTIFIED = (
+    "log_time",
+    "margin",
+    "margin_gap",
+    "layer_margin",
+    "smoothed_margin",
+    "min_margin",
+    "norm",
+    "direction_error",
+    "direction_alignment",
+    "alignment",
+    "misalignment",
+    "frobenius_norm",
+    "spectral_norm",
+    "rank_one_residual",
+    "rank_one_gap",
+    "end_to_end",
+)
+"""Variables NAME for which a certified flow holds an error estimate, under ``NAME_error``."""
+
+VARIABLES |= {
+    f"{name}_error": (VARIABLES[name][0], f"estimated absolute error of {name}")
+    for name in CERTIFIED
+}
 
 
 def build(
@@ -65,6 +102,8 @@ def build(
         extra_dims: dimensions after ``point`` of variables that the table does not list.
     """
     import xarray as xr
+
+    from gflow.headline import as_record  # it imports xarray, which is slow
 
     data: dict[str, Any] = {}
     for name, values in points.items():
@@ -89,7 +128,7 @@ def build(
     record = record.assign_coords(numbers)
     clean = {key: _plain(value) for key, value in attrs.items() if value is not None}
     record.attrs = {"schema": SCHEMA, **clean, **versions()}
-    return record
+    return as_record(record)
 
 
 def versions() -> dict[str, str]:
@@ -136,6 +175,8 @@ def load(path: str | os.PathLike[str]) -> "xr.Dataset":
     """
     import xarray as xr
 
+    from gflow.headline import as_record
+
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"`path` is {path}; there is no such file.")
@@ -152,7 +193,7 @@ def load(path: str | os.PathLike[str]) -> "xr.Dataset":
             f"`path` is {path}, a netCDF file with schema {record.attrs.get('schema')!r}; expected "
             f"{SCHEMA!r}, as written by `gflow.save`."
         )
-    return record
+    return as_record(record)
 
 
 def _plain(value: Any) -> Any:

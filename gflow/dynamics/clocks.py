@@ -42,6 +42,10 @@ class AbstractClock(eqx.Module):
         """The risk that the clock's value implies, or None: the free error monitor."""
         return None
 
+    def log_time_at(self, s: Array) -> Array | None:
+        """The log time that the clock's value implies, or None."""
+        return None
+
     def at_log_time(self, log_time: float) -> float | None:
         """The clock's value at a given time; None if the clock cannot know."""
         return None if self.centred else self.read(math.nan, log_time)
@@ -59,6 +63,9 @@ class Time(AbstractClock):
     def read(self, log_risk: float, log_time: float) -> float:
         return math.exp(log_time)
 
+    def log_time_at(self, s: Array) -> Array:
+        return jnp.log(s)
+
 
 class LogTime(AbstractClock):
     r"""$s = \log(1 + t)$, $\mu = R\,e^s$: given times on a long horizon."""
@@ -71,6 +78,9 @@ class LogTime(AbstractClock):
 
     def read(self, log_risk: float, log_time: float) -> float:
         return log1p_exp(log_time)
+
+    def log_time_at(self, s: Array) -> Array:
+        return s + jnp.log(-jnp.expm1(-s))
 
 
 class Risk(AbstractClock):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from gflow.dynamics import clocks
+from gflow.dynamics.certify import certify_by, evidence, second_tolerance
 from gflow.dynamics.far import FarRun, hand_over_error
 from gflow.dynamics.gauss_newton import GaussNewton
 from gflow.dynamics.near import NearRun
@@ -73,6 +74,7 @@ def gradient_flow(
     rtol: float = 1e-9,
     atol: float | None = None,
     max_steps: int = 1_000_000,
+    certify: bool = False,
 ) -> "xr.Dataset":
     r"""Integrate $\dot W = -\nabla R(W)$ and record what happens on the way.
 
@@ -107,6 +109,9 @@ def gradient_flow(
         atol: absolute tolerance of a weight; by default ``rtol`` times the typical entry of the
             smallest layer that is not zero, at most ``rtol``.
         max_steps: steps to try in all before giving up.
+        certify: follow the flow a second time, at a tenth of the tolerance, and record the error of
+            every observable, as ``margin_error`` that of ``margin`` (see
+            ``gflow.dynamics.certify``). It compiles nothing and costs about another run.
 
     Returns:
         The record: an ``xarray.Dataset`` with dimension ``point``. ``attrs["status"]`` is
@@ -127,15 +132,25 @@ def gradient_flow(
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)
         clock = clock or default_clock(rules[0])
-        solvers = (solver,) if solver is not None else default_solvers(problem, rtol)
-        followed = problem
-        if modified is not None:
-            followed, solvers = modify(problem, weights, modified), solvers_of_modified(solver)
-        run = _Run(followed, clock, solvers, weights, rtol, atol, max_steps)
+        followed = problem if modified is None else modify(problem, weights, modified)
+
+        def new_run(rtol: float, atol: float | None) -> Run:
+            chosen = chosen_solvers(problem, solver, modified, rtol)
+            return Run(followed, clock, chosen, weights, rtol, atol, max_steps)
+
+        run = new_run(rtol, atol)
         status, message = _follow(run, recorder, rules, save, progress)
         if isinstance(followed, ModifiedProblem) and status in ("stalled", "precision_lost"):
             status, message = why_stopped(problem, followed, run.now.weights) or (status, message)
+        facts = {"wall_time": recorder.seconds(), **run.facts()}
+        more = evidence(recorder, conserved=modified is None)
+        if certify:
+            second = second_tolerance(rtol)
+            other = new_run(second, atol and atol * second / rtol)
+            errors, told = certify_by(other, recorder, second, progress)
+            more, facts = more | errors, facts | told
         return recorder.record(
+            more,
             kind="flow" if modified is None else "modified flow",
             modified_step=modified and modified.step,
             modified_order=modified and modified.order,
@@ -144,7 +159,7 @@ def gradient_flow(
             until=" | ".join(map(repr, rules)),
             clock=clock.name,
             rtol=rtol,
-            **run.facts(),
+            **facts,
         )
 
 
@@ -153,8 +168,17 @@ def default_clock(rule: AbstractRule) -> clocks.AbstractClock:
     return clocks.LogTime() if isinstance(rule, Time | LogTime) else clocks.LogRisk()
 
 
+def chosen_solvers(
+    problem: Problem, solver: Solver | None, modified: ModifiedEquation | None, rtol: float
+) -> tuple[Solver, ...]:
+    """The solvers of a run, in the order of their use: the caller's, or gflow's choice."""
+    if modified is not None:
+        return solvers_of_modified(solver)
+    return default_solvers(problem, rtol) if solver is None else (solver,)
+
+
 def default_solvers(problem: Problem, rtol: float) -> tuple[Solver, ...]:
-    """The solvers of a run, in the order of their use."""
+    """The solvers that gflow chooses."""
     far = SlowManifold(rtol=max(rtol, 1e-13))
     coordinates = problem.data.num_points if problem.design is None else min(problem.design.shape)
     if coordinates <= SMALL_SYSTEM:
@@ -174,7 +198,7 @@ def solvers_of_modified(solver: Solver | None) -> tuple[Solver, ...]:
     return (solver if solver is not None else diffrax.Dopri8(),)
 
 
-class _Run:
+class Run:
     """The whole run: on the weights first, in split coordinates from the hand-over on."""
 
     def __init__(
@@ -210,7 +234,18 @@ class _Run:
         """Record the point where the run stands."""
         far = isinstance(self.now, FarRun)
         values = self.now.values() if isinstance(self.now, FarRun) else None
-        recorder.save(self.now.weights, values, beyond_hand_over=far, **self.now.scalars())
+        recorder.save(
+            self.now.weights,
+            values,
+            beyond_hand_over=far,
+            clock_value=self._clock_value(),
+            **self.now.scalars(),
+        )
+
+    def _clock_value(self) -> float:
+        if isinstance(self.now, NearRun):
+            return float(self.now.carry.s)
+        return self.clock.read(self.now.state.log_risk, self.now.state.log_time)
 
     def reach(self, targets: list[Target], bar: ProgressBar) -> Target | Failure:
         """Go on to the first of ``targets``, over saddles and the hand-over if they come before."""
@@ -300,7 +335,7 @@ class _Run:
 
 
 def _follow(
-    run: _Run,
+    run: Run,
     recorder: Recorder,
     rules: tuple[AbstractRule, ...],
     save: int | Sequence[float] | np.ndarray,

@@ -189,7 +189,10 @@ def _look(
 ) -> tuple[dict[str, Any], list[jax.Array]]:
     at = stepping.observe(field, carry.state, carry.num_steps, rules)
     found: dict[str, Any] = {"log_time": at.log_time, "num_steps": carry.num_steps}
-    expected = field.clock.log_risk_at(carry.s)
-    if expected is not None:
-        found["clock_error"] = jnp.abs(at.log_risk - expected) / jnp.maximum(1.0, -at.log_risk)
+    risk, time = field.clock.log_risk_at(carry.s), field.clock.log_time_at(carry.s)
+    if risk is not None:
+        found["clock_error"] = jnp.abs(at.log_risk - risk) / jnp.maximum(1.0, -at.log_risk)
+    if time is not None:
+        error = jnp.abs(at.log_time - time) / jnp.maximum(1.0, jnp.abs(time))
+        found["clock_error"] = jnp.where(carry.state.scaled_time > 0, error, 0.0)
     return found, [rule.progress(at) for rule in rules]

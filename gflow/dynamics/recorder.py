@@ -72,9 +72,16 @@ class Recorder:
         if self.keep_weights:
             self.kept.append(jax.tree.map(np.asarray, weights))
 
-    def record(self, **attrs: Any) -> "xr.Dataset":
-        """The record of all points saved so far, with provenance."""
-        columns = {name: [point[name] for point in self.points] for name in self.points[0]}
+    def seconds(self) -> float:
+        """Wall time since the recorder was made."""
+        return time.perf_counter() - self.began
+
+    def record(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> "xr.Dataset":
+        """The record of all points saved so far, with ``more`` variables and provenance."""
+        columns: dict[str, Any] = {
+            name: [point[name] for point in self.points] for name in self.points[0]
+        }
+        columns |= more or {}
         dims: dict[str, tuple[str, ...]] = {}
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
         for label, weights in (("initial", self.start), ("final", self.last)):
@@ -99,11 +106,7 @@ class Recorder:
             columns,
             constants=constants,
             extra_dims=dims,
-            attrs={
-                **attrs,
-                **self._provenance(),
-                "wall_time": time.perf_counter() - self.began,
-            },
+            attrs={"wall_time": self.seconds(), **attrs, **self._provenance()},
         )
 
     def _support(self) -> dict[str, tuple[tuple[str, ...], Any, str]]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
-from gflow.dynamics.until import AbstractRule, Steps
+from gflow.dynamics.until import AbstractRule, LogRisk, LogTime, Steps
 
 NO_STEP_COUNT = int(np.iinfo(np.int64).max)
 
@@ -27,6 +27,15 @@ class Target(NamedTuple):
             return cls(rule, progress, math.inf, round(math.expm1(progress)))
         value = rule.clock_value(progress, clock)
         return cls(rule, progress, math.inf if value is None else value, NO_STEP_COUNT)
+
+    @classmethod
+    def at(cls, clock_value: float, clock: AbstractClock) -> "Target":
+        """Where the clock has this value."""
+        s = np.float64(clock_value)
+        log_risk, log_time = clock.log_risk_at(s), clock.log_time_at(s)
+        assert log_risk is not None or log_time is not None
+        rule = LogTime(float(log_time)) if log_risk is None else LogRisk(float(log_risk))
+        return cls(rule, rule.goal, float(s), NO_STEP_COUNT)
 
     @property
     def watched(self) -> bool:

@@ -80,6 +80,17 @@ def imbalance_drift(weights: Weights, start: tuple[Array, ...]) -> Array:
     return jnp.sqrt(jnp.max(jnp.stack(changes))) / largest
 
 
+def lemma_constant(start: Weights) -> float:
+    r"""The $D$ of Ji and Telgarsky's Lemma 2, of the initial weights.
+
+    $D = \max_k\lVert W_k\rVert_F^2 - \lVert W_L\rVert_F^2 + \sum_k\lVert D_k\rVert_2$, zero for
+    balanced layers: $\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2 \le D$ at all times.
+    """
+    norms = [float(np.sum(np.square(matrix))) for matrix in start]
+    spread = [float(np.linalg.norm(b.T @ b - a @ a.T, 2)) for a, b in pairwise(start)]
+    return max(norms) - norms[-1] + sum(spread)
+
+
 def margin(problem: Problem, weights: Weights) -> Array:
     r"""The normalised margin $\min_i q_i/\lVert w\rVert$ of a deep linear network."""
     return jnp.min(problem.margins(weights)) / jnp.linalg.norm(end_to_end(weights))

@@ -23,10 +23,11 @@ the two ends: a bound for constant, monotone and loss-scaled steps, and an estim
 import math
 import re
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from gflow.problem.observables import lemma_constant
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -178,12 +179,7 @@ class Facts:
     @cached_property
     def constant(self) -> float:
         r"""The paper's $D$, from the start."""
-        norms = [float(np.sum(matrix**2)) for matrix in self.start]
-        spread = [
-            float(np.linalg.norm(before @ before.T - after.T @ after, 2))
-            for before, after in pairwise(self.start)
-        ]
-        return max(norms) - norms[-1] + sum(spread)
+        return lemma_constant(self.start)
 
     @cached_property
     def largest_square(self) -> np.ndarray:

@@ -1,0 +1,183 @@
+r"""The certificate of a flow: how exact its record is, and how it knows.
+
+What any run proves about itself. The conserved matrices (``imbalance_drift``). The energy identity
+$R(0) - R(t) = \int\lVert\nabla R\rVert^2dt$, in the log domain
+$\log R(0) - \log R = \int\mu\lVert g\rVert^2 ds$ (``clock_error``): in a risk clock
+$\mu\lVert g\rVert^2$ is the derivative of $-\log R$ as the clock has it, so that the identity's
+defect *is* the clock's error. In a time clock it comes free with $u = tR$: with
+$E = \int\mu\lVert g\rVert^2ds$ the equation of $u$ has the solution
+
+$$u(s) = \int_0^s \frac{dt}{ds'}\,R(s')\,e^{E(s') - E(s)}\,ds',$$
+
+which is $t\,R$ for every $s$ if and only if $R\,e^{E}$ is constant; so the error of
+$\log u - \log R$ against the clock's own $\log t$ is the defect of the identity, averaged over the
+past in time. Then Lemma 2 with its slacks, and what float64 leaves of the margins.
+
+What a second run proves. The error estimate of each observable is its difference from a run with a
+tolerance ten times smaller that steps onto the same points. Errors of the two are then in the ratio
+of the tolerances up to a factor, so that the difference is the error of the first. A looser second
+run, though cheaper, measures its own error, which is not the first one's by any constant factor
+(``benchmarks/certificate.py``).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.recorder import Recorder
+from gflow.dynamics.targets import Failure, Target
+from gflow.problem.observables import lemma_constant
+from gflow.record import CERTIFIED
+
+if TYPE_CHECKING:
+    from gflow.dynamics.flow import Run
+
+TIGHTER = 10.0
+"""Tolerance of the run over that of the second one."""
+
+TIGHTEST = 1e-12
+"""A run of a smaller tolerance is compared with a looser one: a tighter one would meet round-off.
+The estimate is then the other's error, and larger than that of the run."""
+
+NEIGHBOURS = 2
+"""Saved points on either side whose relative error a point may have: an error that changes its sign
+vanishes at one point by chance, and so does the difference of two."""
+
+NOISE = 3e-14
+"""Relative error that rounding and the solvers' own iterations leave at any tolerance, unseen by
+two runs that happen to agree."""
+
+ANGLE = 4e-16
+"""The same of an angle between float64 vectors, absolute; split coordinates hold it relatively."""
+
+LINEAR = {"direction_error", "margin_gap", "rank_one_residual"}
+QUADRATIC = {"misalignment", "rank_one_gap"}
+
+EPSILON = float(np.finfo(np.float64).eps)
+
+
+def second_tolerance(rtol: float) -> float:
+    """The tolerance of the second run."""
+    return rtol / TIGHTER if rtol >= TIGHTEST else rtol * TIGHTER
+
+
+def certify_by(
+    other: "Run", recorder: Recorder, rtol: float, progress: bool | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Error estimates from a second run, and what the record says of it.
+
+    Args:
+        other: the second run, at its start.
+        recorder: that of the run to certify.
+        rtol: the second run's tolerance.
+        progress: whether to show a progress bar.
+    """
+    again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
+    values = [float(point["clock_value"]) for point in recorder.points]
+    with ProgressBar("certificate", values[0], values[-1], progress) as bar:
+        try:
+            reason = _repeat(other, again, values, bar)
+        except KeyboardInterrupt:
+            reason = "stopped by the keyboard"
+    told = f"a second run at rtol = {rtol:.3g}"
+    if reason:
+        told += f", which ended at saved point {len(again.points) - 1} of {len(values) - 1}: "
+    facts = {
+        "certificate": told + reason,
+        "certificate_rtol": rtol,
+        "certificate_num_steps": other.now.num_steps,
+        "certificate_wall_time": again.seconds(),
+    }
+    return error_estimates(recorder.points, again.points, tuple(recorder.extra)), facts
+
+
+def _repeat(run: "Run", recorder: Recorder, clock_values: Sequence[float], bar: ProgressBar) -> str:
+    """Follow the flow over the same points; says why not, if not to the end."""
+    run.save(recorder)
+    for value in clock_values[1:]:
+        met = run.reach([Target.at(value, run.clock)], bar)
+        if isinstance(met, Failure):
+            return met.message
+        run.save(recorder)
+    return ""
+
+
+def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
+    """The variables of the certificate that need no second run.
+
+    Args:
+        recorder: that of the run.
+        conserved: whether the flow conserves the imbalance, as gradient flow does.
+    """
+    points, start = recorder.points, recorder.start
+    column = {name: np.stack([np.asarray(point[name]) for point in points]) for name in points[0]}
+    lost = EPSILON * np.maximum(1.0, -column["log_risk"])
+    apart = column["beyond_hand_over"].astype(bool)
+    found = {"digits_left": -np.log10(np.where(apart, EPSILON, lost))}
+    if not (conserved and recorder.deep_linear):
+        return found
+    constant = lemma_constant(start)
+    frobenius, spectral = column["frobenius_norm"], column["spectral_norm"]
+    with np.errstate(invalid="ignore"):
+        tails = np.where(
+            frobenius > 0, column["rank_one_gap"] * frobenius * (frobenius + spectral), 0.0
+        )
+    found["rank_one_slack"] = constant - tails
+    squares = np.array([float(np.linalg.norm(matrix, 2)) ** 2 for matrix in start])
+    gap = column["misalignment"]
+    turned = gap * (2 - gap) * spectral[:, 1:] ** 2
+    found["alignment_slack"] = constant + squares[1:] + squares[:-1] - turned
+    return found
+
+
+def error_estimates(
+    points: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
+    names: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """The absolute error of each observable at each saved point, as ``NAME_error``.
+
+    Args:
+        points: the observables of the run.
+        others: those of the second run at the same points; NaN from where it ended.
+        names: further observables that the caller added.
+    """
+    found = {}
+    angle = np.array([0.0 if point["beyond_hand_over"] else ANGLE for point in points])
+    for name in (*CERTIFIED, *names):
+        if name not in points[0]:
+            continue
+        value = np.stack([np.asarray(point[name], dtype=np.float64) for point in points])
+        other = np.full_like(value, np.nan)
+        for i, point in enumerate(others):
+            other[i] = point[name]
+        found[f"{name}_error"] = _error(name, value, other, angle)
+    return found
+
+
+def _error(name: str, value: np.ndarray, other: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    known = np.isfinite(value) & np.isfinite(other)
+    size = np.where(known, np.abs(value), 0.0)
+    if name == "end_to_end":
+        size = np.broadcast_to(np.linalg.norm(size, axis=1, keepdims=True), size.shape)
+    if name.startswith("log_"):
+        size = np.maximum(size, 1.0)
+    size = _widest(size, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(known & (size > 0), np.abs(value - other) / size, 0.0)
+    error = np.maximum(_widest(relative, NEIGHBOURS), NOISE) * size
+    angle = angle.reshape(-1, *[1] * (value.ndim - 1))
+    if name in LINEAR:
+        error = error + angle
+    if name in QUADRATIC:  # half the square of an angle a that is off by e: a e + e^2/2
+        error = error + np.sqrt(2 * size) * angle + angle**2 / 2
+    error[0] = 0.0  # the start is given
+    return np.where(known, error, np.nan)
+
+
+def _widest(values: np.ndarray, reach: int) -> np.ndarray:
+    """The largest of each value and of so many neighbours on either side, along the first axis."""
+    padded = np.pad(values, [(reach, reach), *[(0, 0)] * (values.ndim - 1)])
+    return np.max([padded[i : i + len(values)] for i in range(2 * reach + 1)], axis=0)
