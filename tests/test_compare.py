@@ -222,6 +222,36 @@ def test_the_gap_is_of_first_order_in_the_step_size(runs):
         assert last[0] / last[1] == pytest.approx(2.0, abs=0.05), name
 
 
+def test_the_error_bar_is_the_flows_own_error_where_nothing_is_interpolated():
+    flow, w = known(NODES, rtol=1e-9)
+    flow["clock_error"] = ("point", np.linspace(0.0, 3e-9, len(NODES)))
+    gaps = compare(flow, known(NODES, shift=0.01)[0])
+    assert gaps.attrs["flow_error"] == 3e-9
+    np.testing.assert_allclose(
+        gaps.end_to_end_gap_error, 3e-9 * np.linalg.norm(w, axis=1), rtol=1e-12
+    )
+    np.testing.assert_allclose(gaps.log_risk_gap_error, 3e-9 * np.abs(flow.log_risk), rtol=1e-12)
+    np.testing.assert_allclose(gaps.direction_gap_error, 3e-9, rtol=1e-12)
+
+
+def test_the_error_bar_covers_the_error_of_a_loose_flow(runs):
+    tight, _ = runs
+    problem = gflow.Problem(Dataset([[0.5, 0.2], [-0.5, 0.6]], [1, -1]), loss=gflow.Logistic())
+    loose = gflow.gradient_flow(
+        problem,
+        gflow.init.balanced((2, 2, 1), end_to_end=(0.3, 0.2)),
+        until=gflow.LogTime(float(tight.log_time[-1])),
+        save=tight.log_time.values[1:],
+        keep_weights=True,
+        solver=diffrax.Dopri8(),
+        rtol=1e-5,
+    )
+    gaps = compare(loose, tight)  # what is left is the error of the loose one
+    for name in ("end_to_end_gap", "log_risk_gap", "frobenius_norm_gap", "weights_gap"):
+        assert np.all(np.abs(gaps[name]) <= gaps[f"{name}_error"]), name
+        assert np.max(np.abs(gaps[name])) > 1e-12, name  # and there is one
+
+
 def test_a_flow_saved_at_descents_times_needs_no_interpolation(runs):
     flow, descents = runs
     for descent in descents:

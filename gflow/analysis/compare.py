@@ -4,8 +4,8 @@ The saved points of the second record are kept as they are; the first, the smoot
 their times (or risks). In $x = \log(1 + t)$, or $x = \operatorname{arsinh}(-\log R)$, the flow is
 smooth, so it is interpolated there by the polynomial of degree 5 through the six nearest saved
 points; its distance from the one of degree 3 through the inner four is the error estimate. At a
-saved point of the flow the value is exact and the estimate zero: let the flow save where descent
-did, and nothing is interpolated at all.
+saved point of the flow nothing is interpolated: let the flow save where descent did, and what is
+left of the error is the flow's own.
 """
 
 import math
@@ -70,10 +70,11 @@ def compare(
         - ``misalignment_gap`` a pair, ``frobenius_norm_gap`` and ``spectral_norm_gap`` a layer;
         - ``weights_gap`` a layer, $\lVert W_k^d - W_k^f\rVert_F$, if both records keep weights;
 
-        and for each ``X_gap`` the estimated error of interpolating the flow, ``X_gap_error``. The
-        flow's own error is not in it: that is of the order of its tolerance. A variable that either
-        record lacks is left out. ``attrs["points_left_out"]`` counts descent's points beyond the
-        flow's reach.
+        and for each ``X_gap`` the flow's error bar, ``X_gap_error``: the estimated error of
+        interpolating it plus its own, ``attrs["flow_error"]`` (see `own_error`) times the size of
+        the quantity. A gap below its bar says nothing of descent. A variable that either record
+        lacks is left out. ``attrs["points_left_out"]`` counts descent's points beyond the flow's
+        reach.
 
     Raises:
         ValueError: when the records do not belong together, do not overlap, or an argument is
@@ -96,7 +97,8 @@ def compare(
     coordinate, meaning = COORDINATES[at]
     nodes, queries = _clock(flow, at), _clock(descent, at)
     reading = _Reading(nodes, queries, _range_text(flow, descent, coordinate))
-    gaps = _gaps(flow, descent, reading, at)
+    accuracy = own_error(flow)
+    gaps = _gaps(flow, descent, reading, at, accuracy)
     kept = descent.isel(point=reading.inside)
     data: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     for name, (dims, gap, error, text) in gaps.items():
@@ -104,7 +106,7 @@ def compare(
         data[f"{name}_gap_error"] = (
             dims,
             error,
-            {"long_name": f"interpolation error of {name}_gap, estimated", "units": "1"},
+            {"long_name": f"estimated error of the first record in {name}_gap", "units": "1"},
         )
     result = xr.Dataset(data)
     result = result.assign_coords(
@@ -121,9 +123,23 @@ def compare(
         "sign": "second record minus first",
         "first": flow.attrs.get("kind", "unknown"),
         "second": descent.attrs.get("kind", "unknown"),
+        "flow_error": accuracy,
         "points_left_out": int(np.sum(~reading.inside)),
     }
     return result
+
+
+def own_error(flow: "xr.Dataset") -> float:
+    r"""The relative error of a flow, as its record tells it; zero for a record that has none.
+
+    The greater of its tolerance ``rtol`` and its ``clock_error``, $|-\log R - s|/|\log R|$, which
+    is an error that was made. Observables at saved points are right to a few hundredths of the
+    tolerance, so that this is a cautious estimate.
+    """
+    seen = [float(flow.attrs.get("rtol", 0.0))]
+    if "clock_error" in flow:
+        seen += [float(e) for e in flow["clock_error"].values if math.isfinite(e)]
+    return max(seen)
 
 
 class _Reading:
@@ -162,7 +178,7 @@ class _Reading:
 
 
 def _gaps(
-    flow: "xr.Dataset", descent: "xr.Dataset", reading: _Reading, at: str
+    flow: "xr.Dataset", descent: "xr.Dataset", reading: _Reading, at: str, accuracy: float
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray, np.ndarray, str]]:
     found: dict[str, tuple[tuple[str, ...], np.ndarray, np.ndarray, str]] = {}
 
@@ -180,8 +196,8 @@ def _gaps(
 
     if (vectors := both("end_to_end")) is not None:
         values, high, low = vectors
-        gap, error = _norm(values - high), _norm(high - low)
         size = _norm(high)
+        gap, error = _norm(values - high), _norm(high - low) + accuracy * size
         text = "|w - w_flow|"
         found["end_to_end"] = (("point",), gap, error, text)
         found["relative"] = (("point",), gap / size, error / size, f"{text} / |w_flow|")
@@ -189,7 +205,7 @@ def _gaps(
         found["direction"] = (
             ("point",),
             _norm(unit - exact),
-            _norm(exact - control),
+            _norm(exact - control) + accuracy,
             "distance of the directions w/|w|",
         )
     other = ("log_risk", "log R") if at == "time" else ("log_time", "log t")
@@ -208,6 +224,7 @@ def _gaps(
                 # Both start at log t = -inf.
                 gap = np.where(values == high, 0.0, values - high)
                 error = np.where(high == low, 0.0, np.abs(high - low))
+                error = error + accuracy * np.where(np.isinf(high), 0.0, np.abs(high))
             found[name] = (dims, gap, error, f"{text}, difference")
     layers = [both(f"weights_{k}") for k in range(1, flow.sizes.get("layer", 0) + 1)]
     if layers and all(layer is not None for layer in layers):
@@ -215,7 +232,9 @@ def _gaps(
         found["weights"] = (
             ("point", "layer"),
             np.stack([_norm(values - high) for values, high, _ in triples], axis=1),
-            np.stack([_norm(high - low) for _, high, low in triples], axis=1),
+            np.stack(
+                [_norm(high - low) + accuracy * _norm(high) for _, high, low in triples], axis=1
+            ),
             "|W_k - W_k of the flow|_F",
         )
     return found

@@ -60,15 +60,23 @@ def curvature(problem: Problem, weights: Weights) -> Curvature:
     Exact up to 64 weights. Beyond, by Lanczos with a fixed start: both are approached from within
     the spectrum.
     """
+    log_risk, product = relative_hessian(problem, weights)
+    flat, shaped = ravel_pytree(jax.tree.map(jnp.asarray, weights))
+
+    def multiply(vector: Array) -> Array:
+        return ravel_pytree(product(shaped(vector)))[0]
+
+    return Curvature(log_risk, *extreme_eigenvalues(multiply, flat.size, flat.dtype))
+
+
+def relative_hessian(
+    problem: Problem, weights: Weights
+) -> tuple[Array, Callable[[Weights], Weights]]:
+    r"""$\log R$, and the product with $\nabla^2R/R$, at the weights."""
     weights = jax.tree.map(jnp.asarray, weights)
     log_risk = problem.log_risk(weights)
     psi = relative_gradient(problem.log_risk_gradient_and_norm, log_risk)
-    flat, shaped = ravel_pytree(weights)
-
-    def multiply(vector: Array) -> Array:
-        return ravel_pytree(jax.jvp(psi, (weights,), (shaped(vector),))[1])[0]
-
-    return Curvature(log_risk, *extreme_eigenvalues(multiply, flat.size, flat.dtype))
+    return log_risk, lambda direction: jax.jvp(psi, (weights,), (direction,))[1]
 
 
 def sharpness(problem: Problem, weights: Weights) -> Array:
