@@ -5,10 +5,11 @@ of neighbouring layers (k, k+1), numbered by k; ``coordinate`` of the input spac
 says what each variable is; a record explains itself through the same words in its attributes.
 """
 
+import contextlib
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,15 +156,36 @@ def save(record: "xr.Dataset", path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"`path` is {path}; its folder {path.parent} does not exist. Create it first."
         )
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
+    with whole_file(path) as partial:
         record.to_netcdf(partial, engine="netcdf4", format="NETCDF4")
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write to, which replaces ``path`` once all of it is on the disk.
+
+    Whatever happens meanwhile, ``path`` is the old file or the new one. After an error nothing is
+    left; a process that is killed leaves a hidden ``.part`` file.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    partial = Path(name)
+    try:
+        os.close(handle)
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load(path: str | os.PathLike[str]) -> "xr.Dataset":

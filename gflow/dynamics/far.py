@@ -1,12 +1,12 @@
 """The flow in split coordinates: the run beyond what float64 weights can hold."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from gflow.dynamics.progress import ProgressBar
-from gflow.dynamics.slow_manifold import ManifoldError, SlowManifold, difference
+from gflow.dynamics.slow_manifold import ManifoldError, SlowManifold, difference, geometry
 from gflow.dynamics.split import SplitState
 from gflow.dynamics.split_observables import observables
 from gflow.dynamics.targets import Failure, Target, out_of_steps
@@ -60,8 +60,27 @@ class FarRun:
         """How far the run is in the coordinate of ``rule``."""
         return self._progress(self.state, rule)
 
-    def reach(self, targets: list[Target], max_steps: int, bar: ProgressBar) -> Target | Failure:
-        """Advance to the first of ``targets`` and say which it was, or why none was reached."""
+    def stored(self) -> dict[str, Any]:
+        """All that the run needs to go on."""
+        return {**self.state.stored(), "before": self.before, "began": self.began}
+
+    @classmethod
+    def restored(
+        cls, solver: SlowManifold, problem: Problem, stored: Mapping[str, Any]
+    ) -> "FarRun":
+        """The run that stands where ``stored`` was taken."""
+        run = cls.__new__(cls)
+        run.solver, run.state = solver, SplitState.restored(geometry(problem), stored)
+        run.before, run.began = int(stored["before"]), int(stored["began"])
+        return run
+
+    def reach(
+        self, targets: list[Target], max_steps: int, look: Callable[[], None]
+    ) -> Target | Failure:
+        """Advance to the first of ``targets`` and say which it was, or why none was reached.
+
+        Now and then ``look`` is called; the run may be stopped there and go on later.
+        """
         by_risk = [target for target in targets if isinstance(target.rule, LogRisk)]
         by_steps = [target for target in targets if isinstance(target.rule, Steps)]
         others = [target for target in targets if target not in by_risk + by_steps]
@@ -76,15 +95,18 @@ class FarRun:
         def counted(state: SplitState) -> bool:
             return any(self._steps(state) >= target.steps for target in by_steps)
 
+        def stand(state: SplitState) -> None:
+            self.state = state
+            look()
+
         try:
             if others:
-                self.state = solver.reach(self.state, ahead, 0.0, log_risk=end)
+                self.state = solver.reach(self.state, ahead, 0.0, log_risk=end, look=stand)
             else:
-                self.state = solver.advance_until(self.state, end, counted)
+                self.state = solver.advance_until(self.state, end, counted, stand)
         except ManifoldError as error:
             self.state = error.state
             return out_of_steps(max_steps, targets[0].rule)
-        bar.update(self.progress(targets[0].rule), f"{self.num_steps} steps")
         slack = 1e-12
         for target in targets:
             met = self.progress(target.rule) - target.progress

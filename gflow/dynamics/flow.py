@@ -1,6 +1,11 @@
 r"""Gradient flow: one call from weights to a record of the whole trajectory."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffrax
@@ -9,7 +14,9 @@ import numpy as np
 
 from gflow.dynamics import clocks
 from gflow.dynamics.certify import certify_by, evidence, second_tolerance
+from gflow.dynamics.checkpoint import Checkpoint, CheckpointError, End, identity
 from gflow.dynamics.far import FarRun, hand_over_error
+from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.gauss_newton import GaussNewton
 from gflow.dynamics.near import NearRun
 from gflow.dynamics.progress import ProgressBar
@@ -67,6 +74,7 @@ def gradient_flow(
     save: int | Sequence[float] | np.ndarray = 100,
     observables: Mapping[str, Observable] | None = None,
     progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     keep_weights: bool = False,
     clock: clocks.AbstractClock | None = None,
     solver: diffrax.AbstractAdaptiveSolver | None = None,
@@ -92,6 +100,10 @@ def gradient_flow(
         observables: further observables, name to function of (problem, weights).
         progress: show a progress bar; None shows it on terminals and in notebooks. It appears
             after two seconds.
+        checkpoint: a file that is written every few seconds. After a kill, or Ctrl-C, the same call
+            goes on from there, and its record is that of a run that was never stopped, bit for bit
+            on the same machine and versions; after the end it returns the record at once. Another
+            run's file is refused. With "max_steps" the same call may have a larger ``max_steps``.
         keep_weights: record the weights at every saved point as ``weights_1``, ``weights_2``, …
         clock: what the solver steps in, from ``gflow.clocks``; by default ``LogTime`` if the
             leading rule is a time and ``LogRisk`` otherwise.
@@ -116,11 +128,13 @@ def gradient_flow(
     Returns:
         The record: an ``xarray.Dataset`` with dimension ``point``. ``attrs["status"]`` is
         "reached", or says why the run stopped before its goal ("max_steps", "stalled",
-        "precision_lost", "interrupted"), and ``attrs["message"]`` explains; everything computed so
-        far is there.
+        "precision_lost", "interrupted", "checkpoint_failed"), and ``attrs["message"]`` explains;
+        everything computed so far is there.
 
     Raises:
-        ValueError: when an argument is malformed, or the gradient vanishes at the start.
+        ValueError: when an argument is malformed, the gradient vanishes at the start, or
+            ``checkpoint`` is damaged or another run's.
+        OSError: when ``checkpoint`` cannot be written from the start.
 
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
@@ -139,7 +153,8 @@ def gradient_flow(
             return Run(followed, clock, chosen, weights, rtol, atol, max_steps)
 
         run = new_run(rtol, atol)
-        status, message = _follow(run, recorder, rules, save, progress)
+        path = None if checkpoint is None else Path(checkpoint)
+        status, message = _follow(run, recorder, rules, save, progress, path)
         if isinstance(followed, ModifiedProblem) and status in ("stalled", "precision_lost"):
             status, message = why_stopped(problem, followed, run.now.weights) or (status, message)
         facts = {"wall_time": recorder.seconds(), **run.facts()}
@@ -212,6 +227,7 @@ class Run:
         max_steps: int,
     ):
         self.problem, self.clock, self.max_steps = problem, clock, max_steps
+        self.solvers, self.rtol, self.atol = solvers, rtol, atol
         self.imbalance = (
             tuple(map(np.asarray, imbalance(weights))) if is_deep_linear(problem) else ()
         )
@@ -230,6 +246,37 @@ class Run:
             self.now = FarRun(self.manifold, problem, weights, -np.inf, self.imbalance)
             self.near = None
 
+    @property
+    def weights(self) -> Weights:
+        """The weights where the run stands."""
+        return self.now.weights
+
+    def state(self) -> dict[str, Any]:
+        """All that the run needs to go on."""
+        return {
+            "above_zero": self.above_zero,
+            "may_hand_over": self.manifold is not None,
+            "handed_over": json.dumps(self.handed_over),
+            "near": self.near and self.near.state(),
+            "early": self.early and self.early.stored(),
+            "far": self.now.stored() if isinstance(self.now, FarRun) else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where ``state`` was taken of a run with the same start."""
+        self.above_zero = bool(state["above_zero"])
+        self.handed_over = json.loads(str(state["handed_over"]))
+        if self.near is not None:
+            self.near.restore(state["near"])
+        if self.manifold is not None:
+            restored = functools.partial(FarRun.restored, self.manifold, self.problem)
+            if "early" in state:
+                self.early = restored(state["early"])
+            if "far" in state:
+                self.now = restored(state["far"])
+        if not state["may_hand_over"]:
+            self.manifold = None
+
     def save(self, recorder: Recorder) -> None:
         """Record the point where the run stands."""
         far = isinstance(self.now, FarRun)
@@ -247,14 +294,14 @@ class Run:
             return float(self.now.carry.s)
         return self.clock.read(self.now.state.log_risk, self.now.state.log_time)
 
-    def reach(self, targets: list[Target], bar: ProgressBar) -> Target | Failure:
+    def reach(self, targets: list[Target], look: Callable[[], None]) -> Target | Failure:
         """Go on to the first of ``targets``, over saddles and the hand-over if they come before."""
         if self.above_zero and isinstance(self.now, NearRun):
             # On separable data the risk has its critical points at R = R(0) only. In a clock that
             # follows the risk a saddle is a branch point, which a solver may jump over unawares.
             level = LogRisk(float(self.problem.log_risk_at_zero()))
             saddle = Target.of(level, level.goal, self.clock)
-            met = self._reach_near(self.now, [*targets, saddle], bar)
+            met = self._reach_near(self.now, [*targets, saddle], look)
             if met is not saddle:
                 return met
             _, squared_slope = risk_and_slope(self.problem, self.now.weights)
@@ -271,7 +318,7 @@ class Run:
             goal = LogRisk(COMPARE_AT if self.early is None else HAND_OVER_AT)
             step = Target.of(goal, goal.goal, self.clock)
             if self.now.progress(goal) < goal.goal * (1 - ARRIVED):
-                met = self._reach_near(self.now, [*targets, step], bar)
+                met = self._reach_near(self.now, [*targets, step], look)
                 if met is not step:
                     return met
             reason = self._continue(self.now, self.manifold)
@@ -279,16 +326,16 @@ class Run:
                 self.manifold = None
                 self.handed_over["hand_over"] = f"not made: {reason}"
         if isinstance(self.now, FarRun):
-            return self.now.reach(targets, self.max_steps, bar)
-        return self._reach_near(self.now, targets, bar)
+            return self.now.reach(targets, self.max_steps, look)
+        return self._reach_near(self.now, targets, look)
 
     def _reach_near(
-        self, near: NearRun, targets: list[Target], bar: ProgressBar
+        self, near: NearRun, targets: list[Target], look: Callable[[], None]
     ) -> Target | Failure:
         """Go on, on the weights, to the first of ``targets`` or to where float64 weights end."""
         rule, reason = self._wall()
         wall = Target.of(rule, rule.goal, self.clock)
-        met = near.reach([*targets, wall], self.max_steps, bar)
+        met = near.reach([*targets, wall], self.max_steps, look)
         return met if met is not wall else Failure("precision_lost", reason)
 
     def _wall(self) -> tuple[LogRisk, str]:
@@ -340,33 +387,71 @@ def _follow(
     rules: tuple[AbstractRule, ...],
     save: int | Sequence[float] | np.ndarray,
     progress: bool | None,
-) -> tuple[str, str]:
+    checkpoint: Path | None,
+) -> End:
     """Run from saved point to saved point; returns the status and its message."""
     lead, *others = rules
     run.save(recorder)
     for rule in rules:
         if run.now.progress(rule) >= rule.goal:
-            return "reached", f"{rule!r} is met at the start; nothing was integrated"
+            return End("reached", f"{rule!r} is met at the start; nothing was integrated")
     begin = run.now.progress(lead)
     grid = save_grid(lead, begin, save)
     ends = [Target.of(rule, rule.goal, run.clock) for rule in others]
-    saved = 0
+    kept = Checkpoint(checkpoint, lambda: _identity(run, recorder, rules, grid), run, recorder)
+    done, end = kept.resume()
     with ProgressBar("gradient flow", begin, float(grid[-1]), progress) as bar:
-        for value in grid:
-            try:
-                met = run.reach([Target.of(lead, float(value), run.clock), *ends], bar)
-            except KeyboardInterrupt:
-                met = Failure(
-                    "interrupted", "stopped by the keyboard; what was computed is in the record"
-                )
-            if run.now.num_steps > saved:
-                run.save(recorder)
-                saved = run.now.num_steps
-            if isinstance(met, Failure):
-                return met
-            if met.rule is not lead or value == grid[-1]:
-                return "reached", f"{met.rule!r} after {saved} steps"
-    raise AssertionError("the last saved point is the leading rule's goal")
+
+        def look() -> None:
+            bar.update(run.now.progress(lead), f"{run.now.num_steps} steps")
+            kept.look(done)
+
+        try:
+            while end is None:
+                met = run.reach([Target.of(lead, float(grid[done]), run.clock), *ends], look)
+                if isinstance(met, Failure) and met.status == "max_steps":
+                    kept.flush()  # without the point to come: a larger `max_steps` goes on
+                if run.now.num_steps > recorder.num_steps:
+                    run.save(recorder)
+                if isinstance(met, Failure):
+                    end = End(*met)
+                elif met.rule is not lead or done == len(grid) - 1:
+                    end = End("reached", f"{met.rule!r} after {run.now.num_steps} steps")
+                done += 1
+                if end is None:
+                    look()
+                elif end.status != "max_steps":
+                    kept.close(done, end)
+        except CheckpointError as error:
+            end = End("checkpoint_failed", str(error))
+        except KeyboardInterrupt:
+            end = End("interrupted", "stopped by the keyboard; what was computed is in the record")
+            with contextlib.suppress(CheckpointError):
+                kept.flush()
+        if run.now.num_steps > recorder.num_steps:
+            run.save(recorder)
+    return end
+
+
+def _identity(
+    run: _Run, recorder: Recorder, rules: tuple[AbstractRule, ...], grid: np.ndarray
+) -> dict[str, str]:
+    """What the run is, for its checkpoint."""
+    field = FlowField(run.problem, run.clock)
+    return identity(
+        run.problem,
+        recorder.start,
+        recorder,
+        field,
+        (np.float64(0.0), FlowState(recorder.start, np.zeros(()))),
+        kind="gradient_flow" ,
+        until=[(type(rule).__name__, rule.value) for rule in rules],
+        save=grid,
+        clock=run.clock,
+        solvers=run.solvers,
+        rtol=run.rtol,
+        atol=run.atol,
+    )
 
 
 def _tolerances(rtol: float, atol: float | None) -> tuple[float, float | None]:

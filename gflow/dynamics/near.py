@@ -1,6 +1,8 @@
 """The flow on the weights themselves: the run until float64 cannot hold its small quantities."""
 
 import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffrax
@@ -11,15 +13,16 @@ import numpy as np
 
 from gflow.dynamics import clocks, stepping
 from gflow.dynamics.field import FlowField, FlowState
-from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.checkpoint import carry_of
+from gflow.dynamics.progress import Pace
 from gflow.dynamics.stepping import Carry, Limits, Tolerance
 from gflow.dynamics.targets import Failure, Target, out_of_steps
 from gflow.dynamics.until import AbstractRule, anonymous
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem, risk_and_slope
 
-ATTEMPTS_A_CALL = 2_000
-"""Steps tried between two looks of the host: progress moves and Ctrl-C answers this often."""
+ATTEMPTS_AT_FIRST = 64
+"""Steps tried in the first call, before their speed is known."""
 
 
 class NearRun:
@@ -38,6 +41,7 @@ class NearRun:
         self.solver, *self.stiffer = solvers
         self.used: list[str] = []
         self.explicit_evaluations = self.began_at = 0
+        self.pace = Pace(ATTEMPTS_AT_FIRST)
         state = FlowState(weights, np.zeros(()))
         self.atol = stepping.default_atol(state, rtol) if atol is None else float(atol)
         self.tolerance = Tolerance(np.float64(rtol), np.float64(self.atol))
@@ -99,8 +103,39 @@ class NearRun:
         stages = len(tableau.c) + 1 - int(tableau.fsal)
         return stages * (self.num_steps - self.began_at)
 
-    def reach(self, targets: list[Target], max_steps: int, bar: ProgressBar) -> Target | Failure:
-        """Advance to the first of ``targets`` and say which it was, or why none was reached."""
+    def state(self) -> dict[str, Any]:
+        """All that the run needs to go on."""
+        return {
+            "carry": self.carry,
+            "num_solvers": len(self.used),
+            "explicit_evaluations": self.explicit_evaluations,
+            "began_at": self.began_at,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where ``state`` was taken of a run with the same start."""
+        while len(self.used) < int(state["num_solvers"]):
+            self.solver, *self.stiffer = self.stiffer
+            self.used.append(type(self.solver).__name__)
+        like = eqx.filter_eval_shape(
+            stepping.start,
+            self.field,
+            self.solver,
+            self.tolerance,
+            self.carry.s,
+            self.carry.state,
+        )
+        self.carry = carry_of(state["carry"], like)
+        self.explicit_evaluations = int(state["explicit_evaluations"])
+        self.began_at = int(state["began_at"])
+
+    def reach(
+        self, targets: list[Target], max_steps: int, look: Callable[[], None]
+    ) -> Target | Failure:
+        """Advance to the first of ``targets`` and say which it was, or why none was reached.
+
+        Now and then ``look`` is called; the run may be stopped there and go on later.
+        """
         watched = [target for target in targets if target.watched]
         rules = tuple(anonymous(target.rule) for target in watched)
         s_end = min(target.clock for target in targets)
@@ -110,9 +145,12 @@ class NearRun:
                 s_end=np.float64(s_end),
                 num_steps=np.int64(steps),
                 goals=tuple(np.float64(target.progress) for target in watched),
-                attempts=np.int64(min(ATTEMPTS_A_CALL, max_steps - tried)),
+                attempts=np.int64(min(self.pace.size, max_steps - tried)),
             )
-            match self._advance(rules, limits):
+            began = time.perf_counter()
+            reason = self._advance(rules, limits)
+            self.pace.took(time.perf_counter() - began)
+            match reason:
                 case stepping.CROSSED:
                     return self._land_first(watched)
                 case stepping.LANDED:
@@ -121,7 +159,7 @@ class NearRun:
                     return next(target for target in targets if target.steps == steps)
                 case stepping.STALLED:
                     return self._why_stalled()
-            bar.update(self.progress(targets[0].rule), f"{self.num_steps} steps")
+            look()
         return out_of_steps(max_steps, targets[0].rule)
 
     def _advance(self, rules: tuple[AbstractRule, ...], limits: Limits) -> int:

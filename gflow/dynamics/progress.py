@@ -1,7 +1,29 @@
-"""A progress bar for runs that take more than two seconds."""
+"""What the host does while the device computes: a progress bar, and when to look."""
 
 from types import TracebackType
 from typing import Any
+
+
+SECONDS_A_CALL = 0.25
+"""How long the device runs between two looks of the host: progress moves and Ctrl-C answers."""
+
+
+class Pace:
+    """The size of the next call, in steps, so that calls take about ``SECONDS_A_CALL``.
+
+    Args:
+        size: of the first call, before the speed is known.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def took(self, seconds: float) -> None:
+        """Learn from the last call."""
+        if seconds < SECONDS_A_CALL / 2:
+            self.size *= 2
+        elif seconds > 2 * SECONDS_A_CALL:
+            self.size = max(1, self.size // 2)
 
 
 class ProgressBar:

@@ -72,16 +72,41 @@ class Recorder:
         if self.keep_weights:
             self.kept.append(jax.tree.map(np.asarray, weights))
 
+    @property
+    def num_steps(self) -> int:
+        """Of the run at the last saved point."""
+        return int(self.points[-1]["num_steps"])
+
     def seconds(self) -> float:
-        """Wall time since the recorder was made."""
+        """Wall time of the run, that before it was resumed included."""
         return time.perf_counter() - self.began
+
+    def columns(self, num_points: int) -> dict[str, list[Any]]:
+        """The values of each variable at the first ``num_points`` saved points."""
+        points, kept = self.points[:num_points], self.kept[:num_points]
+        columns = {name: [point[name] for point in points] for name in points[0]}
+        for index, (name, _) in enumerate(_named(self.start) if self.keep_weights else []):
+            columns[name] = [jax.tree.leaves(weights)[index] for weights in kept]
+        return columns
+
+    def resume(
+        self, columns: Mapping[str, np.ndarray], last: Weights, elapsed: float
+    ) -> None:
+        """Take over the points of an earlier part of the run, which ended at weights ``last``."""
+        columns = dict(columns)
+        if self.keep_weights:
+            leaves = [columns.pop(name) for name, _ in _named(self.start)]
+            structure = jax.tree.structure(self.start)
+            self.kept = [
+                jax.tree.unflatten(structure, point) for point in zip(*leaves, strict=True)
+            ]
+        count = len(columns["num_steps"])
+        self.points = [{name: columns[name][i] for name in columns} for i in range(count)]
+        self.last, self.began = last, time.perf_counter() - elapsed
 
     def record(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> "xr.Dataset":
         """The record of all points saved so far, with ``more`` variables and provenance."""
-        columns: dict[str, Any] = {
-            name: [point[name] for point in self.points] for name in self.points[0]
-        }
-        columns |= more or {}
+        columns = {**self.columns(len(self.points)), **(more or {})}
         dims: dict[str, tuple[str, ...]] = {}
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
         for label, weights in (("initial", self.start), ("final", self.last)):
@@ -89,8 +114,7 @@ class Recorder:
                 axes = tuple(f"{name}_{axis}" for axis in range(leaf.ndim))
                 constants[f"{label}_{name}"] = (axes, leaf, f"{label} {name}")
         if self.keep_weights:
-            for index, (name, leaf) in enumerate(_named(self.start)):
-                columns[name] = [jax.tree.leaves(kept)[index] for kept in self.kept]
+            for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
         if self.deep_linear:
             solution = self.problem.data.max_margin()

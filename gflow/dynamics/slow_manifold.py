@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 LEAST_MARGIN = 40.0
 r"""Logistic loss is exponential to $e^{-40}$ = 4e-18 from here on."""
 
+STEPS_A_LOOK = 16
+"""After so many accepted steps a walk begins anew from its state, whether or not anybody looks, so
+that a run that was stopped there goes on bit for bit."""
+
 LARGEST = 1e140
 r"""Squares of $s^{2-2/L}$ must stay in the range of float64."""
 
@@ -120,7 +124,7 @@ class SlowManifold(eqx.Module):
             _log_risk(problem, weights) if log_risk is None else log_risk,
             log_time,
             imbalance,
-            _geometry(problem),
+            geometry(problem),
         )
         return dataclasses.replace(state, along=SplitField(state).weigh(state).along)
 
@@ -133,9 +137,16 @@ class SlowManifold(eqx.Module):
         return self.advance_until(state, log_risk)
 
     def advance_until(
-        self, state: SplitState, log_risk: float, watch: Callable[[SplitState], bool] | None = None
+        self,
+        state: SplitState,
+        log_risk: float,
+        watch: Callable[[SplitState], bool] | None = None,
+        look: Callable[[SplitState], None] | None = None,
     ) -> SplitState:
-        """Advance to ``log_risk``, or to the first accepted step at which ``watch`` is true."""
+        """Advance to ``log_risk``, or to the first accepted step at which ``watch`` is true.
+
+        Now and then ``look`` is shown a state from which the same steps would follow.
+        """
         goal = -float(log_risk)
         if not goal <= LARGEST:
             raise ValueError(f"`log_risk` is {log_risk}; expected at least {-LARGEST:g}.")
@@ -150,6 +161,10 @@ class SlowManifold(eqx.Module):
                     return walk.state(goal)
                 if watch is not None and watch(walk.state()):
                     return walk.state()
+                if walk.num_steps == STEPS_A_LOOK:
+                    walk = Walk(walk.state(), self.rtol)
+                    if look is not None:
+                        look(walk.begin)
         raise ManifoldError(
             f"{self.max_steps} steps were tried between log R = {state.log_risk:.6g} and "
             f"{log_risk:.6g}; raise `max_steps`, or loosen `rtol`.",
@@ -162,6 +177,7 @@ class SlowManifold(eqx.Module):
         progress: Callable[[SplitState], float],
         goal: float,
         log_risk: float = -LARGEST,
+        look: Callable[[SplitState], None] | None = None,
     ) -> SplitState:
         """The state at which an increasing ``progress`` reaches ``goal``.
 
@@ -180,7 +196,7 @@ class SlowManifold(eqx.Module):
             before = now
             return False
 
-        after = self.advance_until(state, log_risk, crossed)
+        after = self.advance_until(state, log_risk, crossed, look)
         if progress(after) < goal:
             return after
 
@@ -279,7 +295,7 @@ def _log_risk(problem: "Problem", weights: Weights) -> float:
 _GEOMETRIES: dict[int, Geometry] = {}
 
 
-def _geometry(problem: "Problem") -> Geometry:
+def geometry(problem: "Problem") -> Geometry:
     """The data's geometry, worked out once for each data set.
 
     Kept beside the data and not on it: another attribute of a pytree would be another structure to

@@ -36,7 +36,7 @@ give $c_k$ from the start to full relative precision.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -147,6 +147,16 @@ class Layer(NamedTuple):
     rest: np.ndarray
 
 
+class Momentum(NamedTuple):
+    """Derivatives at the end of a step, and the next step's size."""
+
+    slope: np.ndarray
+    slow_slope: np.ndarray
+    time_slope: float
+    step_size: float
+    last_error: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitState:
     r"""A point of the flow in split coordinates; immutable.
@@ -173,7 +183,28 @@ class SplitState:
     scaled_time: float
     slow: np.ndarray
     num_steps: int = 0
-    momentum: Any = dataclasses.field(default=None, repr=False)
+    momentum: Momentum | None = dataclasses.field(default=None, repr=False)
+
+    def stored(self) -> dict[str, Any]:
+        """Everything but what follows from the data: numbers and arrays, mappings among them."""
+        found = {name: getattr(self, name) for name in _STORED}
+        return found | {
+            "widths": np.array(self.layout.widths),
+            "imbalance": dict(enumerate(self.imbalance)),
+            "momentum": self.momentum and self.momentum._asdict(),
+        }
+
+    @classmethod
+    def restored(cls, geometry: Geometry, stored: Mapping[str, Any]) -> "SplitState":
+        """The state that ``stored`` was made of, on the same data."""
+        momentum, imbalance = stored.get("momentum"), stored.get("imbalance", {})
+        return cls(
+            geometry=geometry,
+            layout=Layout(np.asarray(stored["widths"]).tolist()),
+            imbalance=tuple(imbalance[k] for k in sorted(imbalance, key=int)),
+            momentum=momentum and Momentum(**{name: _plain(momentum[name]) for name in momentum}),
+            **{name: _plain(stored[name]) for name in _STORED},
+        )
 
     @property
     def log_risk(self) -> float:
@@ -233,6 +264,22 @@ class SplitState:
             upper = np.vstack([upper, lower])
         matrices.append(outer @ upper @ self.input_basis.T)
         return tuple(reversed(matrices))
+
+
+_STORED = (
+    "input_basis",
+    "minus_log_risk",
+    "along",
+    "across",
+    "scaled_time",
+    "slow",
+    "num_steps",
+)
+
+
+def _plain(value: Any) -> Any:
+    """An array of no dimensions as a number."""
+    return value.item() if np.ndim(value) == 0 else value
 
 
 def split(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gflow.dynamics.split import SplitState
+from gflow.dynamics.split import Momentum, SplitState
 from gflow.dynamics.split_field import Chain, Motion, Solved, SplitField
 
 TIME_SLACK = 100.0
@@ -44,16 +44,6 @@ TABLEAU = _tableau()
 ORDER = 5
 
 
-class _Momentum(NamedTuple):
-    """Derivatives at the end of a step, and the next step's size."""
-
-    slope: np.ndarray
-    slow_slope: np.ndarray
-    time_slope: float
-    step_size: float
-    last_error: float
-
-
 class Walk:
     """The integration itself: state, derivatives and step size between two steps."""
 
@@ -68,10 +58,10 @@ class Walk:
         self.num_steps = 0
         self.go_on = state.momentum or self._from_rest(state.minus_log_risk)
 
-    def _from_rest(self, s: float) -> "_Momentum":
+    def _from_rest(self, s: float) -> Momentum:
         chain = self.field.chain(self.slow, s)
         slope, motion, self.along = self.field.direct(chain, self.scaled, self.along)
-        return _Momentum(
+        return Momentum(
             slope=slope,
             slow_slope=self.field.slow(chain, motion),
             time_slope=self._time_slope(chain, motion, self.time),
@@ -134,7 +124,7 @@ class Walk:
         self.num_steps += 1
         factor = 0.9 * max(error, 1e-10) ** (-0.7 / ORDER) * go_on.last_error ** (0.4 / ORDER)
         proposed = size * min(5.0, max(0.2, factor))
-        self.go_on = _Momentum(
+        self.go_on = Momentum(
             slope=again.slope,
             slow_slope=field.slow(chain, again.motion),
             time_slope=(self.time - time_base) / implicit,
