@@ -152,10 +152,6 @@ def save(record: "xr.Dataset", path: str | os.PathLike[str]) -> Path:
         OSError: when the folder does not exist or cannot be written.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"`path` is {path}; its folder {path.parent} does not exist. Create it first."
-        )
     with whole_file(path) as partial:
         record.to_netcdf(partial, engine="netcdf4", format="NETCDF4")
     return path
@@ -167,7 +163,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Whatever happens meanwhile, ``path`` is the old file or the new one. After an error nothing is
     left; a process that is killed leaves a hidden ``.part`` file.
+
+    Raises:
+        OSError: when the folder does not exist or cannot be written.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder of {path} does not exist. Create it first.")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     partial = Path(name)
     try:

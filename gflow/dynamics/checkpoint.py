@@ -6,7 +6,6 @@ It is replaced as a whole, so that at any moment it is one whole segment old at 
 written never changes a number: the host only looks at what the device has computed.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -17,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -35,12 +34,13 @@ SECONDS_A_SEGMENT = 2.0
 """A run that is killed loses at most so much, and what the device computes between two looks."""
 
 SHARE = 20.0
-"""Writing takes at most one part in so many of the time: the segments of a large file are longer."""
+"""Writing takes at most one part in so many of the time: a large file has longer segments."""
 
 State = Mapping[str, Any]
 """Arrays, numbers, strings, None and carries (``equinox`` modules) by name, mappings among them."""
 
 
+@runtime_checkable
 class Run(Protocol):
     """What a checkpoint needs of a run: its state, as references that nobody changes."""
 
@@ -177,7 +177,22 @@ class Checkpoint:
 
 def carry_of(stored: np.ndarray, like: PyTree) -> PyTree:
     """The pytree of the structure and shapes of ``like`` that a file holds as its bytes."""
-    return eqx.tree_deserialise_leaves(io.BytesIO(stored.tobytes()), like)
+    bare = jax.eval_shape(_without_keys, like)
+    read = eqx.tree_deserialise_leaves(io.BytesIO(stored.tobytes()), bare)
+    return jax.tree.map(
+        lambda a, b: jax.random.wrap_key_data(a, impl=jax.random.key_impl(b)) if _is_key(b) else a,
+        read,
+        like,
+    )
+
+
+def _without_keys(tree: PyTree) -> PyTree:
+    """Random keys as the numbers they stand for."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(getattr(leaf, "dtype", np.int64), jax.dtypes.prng_key)
 
 
 def identity(
@@ -233,12 +248,7 @@ def _words(value: Any) -> str:
 
 def _fingerprint(tree: PyTree) -> str:
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, str):
-            digest.update(leaf.encode())
-            continue
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
+    for leaf in jax.tree.leaves(_without_keys(tree)):
         array = np.asarray(leaf)
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()[:16]
@@ -250,7 +260,7 @@ def _flat(name: str, value: Any) -> dict[str, np.ndarray]:
         return {}
     if isinstance(value, eqx.Module):
         file = io.BytesIO()
-        eqx.tree_serialise_leaves(file, value)
+        eqx.tree_serialise_leaves(file, _without_keys(value))
         return {name: np.frombuffer(file.getvalue(), np.uint8)}
     if not isinstance(value, Mapping):
         return {name: np.asarray(value)}
@@ -285,8 +295,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     refused = f"`checkpoint` is {path}, which "
     advice = "Nothing was changed: move it away, or choose another path."
     try:
-        with contextlib.closing(_opened(path)) as file:
-            content = {name: file[name] for name in file.files}
+        with open(path, "rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            content = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{refused}cannot be read as a checkpoint of gflow ({error}). It is another kind of "
@@ -298,13 +311,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if str(content.pop("sha256", None)) != _digest(content):
         raise ValueError(f"{refused}does not match its own hash: it is damaged. {advice}")
     return content
-
-
-def _opened(path: Path) -> Any:
-    file = np.load(path, allow_pickle=False)
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError("a single array")
-    return file
 
 
 def _compare(path: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:

@@ -1,9 +1,12 @@
 """Gradient descent: one call from weights and an optax optimiser to a record of the run."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gflow.dynamics.checkpoint import Checkpoint, CheckpointError, End, carry_of, identity
 from gflow.dynamics.iterating import (
     Carry,
     Descent,
@@ -23,7 +27,7 @@ from gflow.dynamics.iterating import (
     misaligning,
     same_weights,
 )
-from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.progress import Pace, ProgressBar
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.step_meter import StepMeter
 from gflow.dynamics.step_sizes import describe
@@ -45,17 +49,15 @@ from gflow.problem.risk import Problem
 if TYPE_CHECKING:
     import xarray as xr
 
-SECONDS_A_CALL = 0.25
-"""How long the device runs between two looks of the host: progress moves and Ctrl-C answers."""
-
 STEPS_AT_FIRST = 64
 """Length of the first call, before the speed is known."""
 
 MISALIGNMENT_EVERY = 100
 """Steps between two tests of a `Misalignment` rule, which needs singular vectors."""
 
-STALLED_AFTER = 1_000
-"""Steps without any change of any weight after which a run is called stalled."""
+STALL_LOOK = 8_192
+"""A run is called stalled when no weight has changed between two multiples of so many steps: fixed
+ones, so that where it ends does not depend on the machine's speed."""
 
 TIME_SLACK = 1e-12
 """Rounding allowed for in a sum of step sizes that should hit a time."""
@@ -70,6 +72,7 @@ def gradient_descent(
     save: int | Sequence[float] | np.ndarray = 100,
     observables: Mapping[str, Observable] | None = None,
     progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     keep_weights: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
@@ -105,6 +108,10 @@ def gradient_descent(
         observables: further observables, name to function of (problem, weights).
         progress: show a progress bar; None shows it on terminals and in notebooks. It appears
             after two seconds.
+        checkpoint: a file that is written every few seconds. After a kill, or Ctrl-C, the same call
+            goes on from there, and its record is that of a run that was never stopped, bit for bit
+            on the same machine and versions; after the end it returns the record at once. Another
+            run's file is refused. With "max_steps" the same call may have a larger ``max_steps``.
         keep_weights: record the weights at every saved point as ``weights_1``, ``weights_2``, …
         batch_size: points in a mini-batch, drawn without replacement, in a fresh random order each
             epoch; None uses all points in every step.
@@ -115,12 +122,14 @@ def gradient_descent(
         The record: an ``xarray.Dataset`` with dimension ``point`` and the variables of a flow, and
         ``log_step_size``, the step taken last (minus infinity at the start). ``attrs["status"]`` is
         "reached", or says why the run stopped before its goal ("diverged", "stalled", "max_steps",
-        "interrupted"), and ``attrs["message"]`` explains; everything computed so far is there, and
-        the last point is finite.
+        "interrupted", "checkpoint_failed"), and ``attrs["message"]`` explains; everything computed
+        so far is there, and the last point is finite.
 
     Raises:
-        ValueError: when an argument is malformed, the gradient vanishes at the start, or the
-            optimiser's step size is negative or not a number.
+        ValueError: when an argument is malformed, the gradient vanishes at the start, the
+            optimiser's step size is negative or not a number, or ``checkpoint`` is damaged or
+            another run's.
+        OSError: when ``checkpoint`` cannot be written from the start.
 
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
@@ -138,7 +147,8 @@ def gradient_descent(
         recorder = Recorder(problem, weights, observables, keep_weights)
         run = _Run(problem, weights, optimizer, size, seed)
         recorder.save(weights, **run.scalars())
-        status, message = _follow(run, recorder, rules, save, progress, max_steps)
+        path = None if checkpoint is None else Path(checkpoint)
+        status, message = _follow(run, recorder, rules, save, progress, max_steps, path)
         return recorder.record(
             kind="descent",
             status=status,
@@ -173,22 +183,18 @@ class _Run:
             StepMeter.of(optimizer, weights),
             None if batch_size is None else Sampler(jax.random.key(seed), batch_size),
         )
+        self.seed = None if batch_size is None else seed
         self.carry: Carry = self.descent.start(weights)
-        self.resting = 0
-        """Steps since the weights changed last, as far as the host has seen."""
-        self.call = STEPS_AT_FIRST
+        self.rested: Weights = self.carry.weights
+        """The weights at the last multiple of ``STALL_LOOK`` steps."""
+        self.pace = Pace(STEPS_AT_FIRST)
         self._try_optimizer()
 
     def _try_optimizer(self) -> None:
         """Trace one step, so that an optimiser that cannot run says so in plain words."""
         descent = self.descent
-
-        def step(carry: Carry) -> Carry:
-            at, carry = descent.evaluate(carry)
-            return descent.move(carry, at)
-
         try:
-            after = jax.eval_shape(step, self.carry)
+            after = jax.eval_shape(descent.step, self.carry)
         except TypeError as error:
             raise ValueError(
                 f"`optimizer` cannot make a step: {error}. gradient_descent provides the extra "
@@ -206,6 +212,20 @@ class _Run:
                     f"`optimizer` answers a gradient of one by a step of {float(first):g}; "
                     "expected a negative number: learning rates are positive."
                 )
+
+    @property
+    def weights(self) -> Weights:
+        """The weights where the run stands."""
+        return self.carry.weights
+
+    def state(self) -> dict[str, Any]:
+        """All that the run needs to go on."""
+        return {"place": _Place(self.carry, self.rested)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where ``state`` was taken of a run with the same start."""
+        place = carry_of(state["place"], _Place(self.carry, self.rested))
+        self.carry, self.rested = place.carry, place.rested
 
     def scalars(self) -> dict[str, Any]:
         """What a saved point holds beside the observables of its weights."""
@@ -229,25 +249,22 @@ class _Run:
 
     def advance(
         self, watch: Watch, goals: Goals, num_steps: int
-    ) -> tuple[np.ndarray, "_End | None"]:
+    ) -> tuple[np.ndarray, "End | None"]:
         """Go on to ``num_steps`` or to a rule; which are met, and whether the run has to end."""
         before = self.carry
         began = time.perf_counter()
-        limit = jnp.asarray(min(num_steps, self.num_steps + self.call))
+        mark = (self.num_steps // STALL_LOOK + 1) * STALL_LOOK
+        limit = jnp.asarray(min(num_steps, self.num_steps + self.pace.size, mark))
         after, hits, sound = advance(self.descent, watch, before, limit, goals)
         hits, sound = np.array(hits), bool(sound)
-        took = time.perf_counter() - began
+        self.pace.took(time.perf_counter() - began)
         if not sound:
             return np.zeros_like(hits), self._last_sound(watch, goals, limit)
         self.carry = after
-        if took < SECONDS_A_CALL / 2:
-            self.call *= 2
-        elif took > 2 * SECONDS_A_CALL:
-            self.call = max(1, self.call // 2)
-        end = _End("stalled", _why_stalled(self)) if self._stalled(watch, before, goals) else None
+        end = End("stalled", _why_stalled(self)) if self._stalled(watch, goals) else None
         return hits, end
 
-    def _last_sound(self, watch: Watch, goals: Goals, limit: jax.Array) -> "_End":
+    def _last_sound(self, watch: Watch, goals: Goals, limit: jax.Array) -> "End":
         """Go to the last iterate that is finite: the same steps again, from where the call began.
 
         They are the same because every step is a function of the one before.
@@ -259,16 +276,15 @@ class _Run:
             broken = int(after.num_steps)
             limit = jnp.asarray(broken - 1)
         self.carry = after
-        return _End("diverged", _why_diverged(self, broken + 1))
+        return End("diverged", _why_diverged(self, broken + 1))
 
-    def _stalled(self, watch: Watch, before: Carry, goals: Goals) -> bool:
-        """Whether no weight has changed for long, and none does in one step more."""
-        made = self.num_steps - int(before.num_steps)
-        if made == 0 or not bool(same_weights(before.weights, self.carry.weights)):
-            self.resting = 0
+    def _stalled(self, watch: Watch, goals: Goals) -> bool:
+        """Whether no weight has changed since the last mark, and none does in one step more."""
+        if self.num_steps % STALL_LOOK != 0:
             return False
-        self.resting += made
-        if self.resting < STALLED_AFTER:
+        same = bool(same_weights(self.rested, self.carry.weights))
+        self.rested = self.carry.weights
+        if not same:
             return False
         # A cycle may have come back to where it was.
         once = jnp.asarray(self.num_steps + 1)
@@ -276,9 +292,11 @@ class _Run:
         return bool(same_weights(further.weights, self.carry.weights))
 
 
-class _End(NamedTuple):
-    status: str
-    message: str
+class _Place(eqx.Module):
+    """Where a run stands between two calls of ``advance``."""
+
+    carry: Carry
+    rested: Weights
 
 
 def _follow(
@@ -288,35 +306,72 @@ def _follow(
     save: int | Sequence[float] | np.ndarray,
     progress: bool | None,
     max_steps: int,
-) -> _End:
+    checkpoint: Path | None,
+) -> End:
     """Run from saved point to saved point; returns the status and its message."""
     lead, *others = rules
     _, standing = run.look(rules)
     for rule, at in zip(rules, standing, strict=True):
         if at >= rule.goal:
-            return _End("reached", f"{rule!r} is met at the start; no step was made")
+            return End("reached", f"{rule!r} is met at the start; no step was made")
     begin = standing[0]
     grid = save_grid(lead, begin, save)
-    saved = 0
-    end = None
+    kept = Checkpoint(checkpoint, lambda: _identity(run, recorder, rules, grid), run, recorder)
+    done, end = kept.resume()
     with ProgressBar("gradient descent", begin, float(grid[-1]), progress) as bar:
-        try:
-            for value in grid:
-                targets = [_Target.of(lead, float(value))]
-                targets += [_Target.of(rule, rule.goal) for rule in others]
-                end = _reach(run, targets, max_steps, bar)
-                if run.num_steps > saved:  # a long step passes several points
-                    recorder.save(run.carry.weights, **run.scalars())
-                    saved = run.num_steps
-                if end is not None:
-                    return end
-        except KeyboardInterrupt:
-            if run.num_steps > saved:
+
+        def look() -> None:
+            log_risk, (at,) = run.look((lead,))
+            bar.update(at, f"{run.num_steps} steps, log R = {log_risk:.6g}")
+            kept.look(done)
+
+        def save_point() -> None:
+            if run.num_steps > recorder.num_steps:  # a long step passes several points
                 recorder.save(run.carry.weights, **run.scalars())
-            return _End(
-                "interrupted", "stopped by the keyboard; what was computed is in the record"
-            )
-    return _End("reached", f"{lead!r} after {run.num_steps} steps")
+
+        try:
+            while end is None:
+                targets = [_Target.of(lead, float(grid[done]))]
+                targets += [_Target.of(rule, rule.goal) for rule in others]
+                end = _reach(run, targets, max_steps, look)
+                if end is not None and end.status == "max_steps":
+                    kept.flush()  # without the point to come: a larger `max_steps` goes on
+                save_point()
+                done += 1
+                if end is None and done == len(grid):
+                    end = End("reached", f"{lead!r} after {run.num_steps} steps")
+                if end is None:
+                    kept.look(done)
+                elif end.status != "max_steps":
+                    kept.close(done, end)
+        except CheckpointError as error:
+            end = End("checkpoint_failed", str(error))
+        except KeyboardInterrupt:
+            end = End("interrupted", "stopped by the keyboard; what was computed is in the record")
+            with contextlib.suppress(CheckpointError):
+                kept.flush()
+        save_point()
+    return end
+
+
+def _identity(
+    run: _Run, recorder: Recorder, rules: tuple[AbstractRule, ...], grid: np.ndarray
+) -> dict[str, str]:
+    """What the run is, for its checkpoint."""
+    descent = run.descent
+    return identity(
+        descent.problem,
+        recorder.start,
+        recorder,
+        descent.step,
+        (run.carry,),
+        kind="gradient_descent",
+        until=[(type(rule).__name__, rule.value) for rule in rules],
+        save=grid,
+        optimizer=describe(descent.optimizer),
+        batch_size=descent.sampler and descent.sampler.size,
+        seed=run.seed,
+    )
 
 
 class _Target(NamedTuple):
@@ -338,7 +393,9 @@ class _Target(NamedTuple):
         return cls(rule, goal, None)
 
 
-def _reach(run: _Run, targets: list[_Target], max_steps: int, bar: ProgressBar) -> _End | None:
+def _reach(
+    run: _Run, targets: list[_Target], max_steps: int, look: Callable[[], None]
+) -> End | None:
     """Go on to the first of ``targets``: None if it is the leading one, else why the run ends."""
     lead, *others = targets
     watch, goals, watched = _watch(targets, run.descent)
@@ -353,13 +410,12 @@ def _reach(run: _Run, targets: list[_Target], max_steps: int, bar: ProgressBar) 
         met += [target for target in targets if target.steps == run.num_steps]
         for target in others:
             if target in met:
-                return _End("reached", f"{target.rule!r} after {run.num_steps} steps")
+                return End("reached", f"{target.rule!r} after {run.num_steps} steps")
         if lead in met or (lead.steps is not None and lead.steps < run.num_steps):
             return None
-        log_risk, (at,) = run.look((lead.rule,))
-        bar.update(at, f"{run.num_steps} steps, log R = {log_risk:.6g}")
+        look()
         if run.num_steps >= last:
-            return _End(
+            return End(
                 "max_steps",
                 f"{last} steps were made before {lead.rule!r} was reached; raise `max_steps`, or "
                 "take longer steps",
@@ -399,7 +455,7 @@ def _why_diverged(run: _Run, broken: int) -> str:
 
 def _why_stalled(run: _Run) -> str:
     log_risk, _ = run.look(())
-    where = f"no weight changed in the last {run.resting} steps, at log R = {log_risk:.6g}"
+    where = f"no weight changed in the last {STALL_LOOK} steps, at log R = {log_risk:.6g}"
     if log_risk < UNDERFLOW and not run.descent.meter.on_log_risk:
         return f"{where}. {_UNDERFLOWN.format(log_risk)}"
     return f"{where}: the steps are below the resolution of float64, or zero"

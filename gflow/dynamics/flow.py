@@ -444,7 +444,7 @@ def _identity(
         recorder,
         field,
         (np.float64(0.0), FlowState(recorder.start, np.zeros(()))),
-        kind="gradient_flow" ,
+        kind="gradient_flow",
         until=[(type(rule).__name__, rule.value) for rule in rules],
         save=grid,
         clock=run.clock,

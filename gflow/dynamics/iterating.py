@@ -132,6 +132,11 @@ class Descent(eqx.Module):
             order=carry.order,
         )
 
+    def step(self, carry: Carry) -> Carry:
+        """The iterate after one step."""
+        at, carry = self.evaluate(carry)
+        return self.move(carry, at)
+
 
 class Evaluation(NamedTuple):
     """What is known at an iterate before it moves."""
@@ -318,4 +323,5 @@ def _is_none(leaf: Any) -> bool:
 
 def _strong(leaf: Any) -> Array:
     leaf = jnp.asarray(leaf)
-    return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
+    weak = getattr(leaf, "weak_type", False)  # random keys are arrays without the attribute
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics import clocks, stepping
-from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.checkpoint import carry_of
+from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.progress import Pace
 from gflow.dynamics.stepping import Carry, Limits, Tolerance
 from gflow.dynamics.targets import Failure, Target, out_of_steps

@@ -3,7 +3,6 @@
 from types import TracebackType
 from typing import Any
 
-
 SECONDS_A_CALL = 0.25
 """How long the device runs between two looks of the host: progress moves and Ctrl-C answers."""
 

@@ -89,9 +89,7 @@ class Recorder:
             columns[name] = [jax.tree.leaves(weights)[index] for weights in kept]
         return columns
 
-    def resume(
-        self, columns: Mapping[str, np.ndarray], last: Weights, elapsed: float
-    ) -> None:
+    def resume(self, columns: Mapping[str, np.ndarray], last: Weights, elapsed: float) -> None:
         """Take over the points of an earlier part of the run, which ended at weights ``last``."""
         columns = dict(columns)
         if self.keep_weights:
