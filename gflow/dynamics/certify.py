@@ -97,7 +97,8 @@ def _repeat(run: "Run", recorder: Recorder, clock_values: Sequence[float], bar: 
     """Follow the flow over the same points; says why not, if not to the end."""
     run.save(recorder)
     for value in clock_values[1:]:
-        met = run.reach([Target.at(value, run.clock)], bar)
+        met = run.reach([Target.at(value, run.clock)], lambda: None)
+        bar.update(value, f"{run.now.num_steps} steps")
         if isinstance(met, Failure):
             return met.message
         run.save(recorder)

@@ -434,7 +434,7 @@ def _follow(
 
 
 def _identity(
-    run: _Run, recorder: Recorder, rules: tuple[AbstractRule, ...], grid: np.ndarray
+    run: Run, recorder: Recorder, rules: tuple[AbstractRule, ...], grid: np.ndarray
 ) -> dict[str, str]:
     """What the run is, for its checkpoint."""
     field = FlowField(run.problem, run.clock)
