@@ -24,7 +24,7 @@ from gflow.dynamics import checkpoint as module, near, progress
 DATA = gflow.datasets.separable(n=12, d=2, margin=0.2, seed=1)
 PROBLEM = gflow.Problem(DATA, loss=gflow.Exponential())
 START = gflow.init.admissible(gflow.init.gaussian((2, 3, 1), seed=0), PROBLEM)
-STEPS = 3_000
+STEPS = 400
 
 
 class Shaken(NamedTuple):

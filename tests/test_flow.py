@@ -215,6 +215,7 @@ def test_an_interrupted_run_returns_what_was_done(flow, monkeypatch):
         return advance(*args, **options)
 
     monkeypatch.setattr(stepping, "advance", interrupted)
+    monkeypatch.setattr("gflow.dynamics.near.ATTEMPTS_AT_FIRST", 1_000)  # a call a saved point
     record = gflow.gradient_flow(
         problem, WEIGHTS, until=gflow.LogRisk(-300), save=[-1, -5, -20, -100]
     )
@@ -226,7 +227,8 @@ def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(flow, monkeypatch):
     problem, _ = flow
     arguments = {"until": gflow.LogRisk(-20), "save": 3}
     whole = gflow.gradient_flow(problem, WEIGHTS, **arguments)
-    monkeypatch.setattr("gflow.dynamics.near.ATTEMPTS_A_CALL", 7)
+    monkeypatch.setattr("gflow.dynamics.near.ATTEMPTS_AT_FIRST", 7)
+    monkeypatch.setattr("gflow.dynamics.progress.SECONDS_A_CALL", 0.0)
     pieces = gflow.gradient_flow(problem, WEIGHTS, **arguments)
     np.testing.assert_array_equal(whole.end_to_end, pieces.end_to_end)
 
