@@ -257,7 +257,8 @@ class _Run:
         limit = jnp.asarray(min(num_steps, self.num_steps + self.pace.size, mark))
         after, hits, sound = advance(self.descent, watch, before, limit, goals)
         hits, sound = np.array(hits), bool(sound)
-        self.pace.took(time.perf_counter() - began)
+        full = int(after.num_steps) - self.num_steps == self.pace.size
+        self.pace.took(time.perf_counter() - began, full=full)
         if not sound:
             return np.zeros_like(hits), self._last_sound(watch, goals, limit)
         self.carry = after
@@ -337,6 +338,8 @@ def _follow(
                 if end is not None and end.status == "max_steps":
                     kept.flush()  # without the point to come: a larger `max_steps` goes on
                 save_point()
+                if end is None:
+                    bar.update(float(grid[done]), f"{run.num_steps} steps")
                 done += 1
                 if end is None and done == len(grid):
                     end = End("reached", f"{lead!r} after {run.num_steps} steps")

@@ -17,9 +17,15 @@ class Pace:
     def __init__(self, size: int):
         self.size = size
 
-    def took(self, seconds: float) -> None:
-        """Learn from the last call."""
-        if seconds < SECONDS_A_CALL / 2:
+    def took(self, seconds: float, *, full: bool = True) -> None:
+        """Learn from the last call.
+
+        Args:
+            seconds: that it took.
+            full: whether it made all its steps; one that a saved point cut short says nothing of
+                how long the next will take.
+        """
+        if full and seconds < SECONDS_A_CALL / 2:
             self.size *= 2
         elif seconds > 2 * SECONDS_A_CALL:
             self.size = max(1, self.size // 2)
