@@ -2,22 +2,22 @@
 
 The bare loop is what one writes by hand: the mean logistic loss, `jax.grad`, an optax update, all
 in one jitted `lax.scan` that returns the final weights and nothing else. Both make the same steps
-from the same start in double precision, alternately, after compilation. What a step costs is the
-difference between a long call and one of a tenth of its steps; what is left, the fixed cost of a
-call with its checks and its record, is listed apart. With PyTorch installed its eager loop, the
-same arithmetic without any tool, is timed as well.
+from the same start in double precision, in turns, after compilation. What a step costs is the
+difference between the least times of a long call and of one of a tenth of its steps: noise only
+adds. What is left, the fixed cost of a call with its checks and its record, is listed apart. With
+PyTorch installed its eager loop, the same arithmetic without any tool, takes its turns as well,
+with one thread and with all; the faster counts.
 
     python benchmarks/descent_throughput.py [--quick] [--out FOLDER]
 """
 
 import os
-import statistics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import Report, begin, parser, seconds
+from common import Report, begin, parser, seconds, table
 
 import gflow
 
@@ -30,6 +30,9 @@ NETWORKS = {10: ((2, 10, 10, 10, 1), 300_000), 256: ((20, 256, 256, 256, 1), 5_0
 """Width: (widths, steps of one run)."""
 
 REPEATS = 7
+
+SAME = 1e-12
+"""By how much the final weights of all contestants may differ."""
 
 
 def bare_loop(z, optimizer, steps):
@@ -52,13 +55,16 @@ def bare_loop(z, optimizer, steps):
     return lambda weights: jax.block_until_ready(loop(weights))
 
 
-def torch_loop(z, steps, rate=0.1):
-    import torch
+def torch_loop(z, rate=0.1):
+    """The same in PyTorch, with a given number of threads; None without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    z = torch.tensor(np.asarray(z))
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    z = torch.tensor(z)
-
-    def loop(weights):
+    def loop(weights, steps, threads):
+        torch.set_num_threads(threads)
         layers = [torch.tensor(np.asarray(w), requires_grad=True) for w in weights]
         optimizer = torch.optim.SGD(layers, lr=rate)
         for _ in range(steps):
@@ -66,7 +72,9 @@ def torch_loop(z, steps, rate=0.1):
             for matrix in reversed(layers[:-1]):
                 row = row @ matrix
             optimizer.zero_grad()
-            torch.nn.functional.softplus(-(z @ row[0])).mean().backward()
+            # logaddexp: softplus of PyTorch is linear beyond 20
+            margins = z @ row[0]
+            torch.logaddexp(torch.zeros_like(margins), -margins).mean().backward()
             optimizer.step()
         return [layer.detach().numpy() for layer in layers]
 
@@ -86,60 +94,67 @@ def compare(width, name, steps):
 
     def contestants(steps):
         bare = bare_loop(z, optimizer, steps)
-        return {
-            "bare": lambda: bare(weights),
-            "gflow": ours(gflow.Steps(steps)),
+        found = {"bare": lambda: bare(weights), "gflow": ours(gflow.Steps(steps))}
+        if name == "sgd":
             # Asking a rule at every iterate, for a risk that is never reached.
-            "gflow, watching the risk": ours(gflow.LogRisk(-1e9) | gflow.Steps(steps)),
-        }
+            found["watching"] = ours(gflow.LogRisk(-1e9) | gflow.Steps(steps))
+        return found
 
-    long, short = contestants(steps), contestants(steps // 10)
-    first = {key: seconds(call)[0] for key, call in long.items()}
-    for call in short.values():
-        call()
-    times, fixed, results = ({key: [] for key in long} for _ in range(3))
+    counts = (steps, steps // 10)
+    calls = {(key, n): call for n in counts for key, call in contestants(n).items()}
+    few = max(100, steps // 200)
+    if name == "sgd" and (peer := torch_loop(data.signed_inputs)) is not None:
+        for threads in {1, os.cpu_count() or 1}:
+            for n in (few, few // 10):
+                key = (f"torch, {threads} threads", n)
+                calls[key] = lambda n=n, threads=threads: peer(weights, n, threads)
+    first, results, took = {}, {}, {key: [] for key in calls}
+    for key, call in calls.items():
+        first[key], _ = seconds(call)
     for _ in range(REPEATS):
-        for key in long:
-            took, results[key] = seconds(long[key])
-            step = (took - seconds(short[key])[0]) / (steps - steps // 10)
-            times[key].append(1e6 * step)
-            fixed[key].append(took - steps * step)
+        for key, call in calls.items():
+            wall, results[key] = seconds(call)
+            took[key].append(wall)
+    least = {key: min(each) for key, each in took.items()}
+
+    def step(key, n):
+        return (least[key, n] - least[key, n // 10]) / (n - n // 10)
+
+    names = [key for key, n in calls if n == steps]
     found = {
         "width": width,
         "optimiser": name,
         "steps": steps,
-        "first_call_s": first,
-        "fixed_s": {key: statistics.median(t) for key, t in fixed.items()},
-        "step_us": {key: statistics.median(t) for key, t in times.items()},
-        "step_us_least": {key: min(t) for key, t in times.items()},
+        "first_call_s": {key: first[key, steps] for key in names},
+        "fixed_s": {key: least[key, steps] - steps * step(key, steps) for key in names},
+        "step_us": {key: 1e6 * step(key, steps) for key in names},
+        "whole_call_s": {key: least[key, steps] for key in names},
+        "throughput": step("bare", steps) / step("gflow", steps),
+        "difference": largest(final(results["gflow", steps]), results["bare", steps]),
     }
-    for key in list(long)[1:]:
-        ratios = sorted(b / t for b, t in zip(times["bare"], times[key], strict=True))
-        found[f"throughput, {key}"] = {
-            "median": statistics.median(ratios),
-            "least": ratios[0],
-            "greatest": ratios[-1],
+    if "watching" in names:
+        found["throughput_watching"] = step("bare", steps) / step("watching", steps)
+    peers = {key: step(key, few) for key, n in calls if n == few and key.startswith("torch")}
+    if peers:
+        import torch
+
+        fastest = min(peers, key=lambda key: peers[key])
+        found |= {
+            "torch": torch.__version__,
+            "torch_threads": {key: 1e6 * each for key, each in peers.items()},
+            "torch_step_us": 1e6 * peers[fastest],
+            "torch_over_gflow": peers[fastest] / step("gflow", steps),
+            "torch_difference": largest(final(ours(gflow.Steps(few))()), results[fastest, few]),
         }
-    final = results["gflow"]
-    found["largest_difference_of_weights"] = max(
-        float(np.max(np.abs(final[f"final_weights_{k}"].values - np.asarray(w))))
-        for k, w in enumerate(results["bare"], start=1)
-    )
-    if name == "sgd":
-        found["torch"] = against_torch(data, weights, steps, results["bare"])
     return found
 
 
-def against_torch(data, weights, steps, expected):
-    try:
-        import torch
-    except ImportError:
-        return None
-    few = max(100, steps // 200)
-    loop = torch_loop(data.signed_inputs, few)
-    loop(weights)
-    took = statistics.median(seconds(lambda: loop(weights))[0] for _ in range(3))
-    return {"version": torch.__version__, "steps": few, "step_us": 1e6 * took / few}
+def final(record):
+    return [record[f"final_weights_{k}"].values for k in range(1, record.sizes["layer"] + 1)]
+
+
+def largest(a, b):
+    return max(float(np.max(np.abs(x - np.asarray(y)))) for x, y in zip(a, b, strict=True))
 
 
 def main():
@@ -149,17 +164,14 @@ def main():
     for width, (_, steps) in NETWORKS.items():
         for name in OPTIMISERS:
             row = compare(width, name, steps // 5 if options.quick else steps)
-            rows.append(row)
-            us, ratio = row["step_us"], row["throughput, gflow"]
-            watching = row["throughput, gflow, watching the risk"]
-            print(
-                f"width {width:3d} {name:9s} bare {us['bare']:7.2f} us, gflow "
-                f"{us['gflow']:7.2f} us: throughput {ratio['median']:.3f} "
-                f"[{ratio['least']:.3f}, {ratio['greatest']:.3f}]; watching the risk "
-                f"{watching['median']:.3f}; weights differ by "
-                f"{row['largest_difference_of_weights']:.1e}",
-                flush=True,
-            )
+            rows.append({**row, **{f"{key}_us": us for key, us in row["step_us"].items()}})
+    table(
+        rows,
+        "width:d optimiser:s bare_us:.2f gflow_us:.2f throughput:.3f throughput_watching:.3f "
+        "torch_step_us:.1f torch_over_gflow:.1f difference:.1e torch_difference:.1e",
+    )
+    differences = [row[key] for row in rows for key in row if key.endswith("difference")]
+    print(f"all final weights equal to {max(differences):.1e}; wanted {SAME:g}")
     report.write(rows=rows)
 
 
