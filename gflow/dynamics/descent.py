@@ -272,7 +272,7 @@ class _Run:
         """
         watch = dataclasses.replace(watch, careful=True)
         before, sound, broken = self.carry, False, limit
-        while not sound:
+        while not sound and int(before.num_steps) < broken:
             after, _, sound = advance(self.descent, watch, before, limit, goals)
             broken = int(after.num_steps)
             limit = jnp.asarray(broken - 1)

@@ -23,7 +23,7 @@ import optax
 
 from gflow.dynamics.step_meter import Elapsed, StepMeter
 from gflow.dynamics.until import AbstractRule, Coordinates
-from gflow.problem.network import Array, DeepLinear, Weights
+from gflow.problem.network import Array, DeepLinear, Weights, inner_product
 from gflow.problem.observables import largest_misalignment
 from gflow.problem.risk import Problem
 
@@ -107,7 +107,7 @@ class Descent(eqx.Module):
         slopes = jnp.exp(problem.loss.log_slope(margins)) / margins.shape[0]
         found = Evaluation(
             problem=problem,
-            sound=jnp.all(jnp.isfinite(margins)),
+            sound=sound(carry.weights, margins),
             log_risk=losses.log_risk,
             log_gradient=pull(-problem.gather(losses.slopes))[0],
             gradient=pull(-problem.gather(slopes))[0],
@@ -143,7 +143,7 @@ class Evaluation(NamedTuple):
 
     problem: Problem
     sound: Array
-    """Whether all margins are finite."""
+    """Whether weights and margins are (see `sound`)."""
     log_risk: Array
     log_gradient: Weights
     gradient: Weights
@@ -247,9 +247,12 @@ def advance(
         elapsed = meter.predict(elapsed, carry.num_steps)
         carry = _with_elapsed(carry, elapsed)
         hits = jnp.concatenate([hits, jnp.array(_timed(watch, elapsed, goals), dtype=bool)])
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(carry.weights)]
-    margins = jnp.isfinite(descent.problem.margins(carry.weights))
-    return carry, hits, jnp.all(jnp.stack(leaves)) & jnp.all(margins)
+    return carry, hits, sound(carry.weights, descent.problem.margins(carry.weights))
+
+
+def sound(weights: Weights, margins: Array) -> Array:
+    """Whether weights and margins have finite norms, so that everything observed of them is."""
+    return jnp.isfinite(inner_product(weights, weights)) & jnp.isfinite(jnp.dot(margins, margins))
 
 
 @eqx.filter_jit
