@@ -49,3 +49,4 @@ from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.risk import Problem as Problem
 from gflow.record import load as load, save as save
 from gflow.report import plot as plot
+from gflow.report.check import Check as Check, Checks as Checks, check as check

@@ -1,4 +1,4 @@
-"""The command line: ``gflow reproduce`` and ``gflow run CONFIG.toml``."""
+"""The command line: ``gflow reproduce``, ``gflow run CONFIG.toml`` and ``gflow check``."""
 
 import argparse
 import sys
@@ -75,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("config", metavar="CONFIG.toml")
     run.add_argument("--out", metavar="DIR", default=None, help="default: out/NAME of the file")
     run.set_defaults(command=_run)
+
+    check = commands.add_parser(
+        "check",
+        parents=[shared],
+        help="the solvers against every closed form, on this machine",
+        description="Follow every flow that has a closed form at the default tolerances and print "
+        "the correct digits; about a minute. Exit code 1 if any has fewer than eight.",
+    )
+    check.set_defaults(command=_check)
     return parser
 
 
@@ -117,6 +126,14 @@ def _run(options: argparse.Namespace) -> int:
         progress=False if options.no_progress else None,
     )
     return _exit_code(outcomes)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from gflow.report.check import check
+
+    found = check(show=True)
+    print(f"\n{found.summary}")
+    return 0 if found.passed else FAILED
 
 
 def _exit_code(outcomes: list) -> int:
