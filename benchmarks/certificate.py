@@ -63,12 +63,13 @@ def draw(number):
 def relative(name, record, error):
     """An error at each saved point relative to the size of the observable, worst component."""
     value = np.abs(np.asarray(record[name].values, dtype=np.float64))
-    error = np.asarray(error, dtype=np.float64)
+    error = np.nan_to_num(np.asarray(error, dtype=np.float64))
     if name == "end_to_end":
         value, error = np.linalg.norm(value, axis=1), np.linalg.norm(error, axis=1)
     if name.startswith("log_"):
         value = np.maximum(value, 1.0)
     # What passes through zero is measured against its neighbours.
+    value = np.where(np.isfinite(value), value, 0.0)
     padded = np.pad(value, [(1, 1), *[(0, 0)] * (value.ndim - 1)])
     value = np.max([padded[:-2], padded[1:-1], padded[2:]], axis=0)
     if name in SMALL:  # zero has no relative error: what is below the floor counts as the floor

@@ -20,6 +20,7 @@ first. A looser second run, though cheaper, measures its own error, which is not
 any constant factor (``benchmarks/certificate.py``).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,10 @@ TIGHTEST = 1e-12
 """A run of a smaller tolerance is compared with a looser one: a tighter one would meet round-off.
 The estimate is then the other's error, and larger than that of the run."""
 
-FEW_STEPS = 4
-"""Between saved points that so many steps or fewer join it is the saved points that shorten the
-steps, whatever the tolerance. There the second run takes at least one step more, all of one length:
-at the solvers' orders that is worth the factor of the tolerances."""
+FEW_STEPS, SHORTER = 10, 1.3
+"""Between saved points that so many steps or fewer join it may be the saved points, or what Newton's
+iteration bears, that shorten the steps, whatever the tolerance. There the second run takes steps
+shorter by the second number: at the solvers' orders that is worth the factor of the tolerances."""
 
 NEIGHBOURS = 2
 """Saved points on either side whose relative error a point may have: an error that changes its sign
@@ -110,7 +111,7 @@ def _repeat(
     """Follow the flow over the same points; says why not, if not to the end."""
     run.save(recorder)
     for (before, after), taken in zip(pairwise(clock_values), np.diff(steps), strict=True):
-        pieces = int(taken) + 1 if taken <= FEW_STEPS else 1
+        pieces = math.ceil(SHORTER * taken) if taken <= FEW_STEPS else 1
         for value in [*np.linspace(before, after, pieces + 1)[1:-1], after]:
             met = run.reach([Target.at(value, run.clock)], lambda: None)
             bar.update(value, f"{run.now.num_steps} steps")
