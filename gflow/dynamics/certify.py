@@ -44,8 +44,8 @@ TIGHTEST = 1e-12
 The estimate is then the other's error, and larger than that of the run."""
 
 FEW_STEPS, SHORTER = 10, 1.3
-"""Between saved points that so many steps or fewer join it may be the saved points, or what Newton's
-iteration bears, that shorten the steps, whatever the tolerance. There the second run takes steps
+"""Between saved points joined by so many steps or fewer it may be the saved points, or what Newton
+bears, that shorten the steps, whatever the tolerance. There the second run takes steps
 shorter by the second number: at the solvers' orders that is worth the factor of the tolerances."""
 
 NEIGHBOURS = 2
