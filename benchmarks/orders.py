@@ -2,11 +2,15 @@
 
 A network of three layers, logistic loss: the distance of descent at a given time from gradient
 flow, from the flow of the modified equation of first and of second order, and of its Richardson
-extrapolation from gradient flow. Expected: orders 1, 2, 3 and 2.
+extrapolation from gradient flow. Expected: orders 1, 2, 3 and 2. Beside it, from a start close to
+the saddle at zero, the gap along time at one learning rate and its two bounds from the curvature
+along the flow (`gflow.gap_bound`).
 
     python benchmarks/orders.py [--quick] [--out FOLDER]
 """
 
+import numpy as np
+import optax
 from common import Report, begin, parser
 
 import gflow
@@ -19,6 +23,9 @@ CLOSE = 0.03
 
 EXPECTED = (1, 2, 3)
 
+RATE, LONG = 0.1, 1000.0
+"""Learning rate and last time of the gap along time."""
+
 
 def measure(steps):
     data = gflow.datasets.separable(n=20, d=WIDTHS[0], margin=0.2, seed=1)
@@ -27,11 +34,57 @@ def measure(steps):
     return gflow.ladder(problem, start, [TIME / count for count in steps], TIME)
 
 
-def figure(found):
-    """Gap against learning rate, with the slope that each tends to."""
+def along(points=40):
+    """Gap and bounds along time; times are whole numbers of steps."""
+    data = gflow.datasets.separable(n=20, d=WIDTHS[0], margin=0.2, seed=1)
+    problem = gflow.Problem(data, loss=gflow.Logistic())
+    small = gflow.init.balanced(WIDTHS, end_to_end=0.05 * data.max_margin().direction)
+    steps = np.unique(np.geomspace(1, LONG / RATE, points).astype(int))
+    descent = gflow.gradient_descent(
+        problem,
+        small,
+        optax.sgd(RATE),
+        until=gflow.Steps(int(steps[-1])),
+        save=steps,
+        keep_weights=True,
+    )
+    times = descent.log_time.values[1:]
+    flow = gflow.gradient_flow(
+        problem,
+        small,
+        until=gflow.LogTime(float(times[-1])),
+        save=times,
+        keep_weights=True,
+        rtol=1e-11,
+    )
+    gaps = gflow.compare(flow, descent).isel(point=slice(1, None))
+    bound = gflow.gap_bound(problem, small, times)
+    gap = np.sqrt((gaps.weights_gap**2).sum("layer")).values
+    return {
+        "learning_rate": RATE,
+        "time": np.exp(times),
+        "gap": gap,
+        "error_bar": np.sqrt((gaps.weights_gap_error**2).sum("layer")).values,
+        "bound": RATE * bound.bound.values,
+        "uniform_bound": RATE * bound.uniform_bound.values,
+        "growth": bound.growth.values,
+        "holds": bool(np.all(gap <= RATE * bound.bound.values)),
+    }
+
+
+def figure(found, gaps):
+    """Gap against learning rate, with the slope that each tends to; gap against time."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(4.8, 3.8), layout="constrained")
+    fig, (ax, beside) = plt.subplots(1, 2, figsize=(9.4, 3.8), layout="constrained")
+    beside.loglog(gaps["time"], gaps["uniform_bound"], ":", color="#E69F00", label="uniform bound")
+    beside.loglog(gaps["time"], gaps["bound"], "--", color="#D55E00", label="bound along the flow")
+    beside.loglog(gaps["time"], gaps["gap"], "o-", color="#0072B2", markersize=3, label="gap")
+    beside.loglog(gaps["time"], gaps["error_bar"], color="grey", label="the flow's error bar")
+    beside.set(xlabel="time", ylabel="distance of descent's weights from the flow's")
+    beside.set_title(f"learning rate {gaps['learning_rate']:g}, start near the saddle", fontsize=9)
+    beside.legend(fontsize=8)
+    beside.grid(alpha=0.3)
     rates = found.learning_rate.values
     curves = [
         (str(model), found.gap.sel(model=model).values, found.order.sel(model=model), slope)
@@ -61,8 +114,15 @@ def main():
         verdict = "holds" if abs(order - expected) < CLOSE else "MISSES"
         print(f"{model:28s} order {order:.4f}, expected {expected} within {CLOSE}: {verdict}")
     print(f"{'Richardson':28s} order {float(found.richardson_order):.4f}, expected 2")
+    gaps = along(15 if options.quick else 40)
+    print(
+        f"gap at time {LONG:g}: {gaps['gap'][-1]:.3e}, bounds {gaps['bound'][-1]:.3e} and "
+        f"{gaps['uniform_bound'][-1]:.3e}, growth exp({gaps['growth'][-1]:.3f}); below its bound "
+        f"at every time: {gaps['holds']}"
+    )
     report.write(
-        figure(found),
+        figure(found, gaps),
+        along_time=gaps,
         widths=WIDTHS,
         orders=orders,
         within=max(abs(a - b) for a, b in zip(orders.values(), EXPECTED, strict=True)) < CLOSE,
