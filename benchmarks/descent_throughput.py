@@ -29,7 +29,7 @@ OPTIMISERS = {
 NETWORKS = {10: ((2, 10, 10, 10, 1), 300_000), 256: ((20, 256, 256, 256, 1), 5_000)}
 """Width: (widths, steps of one run)."""
 
-REPEATS = 7
+REPEATS = 5
 
 SAME = 1e-12
 """By how much the final weights of all contestants may differ."""

@@ -55,7 +55,7 @@ STEPS_AT_FIRST = 64
 MISALIGNMENT_EVERY = 100
 """Steps between two tests of a `Misalignment` rule, which needs singular vectors."""
 
-STALL_LOOK = 8_192
+STALL_LOOK = 32_768
 """A run is called stalled when no weight has changed between two multiples of so many steps: fixed
 ones, so that where it ends does not depend on the machine's speed."""
 
