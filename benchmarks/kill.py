@@ -3,8 +3,8 @@
 A flow (explicit steps, so that it is long) and a descent with mini-batches and Adam run with a
 checkpoint in processes of their own, each killed at a random moment after it began to compute; the
 same call then goes on. When a run has ended its record is compared with that of one that was never
-stopped, every variable and attribute but times. Also shown: how old the file was at the kill, the
-seconds that were lost.
+stopped, every variable and attribute but times. Also shown: the age of the file at the kill
+(right after a restart that of the file it found, so the time of the new process's set-up too).
 
     python benchmarks/kill.py [--quick] [--out FOLDER]
 """
@@ -87,14 +87,14 @@ def kill_one(verb: str, path: Path, record: Path, after: float) -> dict | None:
         killed_at = time.time()
         process.wait()
         if not path.exists():
-            return {"verb": verb, "after_s": after, "steps_kept": 0, "lost_s": after}
+            return {"verb": verb, "after_s": after, "steps_kept": 0, "file_age_s": after}
         with np.load(path) as file:  # whole, whatever the moment
             kept = int(file["points/num_steps"][-1])
         return {
             "verb": verb,
             "after_s": after,
             "steps_kept": kept,
-            "lost_s": killed_at - path.stat().st_mtime,
+            "file_age_s": killed_at - path.stat().st_mtime,
         }
     finally:
         process.stdout.close()
@@ -132,7 +132,7 @@ def main():
                 print(f"{verb}: {len(mine)} kills, differing: {names or 'nothing'}", flush=True)
             rows += mine
         strays = len(list(Path(folder).glob(".*.part")))
-    table(rows, "verb:s after_s:.2f steps_kept:d lost_s:.2f")
+    table(rows, "verb:s after_s:.2f steps_kept:d file_age_s:.2f")
     report.write(
         None,
         rows=rows,
