@@ -29,8 +29,10 @@ from gflow.dynamics.step_sizes import (
     polyak as polyak,
 )
 from gflow.dynamics.until import (
+    KKT as KKT,
     LogRisk as LogRisk,
     LogTime as LogTime,
+    MarginGap as MarginGap,
     Misalignment as Misalignment,
     Steps as Steps,
     Time as Time,

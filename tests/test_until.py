@@ -10,7 +10,7 @@ HERE = Coordinates(
     log_risk=np.float64(-3.0),
     log_time=np.float64(math.log(5.0)),
     num_steps=np.int64(7),
-    misalignment=np.float64(1e-3),
+    small={"misalignment": np.float64(1e-3)},
 )
 
 
@@ -83,3 +83,17 @@ def test_impossible_goals_are_refused(make):
 def test_something_else_than_a_rule_is_named():
     with pytest.raises(ValueError, match="`until` is -100"):
         as_rules(-100)  # pyright: ignore
+
+
+@pytest.mark.parametrize("rule", [gflow.MarginGap(1e-3), gflow.KKT(0.1)])
+@pytest.mark.parametrize("far", [False, True], ids=["weights", "split"])
+def test_rules_on_small_variables_stop_where_they_are_met(rule, far):
+    data = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
+    problem = gflow.Problem(data, loss=gflow.Exponential())
+    weights = gflow.init.admissible(gflow.init.gaussian((2, 4, 1), seed=0), problem)
+    if far:
+        rule = type(rule)(1e-9 if rule.variable == "margin_gap" else 3e-4)
+    record = gflow.gradient_flow(problem, weights, until=rule, save=2)
+    assert record.attrs["status"] == "reached"
+    assert record[rule.variable][-1] == pytest.approx(rule.value, rel=1e-9)
+    assert bool(record.beyond_hand_over[-1]) == far

@@ -134,7 +134,7 @@ def gradient_descent(
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
-    rules = as_rules(until)
+    rules = tuple(rule.on(problem) for rule in as_rules(until))
     max_steps = positive_count("max_steps", max_steps)
     size = _batch_size(batch_size, problem.data.num_points)
     if misaligning(rules, problem):
@@ -431,14 +431,14 @@ def _watch(targets: list[_Target], descent: Descent) -> tuple[Watch, Goals, list
     groups: dict[str, list[_Target]] = {"cheap": [], "costly": [], "timed": []}
     for target in targets:
         rule = target.rule
-        if rule.needs_misalignment or (sampler is not None and isinstance(rule, LogRisk)):
+        if rule.variable is not None or (sampler is not None and isinstance(rule, LogRisk)):
             groups["costly"].append(target)
         elif isinstance(rule, Time | LogTime) and descent.meter.predictable:
             groups["timed"].append(target)
         elif not isinstance(rule, Steps):
             groups["cheap"].append(target)
     every = 1 if sampler is None else sampler.batches_an_epoch(descent.problem)
-    if any(target.rule.needs_misalignment for target in groups["costly"]):
+    if any(target.rule.variable is not None for target in groups["costly"]):
         every = max(every, MISALIGNMENT_EVERY)
     rules = {key: tuple(anonymous(t.rule) for t in group) for key, group in groups.items()}
     goals = {key: tuple(jnp.asarray(t.goal) for t in group) for key, group in groups.items()}

@@ -118,16 +118,14 @@ class FarRun:
         return self.before + state.num_steps - self.began
 
     def _progress(self, state: SplitState, rule: AbstractRule) -> float:
-        misalignment = (
-            np.max(observables(state)["misalignment"], initial=0.0)
-            if rule.needs_misalignment
-            else np.nan
-        )
+        small = {}
+        if rule.variable is not None:
+            small[rule.variable] = np.max(observables(state)[rule.variable], initial=0.0)
         at = Coordinates(
             log_risk=np.float64(state.log_risk),
             log_time=np.float64(state.log_time),
             num_steps=np.int64(self._steps(state)),
-            misalignment=np.float64(misalignment),
+            small=small,
         )
         return float(rule.progress(at))
 

@@ -141,7 +141,7 @@ def gradient_flow(
     """
     rtol, atol = _tolerances(rtol, atol)
     max_steps = positive_count("max_steps", max_steps)
-    rules = as_rules(until)
+    rules = tuple(rule.on(problem) for rule in as_rules(until))
     with jax.enable_x64(True):
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)

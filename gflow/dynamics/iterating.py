@@ -14,6 +14,7 @@ expect, and underflows with the risk; $g = \nabla\log R$ with $\log R$ never doe
 rules that can use it (`gflow.on_log_risk`).
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -22,9 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from gflow.dynamics.step_meter import Elapsed, StepMeter
-from gflow.dynamics.until import AbstractRule, Coordinates
+from gflow.dynamics.until import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, DeepLinear, Weights, inner_product
-from gflow.problem.observables import largest_misalignment
 from gflow.problem.risk import Problem
 
 
@@ -266,12 +266,11 @@ def look(
 
 def look_around(problem: Problem, carry: Carry, rules: tuple[AbstractRule, ...]) -> Coordinates:
     """The coordinates of an iterate, with all that the rules need."""
-    needed = any(rule.needs_misalignment for rule in rules)
     return coordinates(
         carry.num_steps,
         carry.elapsed,
         problem.log_risk(carry.weights),
-        largest_misalignment(carry.weights) if needed else None,
+        watched(rules, problem, carry.weights),
     )
 
 
@@ -279,7 +278,7 @@ def coordinates(
     num_steps: Array,
     elapsed: Elapsed | None,
     log_risk: Array,
-    misalignment: Array | None = None,
+    small: Mapping[str, Array] | None = None,
 ) -> Coordinates:
     """What rules look at; NaN for what is not known."""
     unknown = jnp.full_like(log_risk, jnp.nan)
@@ -287,7 +286,7 @@ def coordinates(
         log_risk=log_risk,
         log_time=unknown if elapsed is None else elapsed.log_time,
         num_steps=num_steps,
-        misalignment=unknown if misalignment is None else misalignment,
+        small=small or {},
     )
 
 
@@ -300,7 +299,7 @@ def same_weights(a: Weights, b: Weights) -> Array:
 
 def misaligning(rules: tuple[AbstractRule, ...], problem: Problem) -> bool:
     """Whether some rule asks for singular vectors that the network does not have."""
-    return any(rule.needs_misalignment for rule in rules) and not isinstance(
+    return any(rule.variable is not None for rule in rules) and not isinstance(
         problem.network, DeepLinear
     )
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gflow.dynamics.split import Layer, SplitState
+from gflow.dynamics.split_field import SplitField
 
 DOMINANCE = 4.0
 r"""$\sigma^2/\lVert C\rVert_2^2$ from which on the secular equation is used."""
@@ -94,6 +95,7 @@ def observables(state: SplitState) -> dict[str, np.ndarray]:
     toward = abs(first[0]) / np.linalg.norm(first)
     total = state.minus_log_risk - np.log(geometry.num_points)
     return {
+        "kkt_residual": np.asarray(kkt_residual(state, state.along + lowest)),
         "log_risk": np.asarray(state.log_risk),
         "margin": np.asarray((state.along + lowest) / norm),
         # gamma |w| - min q = m (stretch - 1) - min bracket
@@ -111,6 +113,27 @@ def observables(state: SplitState) -> dict[str, np.ndarray]:
         "imbalance_drift": np.asarray(imbalance_drift(state)),
         "end_to_end": state.input_basis @ np.append(along, state.across),
     }
+
+
+def kkt_residual(state: SplitState, smallest: float) -> float:
+    r"""``gflow.observables.kkt_residual``, with the softmax weights of split coordinates.
+
+    Rounded weights do not know which points share the slope; their layers are exact enough.
+    """
+    zbar = SplitField(state).weigh(state).zbar
+    right = state.input_basis[:, : len(zbar)] @ zbar
+    weights = state.weights()
+    lefts = [np.ones(1)]
+    for matrix in reversed(weights[1:]):
+        lefts.insert(0, lefts[0] @ matrix)
+    slopes = []
+    for left, matrix in zip(lefts, weights, strict=True):
+        slopes.append(np.outer(left, right))
+        right = matrix @ right
+    size = np.sqrt(sum(np.sum(matrix**2) for matrix in weights))
+    slope = np.sqrt(sum(np.sum(matrix**2) for matrix in slopes))
+    apart = sum(np.sum((w / size - g / slope) ** 2) for w, g in zip(weights, slopes, strict=True))
+    return float(size / smallest ** (1 / len(weights)) * np.sqrt(apart))
 
 
 def imbalance_drift(state: SplitState) -> float:

@@ -18,9 +18,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gflow.dynamics.field import FlowField, FlowState
-from gflow.dynamics.until import AbstractRule, Coordinates
+from gflow.dynamics.until import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, Weights, squared_norm
-from gflow.problem.observables import largest_misalignment
 
 RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF = range(7)
 """Why ``advance`` returned: the clock landed on its target, a watched rule was crossed, the step
@@ -128,9 +127,7 @@ def observe(
         log_risk=log_risk,
         log_time=jnp.log(state.scaled_time) - log_risk,
         num_steps=num_steps,
-        misalignment=largest_misalignment(state.weights)
-        if any(rule.needs_misalignment for rule in rules)
-        else jnp.full_like(log_risk, jnp.nan),
+        small=watched(rules, field.problem, state.weights),
     )
 
 

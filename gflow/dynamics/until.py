@@ -7,15 +7,17 @@ sensible one (roughly the logarithm of the coordinate).
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
-from gflow.problem.network import Array
+from gflow.problem import observables
+from gflow.problem.network import Array, Weights
+from gflow.problem.risk import Problem
 
 
 class Coordinates(NamedTuple):
@@ -24,15 +26,16 @@ class Coordinates(NamedTuple):
     log_risk: Array
     log_time: Array
     num_steps: Array
-    misalignment: Array
-    """Largest over the pairs of neighbouring layers; NaN where nobody asked for it."""
+    small: Mapping[str, Array]
+    """The variables that rules watch beside these, by name."""
 
 
 class AbstractRule(eqx.Module):
     """One stopping condition; join several with ``|``: whichever comes first."""
 
     value: eqx.AbstractVar[float]
-    needs_misalignment: eqx.AbstractClassVar[bool]
+    variable: ClassVar[str | None] = None
+    """The variable of the record, tending to zero, that the rule watches, if it is one."""
 
     def __or__(self, other: "AbstractRule | AnyOf") -> "AnyOf":
         return AnyOf((self,)) | other
@@ -48,6 +51,14 @@ class AbstractRule(eqx.Module):
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         """The increasing coordinate of values given in the rule's own coordinate."""
 
+    def on(self, problem: Problem) -> "AbstractRule":
+        """The rule with all that it needs to know of a problem."""
+        return self
+
+    def measure(self, problem: Problem, weights: Weights) -> Array:
+        """The ``variable`` at given weights, the worst of several; pure JAX."""
+        raise NotImplementedError(f"{type(self).__name__} watches no variable")
+
     @property
     def goal(self) -> float:
         """The progress at which the rule is met."""
@@ -62,7 +73,6 @@ class LogRisk(AbstractRule):
     r"""Stop when $\log R$ has fallen to ``value`` (natural logarithm of the mean loss)."""
 
     value: float
-    needs_misalignment = False
 
     def __init__(self, value: float):
         self.value = _finite("LogRisk", value)
@@ -81,7 +91,6 @@ class LogTime(AbstractRule):
     r"""Stop when $\log t$ has reached ``value``; descent's time is the sum of its steps."""
 
     value: float
-    needs_misalignment = False
 
     def __init__(self, value: float):
         self.value = _finite("LogTime", value)
@@ -100,7 +109,6 @@ class Time(AbstractRule):
     r"""Stop when the time $t$ of $\dot W = -\nabla R$ has reached ``value`` > 0."""
 
     value: float
-    needs_misalignment = False
 
     def __init__(self, value: float):
         self.value = _finite("Time", value)
@@ -121,7 +129,6 @@ class Steps(AbstractRule):
     """Stop after ``value`` steps: descent's iterations, the flow's accepted solver steps."""
 
     value: int
-    needs_misalignment = False
 
     def __init__(self, value: int):
         if int(value) != value or value < 1:
@@ -139,15 +146,82 @@ class Misalignment(AbstractRule):
     r"""Stop when $1 - |\langle v_{k+1}, u_k\rangle|$ is at most ``value`` for every pair."""
 
     value: float
-    needs_misalignment = True
+    variable = "misalignment"
 
     def __init__(self, value: float):
         self.value = _finite("Misalignment", value)
         if not 0 < self.value < 1:
             raise ValueError(f"`Misalignment({value})`: expected a number between 0 and 1.")
 
+    def measure(self, problem: Problem, weights: Weights) -> Array:
+        return observables.largest_misalignment(weights)
+
     def progress(self, at: Coordinates) -> Array:
-        return -jnp.log(at.misalignment)
+        return -jnp.log(at.small["misalignment"])
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return -np.log(value)
+
+
+class MarginGap(AbstractRule):
+    r"""Stop when $\gamma - \min_i q_i/\lVert w\rVert$ is at most ``value``.
+
+    On weights the gap is known to about 1e-16; in split coordinates, beyond log R = -1e6, to its
+    own size.
+    """
+
+    value: float
+    reference: observables.Reference | None
+    variable = "margin_gap"
+
+    def __init__(self, value: float):
+        self.value, self.reference = _finite("MarginGap", value), None
+        if not self.value > 0:
+            raise ValueError(f"`MarginGap({value})`: expected a positive number.")
+
+    def on(self, problem: Problem) -> "MarginGap":
+        solution = problem.data.max_margin()
+        if not solution.separable:
+            raise ValueError(
+                f"`until` holds {self!r}, but the data are not separable: there is no maximum "
+                "margin to approach. Choose another rule."
+            )
+        reference = observables.Reference.of(solution, problem, ())
+        return eqx.tree_at(
+            lambda rule: rule.reference, self, reference, is_leaf=lambda leaf: leaf is None
+        )
+
+    def measure(self, problem: Problem, weights: Weights) -> Array:
+        assert self.reference is not None
+        return observables.margin_gap(problem, weights, self.reference)
+
+    def progress(self, at: Coordinates) -> Array:
+        return -jnp.log(jnp.maximum(at.small["margin_gap"], 1e-300))
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return -np.log(value)
+
+
+class KKT(AbstractRule):
+    r"""Stop when Lyu and Li's residual $\varepsilon$ of the KKT conditions is at most ``value``.
+
+    See ``gflow.observables.kkt_residual``.
+    """
+
+    value: float
+    variable = "kkt_residual"
+
+    def __init__(self, value: float):
+        self.value = _finite("KKT", value)
+        if not self.value > 0:
+            raise ValueError(f"`KKT({value})`: expected a positive number.")
+
+    def measure(self, problem: Problem, weights: Weights) -> Array:
+        return observables.kkt_residual(problem, weights)
+
+    def progress(self, at: Coordinates) -> Array:
+        found = at.small["kkt_residual"]
+        return jnp.where(jnp.isnan(found), -jnp.inf, -jnp.log(found))
 
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         return -np.log(value)
@@ -175,8 +249,17 @@ def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
         return (until,)
     raise ValueError(
         f"`until` is {until!r}; expected a stopping rule: gflow.LogRisk(v), Time(t), LogTime(v), "
-        "Steps(k) or Misalignment(v), joined with | if there are several."
+        "Steps(k), Misalignment(v), MarginGap(v) or KKT(v), joined with | if there are several."
     )
+
+
+def watched(
+    rules: tuple[AbstractRule, ...], problem: Problem, weights: Weights
+) -> dict[str, Array]:
+    """The variables that some rule watches; what no rule needs is not computed."""
+    return {
+        rule.variable: rule.measure(problem, weights) for rule in rules if rule.variable is not None
+    }
 
 
 def anonymous(rule: AbstractRule) -> AbstractRule:

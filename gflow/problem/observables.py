@@ -138,6 +138,37 @@ class Reference(eqx.Module):
         return cls(np.asarray(solution.direction), np.float64(solution.margin), slack, start)
 
 
+def margin_gap(problem: Problem, weights: Weights, reference: Reference) -> Array:
+    r"""$\gamma - \min_i q_i/\lVert w\rVert$ of a deep linear network, without cancellation."""
+    # gamma - <z_i, w>/|w| = -<z_i, w/|w| - u> - slack_i
+    w = end_to_end(weights)
+    toward = w / jnp.linalg.norm(w) - reference.direction
+    return jnp.max(-(problem.design @ toward) - reference.slack)
+
+
+def kkt_residual(problem: Problem, weights: Weights) -> Array:
+    r"""Lyu and Li's $\varepsilon$: how far the scaled weights are from a KKT point of the margin.
+
+    $\tilde W = W/q_{\min}^{1/L}$ is feasible for $\min\frac12\lVert W\rVert^2$, $q_i(W) \ge 1$.
+    With the multipliers $\lambda_i \propto -\ell'(q_i)$ that make
+    $\lVert\sum_i\lambda_i\nabla q_i(\tilde W)\rVert = \lVert\tilde W\rVert$
+
+    $$\varepsilon = \Bigl\lVert \tilde W - \sum_i \lambda_i\nabla q_i(\tilde W)\Bigr\rVert
+    = \lVert\tilde W\rVert\;\Bigl\lVert\frac{W}{\lVert W\rVert}
+    + \frac{\nabla R}{\lVert\nabla R\rVert}\Bigr\rVert.$$
+
+    Tends to zero along the flow (arXiv 1906.05890, theorem 4.4). NaN before the data are separated.
+    """
+    _, gradient = problem.log_risk_and_gradient(weights)
+    smallest = jnp.min(problem.margins(weights))
+    size, slope = jnp.sqrt(squared_norm(weights)), jnp.sqrt(squared_norm(gradient))
+    apart = sum(
+        jnp.sum((w / size + g / slope) ** 2) for w, g in zip(weights, gradient, strict=True)
+    )
+    scale = jnp.where(smallest > 0, smallest, jnp.nan) ** (1 / len(weights))
+    return size / scale * jnp.sqrt(apart)
+
+
 def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[str, Array]:
     """Every observable that a record of a deep linear network holds, by name."""
     w = end_to_end(weights)
@@ -155,12 +186,11 @@ def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[s
     pairs = [misalignment(a, b) for a, b in pairwise(layers)]
     misaligned = jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype)
     toward = w / norm - reference.direction
-    # gamma - <z_i, w>/|w| = -<z_i, w/|w| - u> - slack_i
-    margin_gap = jnp.max(-(problem.design @ toward) - reference.slack)
     return {
         "log_risk": problem.log_risk(weights),
         "margin": smallest / norm,
-        "margin_gap": margin_gap,
+        "margin_gap": margin_gap(problem, weights, reference),
+        "kkt_residual": kkt_residual(problem, weights),
         "layer_margin": smallest / product,
         "smoothed_margin": smoothed_margin(problem, weights),
         "direction_error": jnp.linalg.norm(toward),
