@@ -198,7 +198,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             frame = start_frame(field.problem, y0.weights)
             last = self._newton(field, evaluate, frame, solver_state, h)
             count = last.count.astype(last.size.dtype)  # custom_root wants floats
-            aux = count, _remaining(last), frame.log_risk, self._error(frame, last, h)
+            aux = count, remaining(last.size, last.contraction), frame.log_risk, self._error(frame, last, h)
             return (last.derivatives, last.offsets), aux
 
         (derivatives, offsets), (count, newton_error, log_risk, error) = jax.lax.custom_root(
@@ -327,7 +327,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             ]
             size = h * jnp.max(jnp.stack(sizes))
             moving = jnp.max(jnp.sum(stage.curvatures * jnp.abs(shift), 1)) > 1e-6
-            size = jnp.where(held | moving | (now.count == 0), jnp.maximum(size, 1.0), size)
+            size = jnp.where(jnp.any(held) | moving | (now.count == 0), jnp.maximum(size, 1.0), size)
             return Iterate(
                 count=now.count + 1,
                 coefficients=matrix,
@@ -340,7 +340,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             )
 
         def unfinished(now: Iterate) -> Array:
-            solved = _remaining(now) < self.tolerance
+            solved = remaining(now.size, now.contraction) < self.tolerance
             stagnant = (now.contraction > 0.5) & (now.size < 100 * self.tolerance)
             spent = jnp.isnan(now.size) | (now.count >= self.max_iterations)
             return (now.count < 2) | ~(solved | stagnant | spent)
@@ -367,9 +367,9 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
         ]
 
 
-def _remaining(last: Iterate) -> Array:
-    """The error left after the last correction, from the rate at which corrections shrink."""
-    return last.size * jnp.minimum(last.contraction / (1 - jnp.minimum(last.contraction, 0.5)), 1.0)
+def remaining(size: Array, contraction: Array) -> Array:
+    """The error left after a correction of a size, from the rate at which corrections shrink."""
+    return size * jnp.minimum(contraction / (1 - jnp.minimum(contraction, 0.5)), 1.0)
 
 
 def _solve_linear(linear: Callable, rhs: Any) -> Any:

@@ -97,7 +97,7 @@ def evaluate_stage(
     coordinates, pull = _pullback(problem, weights, vectors, coefficients)
     distance = problem.spread(coordinates) - offsets
     level = jnp.sum(jax.nn.softmax(-offsets) * distance)
-    log_risk, slopes, curvatures = _loss_terms(problem.loss, offsets, level)
+    log_risk, slopes, curvatures = loss_terms(problem.loss, offsets, level)
     lefts, rights = pull(problem.gather(slopes))
     squared_norm = sum(
         jnp.sum(left**2) * jnp.sum(right**2) for left, right in zip(lefts, rights, strict=True)
@@ -153,33 +153,41 @@ def start_frame(problem: Problem, weights: Weights) -> Frame:
     return Frame(design, lefts, columns, gram, sizes, log_risk)  # pyright: ignore
 
 
-def _loss_terms(loss: AbstractLoss, offsets: Array, level: Array) -> tuple[Array, Array, Array]:
+def loss_terms(
+    loss: AbstractLoss, offsets: Array, level: Array, axis: int = 0
+) -> tuple[Array, Array, Array]:
     r""":math:`\log R`, slopes and :math:`\ell''_i/\sum_j\ell_j` at the margins offsets + level.
+
+    The points are on ``axis`` of the offsets, which the level does not have.
 
     Where the loss is exponential up to a bounded factor, that factor is taken at the margin and the
     exponential at the offset, so that a large level costs no digits.
     """
+    level = jnp.expand_dims(level, axis)
     margins, shift, base = offsets + level, jnp.zeros_like(offsets), jnp.zeros_like(level)
     if loss.exponential_tail:
         margins = jnp.minimum(margins, 40.0)  # beyond it the factor is constant to the last digit
         shift, base = margins - offsets, level
-    log_total = logsumexp(loss.log_value(margins) + shift)
+    log_total = logsumexp(loss.log_value(margins) + shift, axis=axis, keepdims=True)
     slopes = jnp.exp(loss.log_slope(margins) + shift - log_total)
     curvatures = jnp.exp(loss.log_curvature(margins) + shift - log_total)
-    return log_total - base - np.log(offsets.size), slopes, curvatures
+    log_risk = jnp.squeeze(log_total - base, axis) - np.log(offsets.shape[axis])
+    return log_risk, slopes, curvatures
 
 
-def advance(loss: AbstractLoss, offsets: Array, change: Array) -> tuple[Array, Array]:
-    """Offsets moved by ``change``, and whether some were held back.
+def advance(
+    loss: AbstractLoss, offsets: Array, change: Array, axis: int = -1
+) -> tuple[Array, Array]:
+    """Offsets moved by ``change``, points on ``axis``, and which were held back.
 
     Newton's method predicts how shares of the slopes change, linearly. Where a share is to grow by
     more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
     """
     if not loss.exponential_tail:
-        return offsets + change, jnp.array(False)
-    share = jax.nn.log_softmax(-offsets)
+        return offsets + change, jnp.zeros_like(change, dtype=bool)
+    share = jax.nn.log_softmax(-offsets, axis=axis)
     limit = jnp.maximum(share + 1 + jnp.log(jnp.maximum(-change, 1.0)), -5.0)
-    return -jnp.minimum(share - change, limit), jnp.any(share - change > limit)
+    return -jnp.minimum(share - change, limit), share - change > limit
 
 
 def move(weights: Weights, vectors: Factors, coefficients: Array) -> Weights:
