@@ -16,6 +16,7 @@ from gflow.analysis.ladder import ladder as ladder
 from gflow.analysis.theorems import Claim as Claim, Claims as Claims, verify as verify
 from gflow.dynamics import clocks as clocks
 from gflow.dynamics.descent import gradient_descent as gradient_descent
+from gflow.dynamics.ensemble import ensemble as ensemble
 from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
 from gflow.dynamics.flow import gradient_flow as gradient_flow
 from gflow.dynamics.gauss_newton import GaussNewton as GaussNewton

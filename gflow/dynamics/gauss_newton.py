@@ -198,7 +198,12 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             frame = start_frame(field.problem, y0.weights)
             last = self._newton(field, evaluate, frame, solver_state, h)
             count = last.count.astype(last.size.dtype)  # custom_root wants floats
-            aux = count, remaining(last.size, last.contraction), frame.log_risk, self._error(frame, last, h)
+            aux = (
+                count,
+                remaining(last.size, last.contraction),
+                frame.log_risk,
+                self._error(frame, last, h),
+            )
             return (last.derivatives, last.offsets), aux
 
         (derivatives, offsets), (count, newton_error, log_risk, error) = jax.lax.custom_root(
@@ -327,7 +332,9 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             ]
             size = h * jnp.max(jnp.stack(sizes))
             moving = jnp.max(jnp.sum(stage.curvatures * jnp.abs(shift), 1)) > 1e-6
-            size = jnp.where(jnp.any(held) | moving | (now.count == 0), jnp.maximum(size, 1.0), size)
+            size = jnp.where(
+                jnp.any(held) | moving | (now.count == 0), jnp.maximum(size, 1.0), size
+            )
             return Iterate(
                 count=now.count + 1,
                 coefficients=matrix,

@@ -40,7 +40,7 @@ from gflow.problem.losses import AbstractLoss
 from gflow.problem.network import Array
 
 UNROLLED = 32
-"""Sums of up to so many terms, and systems of this order, are written out over the lanes."""
+"""Up to this order elimination is written out over the lanes."""
 
 RUNNING, LANDED, STALLED, TIRED = range(4)
 """What a lane is doing: on its way; on its last target; given up; out of steps."""
@@ -230,6 +230,11 @@ class Machine(eqx.Module):
 
         zero = jnp.zeros((), jnp.int64)
         return jax.lax.while_loop(go, trip, (now, saved, zero, zero))
+
+    @eqx.filter_jit
+    def put(self, now: Lanes, fresh: Lanes, new: Array) -> Lanes:
+        """The lanes ``new`` from ``fresh``, the others as they are."""
+        return jax.tree.map(lambda a, b: jnp.where(new, a, b), fresh, now)
 
     # ---------------------------------------------------------------------------------------------
     # One trip
@@ -421,7 +426,7 @@ class Machine(eqx.Module):
         fresh = ~accept & (now.refused_norm == 0) & jnp.isfinite(norm)
 
         target = self._target(now, members)
-        saved = now.saved + (accept & now.lands)
+        saved = now.saved + (accept & now.lands).astype(jnp.int64)
         tried = now.num_steps + now.num_rejected + 1
         status = jnp.select(
             [
@@ -445,8 +450,8 @@ class Machine(eqx.Module):
             before=moved(Solution(h, newton.lefts, newton.rights, newton.offsets), now.before),
             status=status,
             saved=saved,
-            num_steps=now.num_steps + accept,
-            num_rejected=now.num_rejected + ~accept,
+            num_steps=now.num_steps + accept.astype(jnp.int64),
+            num_rejected=now.num_rejected + (~accept).astype(jnp.int64),
             num_iterations=now.num_iterations + newton.count,
             refused_step=jnp.where(accept, 0.0, jnp.where(fresh, h, now.refused_step)),
             refused_norm=jnp.where(accept, 0.0, jnp.where(fresh, norm, now.refused_norm)),
@@ -558,9 +563,7 @@ class Machine(eqx.Module):
 
 def _times(rows: Array, matrix: Array) -> Array:
     """``rows @ matrix.T`` in every lane: (i, k, lanes) and (j, k, lanes) to (i, j, lanes)."""
-    if rows.shape[1] <= UNROLLED:
-        terms = [rows[:, None, k] * matrix[None, :, k] for k in range(rows.shape[1])]
-        return sum(terms[1:], terms[0]) if terms else jnp.zeros(())
+    # As a reduction, which is computed once; written out, XLA repeats it in all that uses it.
     return jnp.sum(rows[:, None] * matrix[None], 2)
 
 

@@ -72,6 +72,38 @@ class Recorder:
         if self.keep_weights:
             self.kept.append(jax.tree.map(np.asarray, weights))
 
+    def save_all(
+        self,
+        weights: Weights,
+        *,
+        scaled_time: np.ndarray,
+        num_steps: np.ndarray,
+        clock_value: np.ndarray,
+        expected: np.ndarray,
+    ) -> None:
+        """Add points of a flow with states on a leading axis, all in one evaluation.
+
+        Args:
+            weights: the states.
+            scaled_time: $tR$ at each.
+            num_steps: steps made so far.
+            clock_value: of the clock.
+            expected: the log risk by the clock.
+        """
+        found = _evaluate_all(self.problem, weights, self.reference)
+        columns = {name: np.asarray(value) for name, value in found.items()}
+        log_risk = columns["log_risk"]
+        with np.errstate(divide="ignore"):
+            columns["log_time"] = np.log(scaled_time) - log_risk
+        columns["clock_error"] = np.abs(log_risk - expected) / np.maximum(1.0, -log_risk)
+        columns |= {"num_steps": num_steps, "clock_value": clock_value}
+        columns["beyond_hand_over"] = np.zeros(len(num_steps), dtype=bool)
+        for k in range(len(num_steps)):
+            self.points.append({name: values[k] for name, values in columns.items()})
+            self.last = jax.tree.map(lambda leaf, k=k: leaf[k], weights)
+            if self.keep_weights:
+                self.kept.append(self.last)
+
     @property
     def num_steps(self) -> int:
         """Of the run at the last saved point."""
@@ -190,6 +222,11 @@ def _evaluate(
     else:
         values = obs.standard(problem, weights, reference)
     return values | {name: jnp.asarray(function(problem, weights)) for name, function in extra}
+
+
+@eqx.filter_jit
+def _evaluate_all(problem: Problem, weights: Weights, reference: obs.Reference) -> dict[str, Array]:
+    return jax.vmap(lambda at: obs.standard(problem, at, reference))(weights)
 
 
 def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:

@@ -1,0 +1,82 @@
+"""Members side by side against the same runs one after the other."""
+
+import numpy as np
+import optax
+import pytest
+
+import gflow
+
+WIDTHS, GOAL, POINTS = (2, 3, 1), -1e3, 4
+
+
+@pytest.fixture(scope="module")
+def problem():
+    data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+    return gflow.Problem(data, loss=gflow.Exponential())
+
+
+@pytest.fixture(scope="module")
+def starts(problem):
+    """Five, for two lanes: from near the saddle to far from it; the last one above R(0)."""
+    made = [
+        gflow.init.admissible(gflow.init.gaussian(WIDTHS, scale=s, seed=i), problem)
+        for i, s in enumerate((0.1, 0.3, 1.0, 2.0))
+    ]
+    uphill = (made[0][0], -made[0][1])
+    return [*made, uphill]
+
+
+@pytest.fixture(scope="module")
+def batch(starts):
+    return tuple(np.stack(layer) for layer in zip(*starts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def together(problem, batch):
+    return gflow.ensemble(problem, batch, until=gflow.LogRisk(GOAL), save=POINTS, lanes=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*exceeds R")
+def test_members_equal_single_runs(problem, starts, together):
+    for i, start in enumerate(starts):
+        single = gflow.gradient_flow(
+            problem, start, until=gflow.LogRisk(GOAL), save=POINTS, progress=False
+        )
+        member = together.sel(member=i)
+        assert str(member.status.values) == single.attrs["status"]
+        count = single.sizes["point"]
+        for name in ("log_risk", "log_time", "misalignment", "direction_error", "end_to_end"):
+            # The same method, other round-off: a step may be accepted by one and not by the other.
+            np.testing.assert_allclose(
+                member[name].values[:count], single[name].values, rtol=1e-6, atol=1e-12
+            )
+
+
+def test_lanes_take_the_members_that_fit_and_report_their_use(together):
+    assert together.in_lanes.values.tolist() == [True] * 4 + [False]
+    assert 0.4 < together.attrs["utilisation"] <= 1
+    assert together.sizes["member"] == 5 and together.sizes["point"] == POINTS
+
+
+def test_lane_flow_conserves_the_imbalance_and_follows_its_clock(together):
+    lanes = together.isel(member=slice(0, 4))
+    assert float(lanes.imbalance_drift.max()) < 1e-10
+    assert float(lanes.clock_error.max()) < 1e-8
+
+
+def test_descent_members_differ_in_their_optimiser(problem, batch):
+    two = tuple(layer[:2] for layer in batch)
+    optimizers = [optax.sgd(0.1), optax.sgd(0.2)]
+    found = gflow.ensemble(problem, two, optimizers, until=gflow.Steps(20), save=3)
+    for i, optimizer in enumerate(optimizers):
+        single = gflow.gradient_descent(
+            problem, tuple(w[i] for w in two), optimizer, until=gflow.Steps(20), save=3
+        )
+        np.testing.assert_array_equal(found.sel(member=i).log_risk.values, single.log_risk.values)
+
+
+def test_wrong_counts_are_refused(problem, batch):
+    with pytest.raises(ValueError, match="`rtol` has 2 entries"):
+        gflow.ensemble(problem, batch, until=gflow.LogRisk(-10), rtol=[1e-8, 1e-9])
+    with pytest.raises(ValueError, match="`weights_batch` has arrays"):
+        gflow.ensemble(problem, (batch[0], batch[1][:2]), until=gflow.LogRisk(-10))
