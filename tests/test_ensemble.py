@@ -44,6 +44,7 @@ def test_members_equal_single_runs(problem, starts, together):
         )
         member = together.sel(member=i)
         assert str(member.status.values) == single.attrs["status"]
+        assert set(single.data_vars) <= set(member.data_vars)
         count = single.sizes["point"]
         for name in ("log_risk", "log_time", "misalignment", "direction_error", "end_to_end"):
             # The same method, other round-off: a step may be accepted by one and not by the other.
