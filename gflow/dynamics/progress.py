@@ -1,5 +1,6 @@
 """What the host does while the device computes: a progress bar, and when to look."""
 
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -41,7 +42,12 @@ class ProgressBar:
     """
 
     def __init__(self, label: str, begin: float, goal: float, show: bool | None):
-        from tqdm.auto import tqdm
+        from tqdm import TqdmWarning
+
+        with warnings.catch_warnings():
+            # A notebook without ipywidgets is told to install them; it does without a bar.
+            warnings.simplefilter("ignore", TqdmWarning)
+            from tqdm.auto import tqdm
 
         self.begin = begin
         self.span = goal - begin
