@@ -11,6 +11,7 @@ offered: for three layers or more the weights blow up in finite $s$.
 
 import math
 from abc import abstractmethod
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from gflow.problem.network import Array
 class AbstractClock(eqx.Module):
     """A strictly increasing function of physical time along the flow."""
 
-    name: eqx.AbstractClassVar[str]
-    centred: eqx.AbstractClassVar[bool]
+    name: ClassVar[str]
+    centred: ClassVar[bool]
     r"""Whether the clock follows the risk: its stiffness is then that of $\log R$ (centred
     Gauss–Newton matrix), else that of $R$ itself."""
 

@@ -230,6 +230,7 @@ class _Run:
     def scalars(self) -> dict[str, Any]:
         """What a saved point holds beside the observables of its weights."""
         elapsed = self.carry.elapsed
+        assert elapsed is not None  # but within `advance`
         return {
             "log_time": elapsed.log_time,
             "num_steps": elapsed.num_steps,
@@ -271,7 +272,7 @@ class _Run:
         They are the same because every step is a function of the one before.
         """
         watch = dataclasses.replace(watch, careful=True)
-        before, sound, broken = self.carry, False, limit
+        before, sound, broken = self.carry, False, int(limit)
         while not sound and int(before.num_steps) < broken:
             after, _, sound = advance(self.descent, watch, before, limit, goals)
             broken = int(after.num_steps)
@@ -443,7 +444,8 @@ def _watch(targets: list[_Target], descent: Descent) -> tuple[Watch, Goals, list
     rules = {key: tuple(anonymous(t.rule) for t in group) for key, group in groups.items()}
     goals = {key: tuple(jnp.asarray(t.goal) for t in group) for key, group in groups.items()}
     order = [target for group in groups.values() for target in group]
-    return Watch(**rules, every=every), Goals(**goals), order
+    watch = Watch(rules["cheap"], rules["costly"], rules["timed"], every=every)
+    return watch, Goals(**goals), order
 
 
 def _why_diverged(run: _Run, broken: int) -> str:

@@ -11,7 +11,7 @@ from gflow.dynamics.split import SplitState
 from gflow.dynamics.split_observables import observables
 from gflow.dynamics.targets import Failure, Target, out_of_steps
 from gflow.dynamics.until import AbstractRule, Coordinates, LogRisk, Steps
-from gflow.problem.network import Weights
+from gflow.problem.network import Weights, as_array
 from gflow.problem.risk import Problem
 
 
@@ -122,9 +122,9 @@ class FarRun:
         if rule.variable is not None:
             small[rule.variable] = np.max(observables(state)[rule.variable], initial=0.0)
         at = Coordinates(
-            log_risk=np.float64(state.log_risk),
-            log_time=np.float64(state.log_time),
-            num_steps=np.int64(self._steps(state)),
+            log_risk=as_array(np.float64(state.log_risk)),
+            log_time=as_array(np.float64(state.log_time)),
+            num_steps=as_array(np.int64(self._steps(state))),
             small=small,
         )
         return float(rule.progress(at))

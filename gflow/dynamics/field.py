@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem.network import Array, Weights
@@ -36,9 +37,9 @@ class FlowField(eqx.Module):
     problem: Problem
     clock: AbstractClock
 
-    def __call__(self, s: Array, state: FlowState, args: Any = None) -> FlowState:
+    def __call__(self, s: ArrayLike, state: FlowState, args: Any = None) -> FlowState:
         log_risk, gradient, squared_norm = self.problem.log_risk_gradient_and_norm(state.weights)
-        rate = self.clock.rate(s, log_risk, squared_norm)
+        rate = self.clock.rate(jnp.asarray(s), log_risk, squared_norm)
         return FlowState(
             weights=jax.tree.map(lambda g: -rate * g, gradient),
             scaled_time=rate * (1 - state.scaled_time * squared_norm),

@@ -97,7 +97,7 @@ class Descent(eqx.Module):
     def evaluate(self, carry: Carry) -> tuple["Evaluation", Carry]:
         """Margins, risk and gradients at the current iterate, on its mini-batch if there is one."""
         problem = self.problem
-        if self.sampler is not None:
+        if self.sampler is not None and carry.order is not None:
             order = self.sampler.order(problem, carry.num_steps, carry.order)
             problem = self.sampler.batch(problem, carry.num_steps, order)
             carry = eqx.tree_at(lambda c: c.order, carry, order)
@@ -217,7 +217,7 @@ def advance(
     """
     meter, elapsed = descent.meter, carry.elapsed
     asks = bool(watch.cheap or watch.costly or watch.careful)
-    if meter.predictable:
+    if meter.predictable and elapsed is not None:
         # The clock runs ahead to where a rule on the time stops it, and once more to where the
         # weights have stopped.
         carry = _with_elapsed(carry, None)
@@ -243,7 +243,7 @@ def advance(
         (carry, jnp.zeros(asked, bool)),
     )
     hits = hits[:-1]
-    if meter.predictable:
+    if meter.predictable and elapsed is not None:
         elapsed = meter.predict(elapsed, carry.num_steps)
         carry = _with_elapsed(carry, elapsed)
         hits = jnp.concatenate([hits, jnp.array(_timed(watch, elapsed, goals), dtype=bool)])

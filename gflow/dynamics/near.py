@@ -18,7 +18,7 @@ from gflow.dynamics.progress import Pace
 from gflow.dynamics.stepping import Carry, Limits, Tolerance
 from gflow.dynamics.targets import Failure, Target, out_of_steps
 from gflow.dynamics.until import AbstractRule, anonymous
-from gflow.problem.network import Array, Weights
+from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.risk import Problem, risk_and_slope
 
 ATTEMPTS_AT_FIRST = 64
@@ -42,11 +42,11 @@ class NearRun:
         self.used: list[str] = []
         self.explicit_evaluations = self.began_at = 0
         self.pace = Pace(ATTEMPTS_AT_FIRST)
-        state = FlowState(weights, np.zeros(()))
+        state = FlowState(weights, as_array(np.zeros(())))
         self.atol = stepping.default_atol(state, rtol) if atol is None else float(atol)
-        self.tolerance = Tolerance(np.float64(rtol), np.float64(self.atol))
+        self.tolerance = Tolerance(as_array(np.float64(rtol)), as_array(np.float64(self.atol)))
         s = clock.read(float(risk_and_slope(problem, weights)[0]), -math.inf)
-        self._begin(np.float64(s), state)
+        self._begin(as_array(np.float64(s)), state)
 
     def _begin(self, s: Array, state: FlowState, before: Carry | None = None) -> None:
         """Start the current solver at a state, keeping the counts of the one ``before``."""
@@ -97,9 +97,10 @@ class NearRun:
 
     def _explicit_evaluations(self) -> int:
         """Of the current solver since it began, if it is an explicit Runge–Kutta method."""
-        if not isinstance(self.solver, diffrax.AbstractERK):
+        tableau = getattr(self.solver, "tableau", None)
+        explicit = isinstance(self.solver, diffrax.AbstractERK)
+        if not (explicit and isinstance(tableau, diffrax.ButcherTableau)):
             return 0
-        tableau = self.solver.tableau
         stages = len(tableau.c) + 1 - int(tableau.fsal)
         return stages * (self.num_steps - self.began_at)
 
@@ -142,10 +143,10 @@ class NearRun:
         steps = min(target.steps for target in targets)
         while (tried := self.num_tried) < max_steps:
             limits = Limits(
-                s_end=np.float64(s_end),
-                num_steps=np.int64(steps),
-                goals=tuple(np.float64(target.progress) for target in watched),
-                attempts=np.int64(min(self.pace.size, max_steps - tried)),
+                s_end=as_array(np.float64(s_end)),
+                num_steps=as_array(np.int64(steps)),
+                goals=tuple(as_array(np.float64(target.progress)) for target in watched),
+                attempts=as_array(np.int64(min(self.pace.size, max_steps - tried))),
             )
             began = time.perf_counter()
             reason = self._advance(rules, limits)
@@ -189,7 +190,7 @@ class NearRun:
                 self.solver,
                 anonymous(target.rule),
                 self.carry,
-                np.float64(target.progress),
+                as_array(np.float64(target.progress)),
             )
             for target in crossed
         ]

@@ -54,8 +54,8 @@ def radau(stages: int) -> Radau:
     matrix = np.stack(integrals, axis=1) @ transform
     eigenvalues, vectors = np.linalg.eig(matrix)
     dual = np.linalg.inv(vectors)
-    half = eigenvalues.imag >= 0
-    weight = np.where(eigenvalues.imag > 0, 2, 1)
+    half = np.imag(eigenvalues) >= 0
+    weight = np.where(np.imag(eigenvalues) > 0, 2, 1)
     return Radau(
         nodes=(x + 1) / 2,
         matrix=matrix,

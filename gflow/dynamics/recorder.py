@@ -197,7 +197,7 @@ class Recorder:
                 "separable": solution.separable,
                 "max_margin": solution.margin if solution.separable else None,
                 "margin_upper_bound": solution.margin_upper,
-                "next_margin_gap": _next_gap(data.signed_inputs, solution),
+                "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
             }
         return facts
 

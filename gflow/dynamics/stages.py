@@ -100,7 +100,8 @@ def evaluate_stage(
     log_risk, slopes, curvatures = loss_terms(problem.loss, offsets, level)
     lefts, rights = pull(problem.gather(slopes))
     squared_norm = sum(
-        jnp.sum(left**2) * jnp.sum(right**2) for left, right in zip(lefts, rights, strict=True)
+        (jnp.sum(left**2) * jnp.sum(right**2) for left, right in zip(lefts, rights, strict=True)),
+        start=jnp.zeros((), log_risk.dtype),
     )
     rate = field.clock.rate(t, log_risk, squared_norm)
     derivative = Factors(lefts, [rate * right for right in rights])

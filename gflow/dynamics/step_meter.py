@@ -93,7 +93,8 @@ class StepMeter(eqx.Module):
         return self._answer(elapsed)[0]
 
     def _answer(self, elapsed: Elapsed) -> tuple[Array, Any]:
-        return self.optimizer.update(jnp.ones(()), elapsed.meter_state, jnp.zeros(()))
+        update, state = self.optimizer.update(jnp.ones(()), elapsed.meter_state, jnp.zeros(()))
+        return jnp.asarray(update), state
 
     def measured_step(
         self, elapsed: Elapsed, updates: Weights, log_risk: Array, log_gradient: Weights

@@ -64,11 +64,10 @@ def loss_scaled(
         rate: positive, or an optax schedule: a function of the step.
         power: of the decay, non-negative.
     """
-    if not callable(rate):
-        rate = np.asarray(_positive("rate", rate))
+    steps = rate if callable(rate) else np.asarray(_positive("rate", rate))
     if not 0 <= power < math.inf:
         raise ValueError(f"`power` is {power}; expected a finite number of at least 0.")
-    return _on_log_risk(ScaledGradient(rate, float(power)))
+    return _on_log_risk(ScaledGradient(steps, float(power)))
 
 
 def polyak(scaling: float = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -348,19 +347,19 @@ def _describe(update: Callable) -> str:
     if owner is not None:
         return repr(owner)
     # optax's transformations are closures: their settings and parts are what they close over.
-    names = getattr(getattr(update, "__code__", None), "co_freevars", ())
-    cells = getattr(update, "__closure__", None) or ()
+    names: Any = getattr(getattr(update, "__code__", None), "co_freevars", ())
+    cells: Any = getattr(update, "__closure__", None) or ()
     parts = []
     for name, cell in zip(names, cells, strict=False):
         value = cell.cell_contents
-        if isinstance(value, float):
+        if name == "update_fns":
+            parts.extend(_describe(part) for part in value)
+        elif isinstance(value, float):
             parts.append(f"{name}={value:g}")
         elif isinstance(value, bool | int):
             parts.append(f"{name}={value}")
         elif isinstance(value, optax.GradientTransformation):
             parts.append(describe(value))
-        elif name == "update_fns":
-            parts.extend(_describe(part) for part in value)
         elif "step_size" in name and callable(value):
             parts.append(f"{name}={_head(value)}")
     head = _head(update)

@@ -163,6 +163,7 @@ def advance(
         state, error, _, solver_state, result = solver.step(
             term, carry.s, s, carry.state, None, carry.solver_state, jnp.array(False)
         )
+        assert error is not None  # the solver is adaptive
         norm = tolerance.norm(error, carry.state, state)
         sound = (result == diffrax.RESULTS.successful) & jnp.isfinite(norm)
         norm = jnp.where(sound, jnp.maximum(norm, 1e-10), jnp.inf)
@@ -202,10 +203,11 @@ def advance(
             ),
         )
         carry = jax.tree.map(lambda a, b: jnp.where(accept, a, b), moved, stayed)
-        at = observe(field, carry.state, carry.num_steps, rules) if rules else None
-        crossed = [
-            rule.progress(at) >= goal for rule, goal in zip(rules, limits.goals, strict=True)
-        ]  # pyright: ignore
+        crossed = []
+        if rules:
+            at = observe(field, carry.state, carry.num_steps, rules)
+            asked = zip(rules, limits.goals, strict=True)
+            crossed = [rule.progress(at) >= goal for rule, goal in asked]
         noisy = (step * NOISE_STEPS <= first_step) & (norm * NOISE_ERRORS > first_norm)
         vanished = following <= 4 * jnp.finfo(s.dtype).eps * jnp.abs(carry.s)
         reason = jnp.select(

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     Array = jax.Array  # whose operators the checker knows; JAX takes NumPy's arrays as well
 else:
     Array = jax.Array | np.ndarray | np.generic
+
+
+def as_array(values: Any) -> Array:
+    """``values``, which are NumPy's, where an array of either kind is taken."""
+    return values
+
+
 Weights = PyTree[Array]
 """A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
 
@@ -65,7 +72,7 @@ class DeepLinear(AbstractNetwork):
     """
 
     def design(self, data: Dataset) -> Array:
-        return data.signed_inputs
+        return as_array(data.signed_inputs)
 
     def coordinates(self, weights: Weights, data: Dataset) -> Array:
         return end_to_end(weights)

@@ -19,7 +19,7 @@ import numpy as np
 
 from gflow.problem.curvature import log_sharpness as log_sharpness, sharpness as sharpness
 from gflow.problem.max_margin import MaxMargin
-from gflow.problem.network import Array, DeepLinear, Weights, end_to_end, squared_norm
+from gflow.problem.network import Array, DeepLinear, Weights, as_array, end_to_end, squared_norm
 from gflow.problem.risk import Problem
 
 
@@ -129,13 +129,15 @@ class Reference(eqx.Module):
     def of(cls, solution: MaxMargin, problem: Problem, weights: Weights) -> "Reference":
         """The reference of a run; NaN throughout where the data are not separable."""
         z = np.asarray(problem.data.signed_inputs)
-        start = tuple(np.asarray(matrix) for matrix in imbalance(weights))
+        start = tuple(as_array(np.asarray(matrix)) for matrix in imbalance(weights))
         if not solution.separable:
             nothing = np.full(z.shape, np.nan)
-            return cls(nothing[0], np.float64(np.nan), nothing[:, 0], start)
+            direction, margin, slack = nothing[0], np.nan, nothing[:, 0]
+            return cls(as_array(direction), as_array(np.float64(margin)), as_array(slack), start)
         slack = np.maximum(z @ solution.direction - solution.margin, 0.0)
         slack[np.asarray(solution.support)] = 0.0
-        return cls(np.asarray(solution.direction), np.float64(solution.margin), slack, start)
+        direction, margin = np.asarray(solution.direction), np.float64(solution.margin)
+        return cls(as_array(direction), as_array(margin), as_array(slack), start)
 
 
 def margin_gap(problem: Problem, weights: Weights, reference: Reference) -> Array:

@@ -10,7 +10,7 @@ s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 """
 
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -21,6 +21,8 @@ from jax.scipy.special import logsumexp
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Logistic
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
+
+Kind = TypeVar("Kind")
 
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""
@@ -141,7 +143,7 @@ def risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     return log_risk, squared_norm
 
 
-def _expect(name: str, value: object, kind: type):
+def _expect(name: str, value: object, kind: type[Kind]) -> Kind:
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` is a {type(value).__name__}; expected a gflow {kind.__name__}.")
     return value

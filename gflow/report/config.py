@@ -140,10 +140,11 @@ def _data(table: "Table", folder: Path) -> Dataset:
         table.done()
         data = Dataset.from_file(folder / file, **options)
     else:
-        maker = getattr(datasets, str(name).replace("-", "_"), None)
-        options = table.rest(_options(maker)) if maker in MAKERS else {}
+        written = str(name).replace("-", "_")
+        maker = next((maker for maker in MAKERS if maker.__name__ == written), None)
+        options = {} if maker is None else table.rest(_options(maker))
         table.done()
-        data = maker(**options) if maker in MAKERS else datasets.load(str(name))
+        data = datasets.load(str(name)) if maker is None else maker(**options)
         if "bias" in options:  # it is there already
             bias = None
     if bias is not None:

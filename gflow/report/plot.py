@@ -364,7 +364,7 @@ def _curve(ax: "Axes", x: np.ndarray, y: np.ndarray, positive: bool, **style: An
 
 
 def _has_curves(ax: "Axes") -> bool:
-    return any(len(line.get_xdata()) for line in ax.get_lines())
+    return any(np.size(line.get_xdata()) for line in ax.get_lines())
 
 
 def _x_values(record: "xr.Dataset", x: str) -> np.ndarray:
