@@ -71,7 +71,10 @@ def digits(record: xr.Dataset) -> dict[str, float]:
         value = np.abs(np.atleast_1d(record[name].values[-1]))
         error = np.atleast_1d(record[f"{name}_error"].values[-1])
         if name == "end_to_end":
-            value, error = np.linalg.norm(value)[None], np.linalg.norm(error)[None]
+            value, error = (
+                np.atleast_1d(np.linalg.norm(value)),
+                np.atleast_1d(np.linalg.norm(error)),
+            )
         if name == "log_time":
             value = np.maximum(value, 1.0)
         known = np.isfinite(value) & np.isfinite(error) & (value > 0)

@@ -34,7 +34,7 @@ from gflow.dynamics.until import (
     save_grid,
 )
 from gflow.problem.modified import ModifiedEquation, ModifiedProblem, modify, why_stopped
-from gflow.problem.network import Weights
+from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import imbalance, is_deep_linear
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
@@ -443,7 +443,7 @@ def _identity(
         recorder.start,
         recorder,
         field,
-        (np.float64(0.0), FlowState(recorder.start, np.zeros(()))),
+        (np.float64(0.0), FlowState(recorder.start, as_array(np.zeros(())))),
         kind="gradient_flow",
         until=[(type(rule).__name__, rule.value) for rule in rules],
         save=grid,

@@ -7,6 +7,7 @@ import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.until import AbstractRule, LogRisk, LogTime, Steps
+from gflow.problem.network import as_array
 
 NO_STEP_COUNT = int(np.iinfo(np.int64).max)
 
@@ -31,10 +32,12 @@ class Target(NamedTuple):
     @classmethod
     def at(cls, clock_value: float, clock: AbstractClock) -> "Target":
         """Where the clock has this value."""
-        s = np.float64(clock_value)
+        s = as_array(np.float64(clock_value))
         log_risk, log_time = clock.log_risk_at(s), clock.log_time_at(s)
-        assert log_risk is not None or log_time is not None
-        rule = LogTime(float(log_time)) if log_risk is None else LogRisk(float(log_risk))
+        rule = LogRisk(float(log_risk)) if log_risk is not None else None
+        if rule is None:
+            assert log_time is not None  # a clock follows the one or the other
+            rule = LogTime(float(log_time))
         return cls(rule, rule.goal, float(s), NO_STEP_COUNT)
 
     @property

@@ -148,10 +148,21 @@ class SquareLoss(AbstractLoss):
     def inverse(self, log_value: Any) -> Any:
         return self.target - jnp.exp((log_value + math.log(2)) / 2)
 
-    slope_bound = math.inf
-    smoothness = 1.0
-    exponential_tail = False
-    name = "square"
+    @property
+    def slope_bound(self) -> float:
+        return math.inf
+
+    @property
+    def smoothness(self) -> float:
+        return 1.0
+
+    @property
+    def exponential_tail(self) -> bool:
+        return False
+
+    @property
+    def name(self) -> str:
+        return "square"
 
 
 def _follow(problem: Problem, weights: Weights, end: float) -> tuple[list, np.ndarray, np.ndarray]:
