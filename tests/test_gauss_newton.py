@@ -266,3 +266,18 @@ def test_a_field_without_structure_is_refused():
     term = diffrax.ODETerm(lambda t, y, args: -y)
     with pytest.raises(ValueError, match="FlowField"):
         gflow.GaussNewton().init(term, 0.0, 1.0, state(start()), None)
+
+
+def test_steps_grow_where_the_error_estimate_is_round_off():
+    # A step so short that its error is round-off of a tenth of the tolerance must not be kept.
+    problem = gflow.Problem(points(), loss=gflow.Exponential())
+    record = gflow.gradient_flow(
+        problem,
+        start(),
+        until=gflow.LogRisk(-1e3),
+        save=2,
+        solver=gflow.GaussNewton(stages=9, tolerance=1e-14),
+        rtol=1e-13,
+        max_steps=1_000,
+    )
+    assert record.attrs["status"] == "reached"

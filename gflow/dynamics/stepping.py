@@ -32,6 +32,10 @@ STEADY = 0.1
 """A step whose error is below this part of the tolerance does not shorten the next: part of such an
 error is round-off, which shorter steps do not reduce."""
 
+DOUBTFUL = 100 * float(np.finfo(np.float64).eps)
+"""An error below this, relative to the weights, may be round-off as a whole. It is no reason to
+stay at a short step, as the memory of the step-size control would have it."""
+
 NOISE_STEPS, NOISE_ERRORS = 16.0, 4.0
 """Round-off exceeds the tolerance when a refused step has been made shorter by the first factor
 and its error has not fallen by the second; at first order it would fall as much as the step."""
@@ -174,6 +178,9 @@ def advance(
         factor = jnp.where(accept, steady, jnp.minimum(norm ** (-exponent), 1.0))
         factor = jnp.clip(SAFETY * factor, SHRINK, GROW)
         following = step * jnp.where(norm < STEADY, jnp.maximum(factor, 1.0), factor)
+        longer = step * jnp.maximum(SAFETY * norm ** (-exponent), 1.0)
+        doubtful = (norm < STEADY) & (norm * tolerance.rtol < DOUBTFUL)
+        following = jnp.where(doubtful, jnp.maximum(following, longer), following)
         following = jnp.where(
             accept & (lands | halved), jnp.maximum(following, carry.next_step), following
         )
