@@ -15,7 +15,7 @@ INTERPRETER := $(firstword $(shell $(PYTHON) -c 'import sys; print(sys.executabl
 VERSION := $(if $(INTERPRETER),$(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
-SOURCES := $(wildcard gflow tests benchmarks notebooks examples)
+SOURCES := $(wildcard gflow tests benchmarks notebooks examples docs)
 
 # By uv, and by pip where uv cannot be had or cannot reach the index: both read the same constraints.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,7 +28,7 @@ install = @echo "==> $(VENV): installing gflow$(1) at the versions of constraint
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test lint format types check benchmarks dev constraints clean
+.PHONY: help reproduce test lint format types check docs benchmarks dev constraints clean
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3.13] [ARGS=...]"
@@ -58,6 +58,10 @@ benchmarks: $(VENV)/.with-test  ## run every script of benchmarks/
 	  echo "==> $$script"; $(BIN)/python $$script $(ARGS); \
 	done
 
+docs: $(VENV)/.with-docs  ## the documentation, in site/, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "==> open site/index.html"
+
 dev: $(VENV)/.with-dev  ## the environment with every tool, nothing run
 	@echo "==> $(VENV) is ready: source $(BIN)/activate"
 
@@ -67,7 +71,7 @@ constraints: $(VENV)/.with-dev  ## renew constraints.txt: newest versions, every
 	  --no-emit-package gflow --output-file constraints.txt
 
 clean:  ## remove environments and caches
-	rm -rf .venv-* .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv-* .pytest_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up. A stamp says what is installed; it is renewed when the project or its pins change.
@@ -90,6 +94,9 @@ $(VENV)/.with-core: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.with-test: $(VENV)/.python pyproject.toml constraints.txt
 	$(call install,[test])
+
+$(VENV)/.with-docs: $(VENV)/.python pyproject.toml constraints.txt
+	$(call install,[docs])
 
 $(VENV)/.with-dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(call install,[dev])
