@@ -21,7 +21,7 @@ from gflow.dynamics.gauss_newton import DIRECT, GaussNewton
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.stepping import default_atol
 from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, as_rules, save_grid
-from gflow.problem.network import Weights
+from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import is_deep_linear
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
@@ -200,7 +200,7 @@ class _Pool:
                 found |= part
         return found
 
-    def _drive(self, device: jax.Device, width: int) -> dict[int, "xr.Dataset"]:
+    def _drive(self, device: Any, width: int) -> dict[int, "xr.Dataset"]:
         """Run the lanes of one device until no member waits and none is on its way."""
         found: dict[int, xr.Dataset] = {}
         # What a lane has one of meets what it has many of: ranks differ on purpose.
@@ -214,7 +214,7 @@ class _Pool:
                 last = len(self.waiting) == 0
                 enough = width if last else min(width, idle + max(1, width // 16))
                 now, saved, trips, busy = self.machine.run(
-                    now, saved, members, np.int64(TRIPS), np.int64(enough)
+                    now, saved, members, as_array(np.int64(TRIPS)), as_array(np.int64(enough))
                 )
                 with self.lock:
                     self.work += int(busy), int(trips) * width
@@ -233,7 +233,7 @@ class _Pool:
                 members, fresh = self._members(holds)
                 if new.any():
                     begun, _ = self.machine.start(*fresh, members)
-                    now = self.machine.put(now, begun, new)
+                    now = self.machine.put(now, begun, as_array(new))
         return found
 
     def _take(self, holds: list[int | None]) -> list[int | None]:
@@ -241,7 +241,7 @@ class _Pool:
         with self.lock:
             return [self.waiting.popleft() if i is None and self.waiting else i for i in holds]
 
-    def _members(self, holds: list[int | None]) -> tuple[lane.Members, tuple]:
+    def _members(self, holds: list[int | None]) -> tuple[lane.Members, tuple[Any, Any]]:
         """What the members in the lanes ask for; empty lanes repeat one of them."""
         spare = next((i for i in holds if i is not None), None)
         spare = next(iter(self.begin)) if spare is None else spare
@@ -251,15 +251,15 @@ class _Pool:
         designs = [np.asarray(p.design) for p in (problems[:1] if shared else problems)]
         given = self.options.get("atol")
         atol = [
-            given or default_atol(FlowState(self.starts[i], np.zeros(())), self.rtol[i])
+            given or default_atol(FlowState(self.starts[i], as_array(np.zeros(()))), self.rtol[i])
             for i in chosen
         ]
         members = lane.Members(
-            design=np.stack(designs, -1),
-            rtol=np.array([float(self.rtol[i]) for i in chosen]),
-            atol=np.array(atol, dtype=np.float64),
-            targets=np.stack([self.grid[i] for i in chosen], -1),
-            max_steps=np.full(len(chosen), self.options.get("max_steps", 1_000_000)),
+            design=as_array(np.stack(designs, -1)),
+            rtol=as_array(np.array([float(self.rtol[i]) for i in chosen])),
+            atol=as_array(np.array(atol, dtype=np.float64)),
+            targets=as_array(np.stack([self.grid[i] for i in chosen], -1)),
+            max_steps=as_array(np.full(len(chosen), self.options.get("max_steps", 1_000_000))),
         )
         layers = zip(*(self.starts[i] for i in chosen), strict=True)
         weights = tuple(np.stack(layer, -1) for layer in layers)

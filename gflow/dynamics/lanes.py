@@ -17,6 +17,8 @@ Elimination does not pivot. The matrix is :math:`I + (ha_{ij}\,G G^\top B_j)` wi
 semi-definite :math:`B_j`, and a poor solution would only cost iterations: the residual decides.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -287,9 +289,8 @@ class Machine(eqx.Module):
             inner = coefficients * _times(column, right)
             column = _times(column, matrix) + _times(inner, left.swapaxes(0, 1))
         rows = rows[::-1]
-        squared = sum(
-            jnp.sum(a**2, 1) * jnp.sum(b**2, 1) for a, b in zip(rows, columns, strict=True)
-        )
+        terms = [jnp.sum(a**2, 1) * jnp.sum(b**2, 1) for a, b in zip(rows, columns, strict=True)]
+        squared = functools.reduce(operator.add, terms)
         rate = self.clock.rate(t, log_risk, squared)
         return {
             "lefts": rows,
@@ -334,7 +335,8 @@ class Machine(eqx.Module):
         moved = change - growth * _times(pulled, frame.gram)
         rhs = _mix(matrix, moved)
         scaled = growth[:, :, None] ** 2 * stiff
-        blocks = sum(frame.gram[None, :, c, None] * scaled[:, c, None] for c in range(m))
+        terms = [frame.gram[None, :, c, None] * scaled[:, c, None] for c in range(m)]
+        blocks = functools.reduce(operator.add, terms)
         system = matrix[:, None, :, None] * blocks.swapaxes(0, 1)[None]
         system = system.reshape(p * m, p * m, lanes) + jnp.eye(p * m)[:, :, None]
         y = growth * _solve(system, rhs.reshape(p * m, lanes)).reshape(p, m, lanes)
@@ -470,7 +472,8 @@ class Machine(eqx.Module):
         frame, _ = self._frame(now.weights, members)
         ahead = 1 + jnp.minimum(step / now.before.step, 3.0) * tableau.nodes[:, None]
         values = legendre_values(ahead, p)  # (degree, stage, lanes)
-        extrapolate = sum(values[k][:, None] * tableau.legendre[k][None, :, None] for k in range(p))
+        terms = [values[k][:, None] * tableau.legendre[k][None, :, None] for k in range(p)]
+        extrapolate = functools.reduce(operator.add, terms)
         latest = now.before.offsets[-1:]
         offsets, _ = advance_offsets(
             self.loss, latest, _mix(extrapolate, now.before.offsets) - latest, axis=1
@@ -511,7 +514,8 @@ class Machine(eqx.Module):
         for matrix in weights:
             columns.append(column)
             column = _times(column, matrix)
-        gram = sum(jnp.sum(a**2, 0) * _times(b, b) for a, b in zip(lefts, columns, strict=True))
+        terms = [jnp.sum(a**2, 0) * _times(b, b) for a, b in zip(lefts, columns, strict=True)]
+        gram = functools.reduce(operator.add, terms)
         sizes = [jnp.sqrt(jnp.sum(w**2, (0, 1))) for w in weights]
         margins = _times(row[None], members.design)[0]
         log_risk = jax.nn.logsumexp(self.loss.log_value(margins), axis=0)
@@ -574,13 +578,13 @@ def _mix(matrix: Any, values: Array) -> Array:
         matrix[:, j].reshape(*shape, matrix.shape[-1]) * values[j][None]
         for j in range(matrix.shape[1])
     ]
-    return sum(terms[1:], terms[0])
+    return functools.reduce(operator.add, terms)
 
 
 def _outer(lefts: Array, rights: Array) -> Array:
     """Sum over j of the outer products of (j, a, lanes) and (j, b, lanes)."""
     terms = [left[:, None] * right[None] for left, right in zip(lefts, rights, strict=True)]
-    return sum(terms[1:], terms[0])
+    return functools.reduce(operator.add, terms)
 
 
 def _dot(a: Array, b: Array, axis: int) -> Array:

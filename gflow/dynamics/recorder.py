@@ -90,6 +90,7 @@ class Recorder:
             clock_value: of the clock.
             expected: the log risk by the clock.
         """
+        assert self.reference is not None  # of a deep linear network, which lanes are for
         found = _evaluate_all(self.problem, weights, self.reference)
         columns = {name: np.asarray(value) for name, value in found.items()}
         log_risk = columns["log_risk"]
