@@ -273,7 +273,7 @@ def test_steps_grow_where_the_error_estimate_is_round_off():
     problem = gflow.Problem(points(), loss=gflow.Exponential())
     record = gflow.gradient_flow(
         problem,
-        start(),
+        gflow.init.admissible(start(), problem),
         until=gflow.LogRisk(-1e3),
         save=2,
         solver=gflow.GaussNewton(stages=9, tolerance=1e-14),

@@ -34,3 +34,12 @@ def test_a_tie_of_singular_values_is_marked_and_the_flow_goes_on():
     assert np.isnan(flow.misalignment[0]).all()  # undefined at the tie, and nowhere after it
     assert np.isfinite(flow.misalignment[1:]).all()
     assert np.isfinite(flow.direction_error).all()
+
+
+def test_a_rule_on_misalignment_counts_a_tie_as_unaligned():
+    data = gflow.datasets.separable(n=12, d=2, margin=0.2, seed=1)
+    problem = gflow.Problem(data, loss=gflow.Exponential())
+    start = gflow.init.admissible((np.eye(2), np.full((1, 2), 0.5)), problem)
+    flow = gflow.gradient_flow(problem, start, until=gflow.Misalignment(1e-3), save=3)
+    assert flow.attrs["status"] == "reached"
+    np.testing.assert_allclose(flow.misalignment[-1, 0], 1e-3, rtol=1e-6)

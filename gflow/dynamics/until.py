@@ -143,7 +143,10 @@ class Steps(AbstractRule):
 
 
 class Misalignment(AbstractRule):
-    r"""Stop when $1 - |\langle v_{k+1}, u_k\rangle|$ is at most ``value`` for every pair."""
+    r"""Stop when $1 - |\langle v_{k+1}, u_k\rangle|$ is at most ``value`` for every pair.
+
+    Where singular vectors are undefined, in a tie, it counts as one, the largest it can be.
+    """
 
     value: float
     variable = "misalignment"
@@ -157,7 +160,8 @@ class Misalignment(AbstractRule):
         return observables.largest_misalignment(weights)
 
     def progress(self, at: Coordinates) -> Array:
-        return -jnp.log(at.small["misalignment"])
+        found = at.small["misalignment"]
+        return jnp.where(jnp.isnan(found), 0.0, -jnp.log(found))
 
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         return -np.log(value)
