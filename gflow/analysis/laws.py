@@ -130,7 +130,7 @@ class Limits:
 
     def expansion(self, log_risk: float) -> float:
         r"""$\max_k\lVert D_k\rVert_2\,(\gamma/s)^{2/L}$, in whose powers the laws are series."""
-        return self.imbalance * (self.margin / -float(log_risk)) ** (2 / self.depth)
+        return float(self.imbalance * np.divide(self.margin, -log_risk) ** (2 / self.depth))
 
     @np.errstate(invalid="ignore", divide="ignore")
     def predict(self, log_risk: float) -> dict[str, np.ndarray]:
@@ -138,7 +138,7 @@ class Limits:
 
         NaN where s is so small that a law has no value.
         """
-        s, depth = -float(log_risk), self.depth
+        s, depth = -np.float64(log_risk), self.depth
         w = self.product(log_risk)
         level = w.norm ** (2 / depth)
         middle = list(self.directions)
@@ -165,7 +165,7 @@ class Limits:
     @np.errstate(invalid="ignore", divide="ignore")
     def product(self, log_risk: float) -> Product:
         """The end-to-end vector at one risk, with its next-order terms."""
-        s, gamma, depth = -float(log_risk), self.margin, self.depth
+        s, gamma, depth = -np.float64(log_risk), self.margin, self.depth
         level = (s / gamma) ** (2 / depth)
         tangent = self.tangent
         if len(tangent):

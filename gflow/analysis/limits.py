@@ -24,6 +24,9 @@ FAR = -1e30
 HAND_OVER = -1e3
 """log R to which a start is integrated before it continues on the slow manifold."""
 
+RTOL = 1e-10
+r"""Of the way to ``FAR``: an $r_k$, a difference, loses the digits by which it is below $D_k$."""
+
 LATE = 1e6
 """Points off the margin that keep their weight beyond this s are reported."""
 
@@ -74,7 +77,7 @@ def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None)
     True
     """
     start = check_weights(weights)
-    solver = SlowManifold(rtol=1e-8)
+    solver = SlowManifold(rtol=RTOL)
     late = start if late is None else check_weights(late)
     if solver.obstacle(problem, late) is not None:
         late = _integrate(problem, late)
