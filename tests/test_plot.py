@@ -5,6 +5,7 @@ import pytest
 
 import gflow
 from gflow.report import plot
+from gflow.report.plot import style
 
 mpl.use("Agg")
 
@@ -121,7 +122,7 @@ def test_long_axes_show_powers_of_ten_up_to_the_largest_value():
 
     _, ax = plt.subplots()
     ax.plot([-0.5, 1e16], [0, 1])
-    plot._long_scale(ax, "x")
+    style.long_scale(ax, "x")
     ticks = ax.get_xticks()
     assert 0 in ticks and ticks.max() >= 1e14 and len(ticks) <= 8
 

@@ -1,0 +1,25 @@
+r"""Figures of trajectories (public as ``gflow.plot``): one figure a function, axes returned.
+
+Every function takes one record, a sequence of records, or a mapping from label to record, unless it
+says otherwise. Flow is a line, descent is dashed with markers; colours are those of Okabe and Ito,
+which colour-blind readers can tell apart. Sizes are those of one column of a paper.
+
+Axes whose values run from about zero to $10^4$ or $10^{16}$ ($\log t$, $-\log R$, steps) are
+linear up to one and logarithmic beyond.
+"""
+
+from gflow.report.plot.plane import decision_lines as decision_lines
+from gflow.report.plot.style import (
+    COLORS as COLORS,
+    COLUMN as COLUMN,
+    save_figure as save_figure,
+)
+from gflow.report.plot.trajectories import (
+    alignment as alignment,
+    direction_error as direction_error,
+    margin as margin,
+    norms as norms,
+    rank_one as rank_one,
+    risk as risk,
+    summary as summary,
+)

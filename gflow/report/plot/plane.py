@@ -1,0 +1,142 @@
+"""The picture of two-dimensional data: points, max-margin line, decision lines through time."""
+
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gflow.report.plot.curves import LINES, labelled
+from gflow.report.plot.style import COLORS, FONT, SMALL, axes_of, long_ticks
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+
+    from gflow.problem.data import Dataset
+    from gflow.report.plot.curves import Records
+
+
+def decision_lines(
+    data: "Dataset",
+    records: "Records",
+    *,
+    num_lines: int = 6,
+    colorbar: bool = True,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    r"""Figure 1a of the paper: the line $\langle w, x\rangle = 0$ turns to the max-margin one.
+
+    Each record's line is drawn at several of its saved points, coloured by $\log t$; the first
+    record solid, the next dashed. The max-margin line is black, in a grey strip of the width
+    $2\gamma$ that no point enters.
+
+    Args:
+        data: two-dimensional data, which the records were computed from.
+        records: one record or several.
+        num_lines: lines a record, more of them where it turns; the last saved point always.
+        colorbar: whether to draw the scale of the colours.
+        ax: where to draw.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, SymLogNorm
+
+    if data.dim != 2:
+        raise ValueError(f"`data` has {data.dim} features; decision lines are drawn in two.")
+    shown = labelled(records)
+    ax = axes_of(ax, (3.4, 3.1))
+    _draw_data(ax, data)
+    reach = 1.06 * float(np.abs(data.inputs).max())
+    solution = data.max_margin()
+    if solution.separable:
+        _draw_margin(ax, solution.direction, solution.margin, 2 * reach)
+    picks = {label: _turning_points(record, num_lines) for label, record in shown.items()}
+    times = np.concatenate(
+        [record["log_time"].values[picks[label]] for label, record in shown.items()]
+    )
+    norm = SymLogNorm(linthresh=1.0, linscale=1.0, vmin=times.min(), vmax=times.max())
+    # Without its pale end, which would vanish on white.
+    colormap = ListedColormap(colormaps["viridis_r"](np.linspace(0.12, 1.0, 256)))
+    for (label, record), style in zip(shown.items(), cycle(LINES), strict=False):
+        for place, index in enumerate(picks[label]):
+            ax.plot(
+                *_line_through_origin(record["end_to_end"].values[index], 2 * reach),
+                color=colormap(norm(float(record["log_time"].values[index]))),
+                linestyle=style,
+                linewidth=1.2,
+                zorder=2 + place / 100,
+                label="_",
+            )
+        if len(shown) > 1:
+            ax.plot([], [], color=colormap(0.6), linestyle=style, linewidth=1.2, label=label)
+    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    ax.set_xlabel(r"$x_1$", fontsize=FONT)
+    ax.set_ylabel(r"$x_2$", fontsize=FONT)
+    ax.locator_params(nbins=5)
+    ax.tick_params(which="both", labelsize=SMALL)
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(
+        handles,
+        labels,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=3 if len(labels) > 4 else 2,
+        fontsize=SMALL - 0.5,
+        frameon=False,
+        handlelength=1.9,
+        columnspacing=1.0,
+        labelspacing=0.3,
+    )
+    if colorbar:
+        scale = ax.figure.colorbar(ScalarMappable(norm, colormap), ax=ax, shrink=0.8, pad=0.02)
+        scale.set_label(r"$\log\,t$", fontsize=FONT)
+        scale.ax.tick_params(which="both", labelsize=SMALL)
+        long_ticks(scale.ax.yaxis, times.min(), times.max())
+    return ax
+
+
+def _draw_data(ax: "Axes", data: "Dataset") -> None:
+    for label, color, marker in ((1, COLORS[0], "o"), (-1, COLORS[1], "X")):
+        points = np.asarray(data.inputs)[np.asarray(data.labels) == label]
+        ax.scatter(
+            *points.T,
+            s=13,
+            color=color,
+            marker=marker,
+            edgecolors="white",
+            linewidths=0.3,
+            zorder=4,
+            label=f"$y = {label:+d}$",
+        )
+
+
+def _draw_margin(ax: "Axes", direction: np.ndarray, margin: float, length: float) -> None:
+    """The max-margin line, and the strip of points closer to it than the margin."""
+    x, y = _line_through_origin(direction, length)
+    shift = margin * direction
+    corners = np.array(
+        [
+            [x[0] + shift[0], y[0] + shift[1]],
+            [x[1] + shift[0], y[1] + shift[1]],
+            [x[1] - shift[0], y[1] - shift[1]],
+            [x[0] - shift[0], y[0] - shift[1]],
+        ]
+    )
+    ax.fill(*corners.T, color="0.92", zorder=0)
+    ax.plot(x, y, color="black", linewidth=2.6, zorder=1, label="max margin")
+
+
+def _turning_points(record: "xr.Dataset", count: int) -> np.ndarray:
+    """Indices of saved points after the start, denser where the end-to-end vector turns."""
+    w = record["end_to_end"].values[1:]
+    angle = np.unwrap(np.arctan2(w[:, 1], w[:, 0]))
+    # The square root of the angle turned: late, small turns are to be seen too.
+    turned = np.concatenate([[0.0], np.cumsum(np.sqrt(np.abs(np.diff(angle))))])
+    found = np.searchsorted(turned, np.linspace(0.0, turned[-1], count))
+    return 1 + np.unique(np.append(np.minimum(found, len(w) - 1), len(w) - 1))
+
+
+def _line_through_origin(normal: np.ndarray, length: float) -> tuple[np.ndarray, np.ndarray]:
+    along = np.array([-normal[1], normal[0]]) / np.linalg.norm(normal)
+    ends = np.array([-length, length])
+    return ends * along[0], ends * along[1]
