@@ -121,15 +121,16 @@ def task(
     n: int = 100,
     loss: gflow.AbstractLoss | None = None,
     data: gflow.Dataset | None = None,
+    start: tuple[np.ndarray, ...] | None = None,
     seed: int = 0,
 ) -> Task:
-    """Separable data (margin 0.1) or given ones, a random start, the clock of the risk."""
+    """Separable data (margin 0.1), a random start, or given ones; the clock of the risk."""
     data = data or gflow.datasets.separable(n=n, d=widths[0], margin=0.1, seed=seed)
     problem = gflow.Problem(data, loss=loss or gflow.Exponential())
-    weights = gflow.init.admissible(gflow.init.gaussian(widths, seed=seed), problem)
+    weights = start or gflow.init.admissible(gflow.init.gaussian(widths, seed=seed), problem)
     clock = gflow.clocks.LogRisk()
-    start = clock.read(float(problem.log_risk(weights)), -math.inf)
-    return Task(gflow.FlowField(problem, clock), weights, start)
+    s_start = clock.read(float(problem.log_risk(weights)), -math.inf)
+    return Task(gflow.FlowField(problem, clock), weights, s_start)
 
 
 class Run(NamedTuple):

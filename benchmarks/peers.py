@@ -18,6 +18,9 @@ from threadpoolctl import threadpool_limits
 import gflow
 from gflow.dynamics import stepping
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+"""Okabe and Ito's, its yellow replaced by grey."""
+
 COLORS = {
     "GaussNewton, 3 stages": "#56B4E9",
     "GaussNewton, 5 stages": "#0072B2",

@@ -1,0 +1,242 @@
+"""How far does each method get in so many seconds? Wall time against reached log R, and memory.
+
+A network of widths 2, 10, 10, 10, 1 on 100 points with exponential loss, from one random start.
+Each peer of `rivals.py` runs in a process of its own, in this script's process group, from the
+start to one target after the other, each in a call of its own: warm, the least of up to five. A run
+that takes longer than the limit ends the peer. Methods in physical time are told the time of each
+target (from a reference of 7 stages at rtol 1e-11); those in gflow's clock are lent its field, its
+logarithms and its clock, which are not theirs. gflow makes its whole call at its default tolerance
+1e-9, with 20 saved points and every observable at each, where peers return final weights.
+
+    python benchmarks/reach.py [--quick] [--limit SECONDS] [--torch PYTHON] [--out FOLDER]
+
+``--torch`` names an interpreter that has torchdiffeq and torchode, if this one has not.
+"""
+
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import common
+import numpy as np
+import rivals
+
+import gflow
+
+WIDTHS = (2, 10, 10, 10, 1)
+TARGETS = (-2, -5, -10, -20, -50, -100, -200, -500, -700, -1e3, -2e3, -5e3, -1e4)
+QUICK_PEERS = ("SciPy DOP853",)
+START_UP = 120.0
+"""Seconds a peer may take to import, compile and run to the first target."""
+
+
+def reference(work, targets):
+    """The flow at every target, to ten digits."""
+    return gflow.gradient_flow(
+        work.field.problem,
+        work.weights,
+        until=gflow.LogRisk(targets[-1]),
+        save=np.array(targets, dtype=np.float64),
+        rtol=1e-11,
+        solver=gflow.GaussNewton(stages=7, tolerance=1e-14),
+        progress=False,
+    )
+
+
+def pose(work, flow, targets, path):
+    """Write what a peer must know."""
+    at = flow.isel(point=[int(np.abs(flow.log_risk.values - r).argmin()) for r in targets])
+    w = at.end_to_end.values
+    np.savez(
+        path,
+        signed_inputs=np.asarray(work.field.problem.data.signed_inputs),
+        depth=len(work.weights),
+        **{f"weights_{k}": np.asarray(matrix) for k, matrix in enumerate(work.weights)},
+        log_risks=np.array(targets, dtype=np.float64),
+        log_times=at.log_time.values,
+        scaled_times=np.exp(at.log_time.values + at.log_risk.values),
+        end_to_end=w / np.linalg.norm(w, axis=1, keepdims=True),
+    )
+    return dict(zip(targets, w / np.linalg.norm(w, axis=1, keepdims=True), strict=True))
+
+
+def ours(work, directions):
+    """The whole call of `gradient_flow`, in this process."""
+    rows = []
+
+    def run(target):
+        return gflow.gradient_flow(
+            work.field.problem,
+            work.weights,
+            until=gflow.LogRisk(target),
+            save=20,
+            progress=False,
+        )
+
+    targets = list(directions)
+    first, _ = common.seconds(lambda: run(targets[0]))
+    for target in targets:
+        flow = run(target)
+        timing, _ = common.timed({"": lambda t=target: run(t)}, repeats=5, budget=2.0, warm=True)
+        w = flow.end_to_end.values[-1]
+        gap = np.linalg.norm(w / np.linalg.norm(w) - directions[target])
+        rows.append({"log_risk": target, "seconds": timing[""].least, "direction_gap": gap})
+    told = "`gradient_flow`, rtol 1e-9, 20 points with all observables"
+    return {"method": "gflow", "settings": told, "first_call_s": first, "rows": rows}
+
+
+def theirs(name, path, limit, python):
+    """A peer in a process of its own, stopped at the first target that takes too long."""
+    script = Path(__file__).with_name("rivals.py")
+    process = subprocess.Popen(
+        [python, str(script), name, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+    errors: list[str] = []
+
+    def listen():
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    # Both pipes are emptied, or a talkative peer would wait for ever.
+    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True).start()
+    found = {"method": name, "rows": []}
+    # A target is measured up to five times: in a second, or once if it takes longer.
+    allowed, began, target = START_UP, time.perf_counter(), None
+    try:
+        while True:
+            line = lines.get(timeout=max(0.1, began + allowed - time.perf_counter()))
+            if line is None:
+                break
+            told = json.loads(line)
+            if "begins" in told:
+                target, allowed, began = told["begins"], limit + 1.0, time.perf_counter()
+            elif "seconds" in told:
+                found["rows"].append(told)
+            else:
+                found |= told
+    except queue.Empty:
+        process.kill()
+        where = "the first call" if target is None else f"log R = {target:g}"
+        found["ended"] = f"{where} takes more than {limit if target is not None else allowed:g} s"
+    process.wait()
+    if "done" not in found and not {"ended", "unable", "missing"} & found.keys():
+        found["unable"] = f"it dies with code {process.returncode}: {''.join(errors)[-300:]}"
+    return found
+
+
+def judged(found, goal, mine):
+    """What the README's table says of one method."""
+    rows = {row["log_risk"]: row["seconds"] for row in found["rows"]}
+    reached = min(rows, default=None)
+    at_goal = rows.get(goal)
+    why = found.get("missing") or found.get("unable") or found.get("ended") or "done"
+    return {
+        "method": found["method"],
+        "reached": reached,
+        "seconds_there": None if reached is None else rows[reached],
+        "to_-10": rows.get(-10),
+        "to_-100": rows.get(-100),
+        "to_goal": at_goal,
+        "times_gflow": None if at_goal is None or mine is None else at_goal / mine,
+        "peak_mib": max((row.get("peak_mib") or 0 for row in found["rows"]), default=None) or None,
+        "first_call_s": found.get("first_call_s"),
+        "why": why,
+    }
+
+
+def figure(contestants):
+    import matplotlib.pyplot as plt
+    from peers import PALETTE
+
+    fig, axes = plt.subplots(
+        1, 2, figsize=(9.6, 4.6), layout="constrained", sharex=True, sharey=True
+    )
+    lent = ["gflow's clock" in each["method"] for each in contestants]
+    for ax, wanted, title in zip(
+        axes,
+        (False, True),
+        ("as they come: physical time, or descent", "lent gflow's logarithms and clock"),
+        strict=True,
+    ):
+        shown = [c for c, own in zip(contestants, lent, strict=True) if own == wanted and c["rows"]]
+        if wanted:
+            shown.insert(0, contestants[0])
+        for index, each in enumerate(shown):
+            x = [-row["log_risk"] for row in each["rows"]]
+            y = [row["seconds"] for row in each["rows"]]
+            own = each["method"] == "gflow"
+            ax.loglog(
+                x,
+                y,
+                color="black" if own else PALETTE[(index - 1) % len(PALETTE)],
+                marker="o^sDvPX*<>hd"[index % 12],
+                markersize=4,
+                linestyle="-" if own or index <= len(PALETTE) else "--",
+                linewidth=2 if own else 1,
+                label=each["method"].removesuffix(", gflow's clock"),
+            )
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("$-\\log\\,R$ reached")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, frameon=False)
+    axes[0].axvline(745, color="0.6", linestyle=":", linewidth=1)
+    axes[0].text(700, axes[0].get_ylim()[1] / 2, "float64 ends", ha="right", va="top", fontsize=7)
+    axes[0].set_ylabel("seconds from the start, warm")
+    return fig
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds a run may take")
+    parser.add_argument("--torch", default=sys.executable, help="an interpreter with PyTorch")
+    parser.add_argument("--only", help="peers whose name holds this")
+    options = common.begin(parser)
+    report = common.Report(__file__, options)
+    targets = TARGETS[:5] if options.quick else TARGETS
+    limit = min(options.limit, 5.0) if options.quick else options.limit
+    names = QUICK_PEERS if options.quick else tuple(rivals.PEERS)
+    names = [name for name in names if options.only is None or options.only in name]
+    work = common.task(WIDTHS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "problem.npz"
+        directions = pose(work, reference(work, targets), targets, path)
+        contestants = [ours(work, directions)]
+        for name in names:
+            python = options.torch if name.startswith("torch") else sys.executable
+            contestants.append(theirs(name, path, limit, python))
+            last = judged(contestants[-1], targets[-1], None)
+            print(f"{name}: to log R = {last['reached']}; {last['why']}", flush=True)
+    mine = contestants[0]["rows"][-1]["seconds"]
+    rows = [judged(each, targets[-1], mine) for each in contestants]
+    columns = (
+        "method:s reached:g seconds_there:.4f to_-10:.4f to_-100:.4f to_goal:.3f times_gflow:.1f "
+        "first_call_s:.1f peak_mib:.0f why:s"
+    )
+    common.table(rows, columns)
+    unable = all(row["to_goal"] is None or row["times_gflow"] >= 10 for row in rows[1:])
+    print(f"every peer unable or ten times slower to log R = {targets[-1]:g}: {unable}")
+    start = float(work.field.problem.log_risk(work.weights))
+    report.write(
+        figure(contestants),
+        widths=WIDTHS,
+        log_risk_at_start=start,
+        goal=targets[-1],
+        limit_s=limit,
+        contestants=contestants,
+        summary=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
