@@ -6,8 +6,10 @@ one computed.
 
 It is also the loop that one would write by hand, and as fast. What an optimiser does not use XLA
 drops, the risk itself when only its gradient is asked for. Rules that count steps, or a time that
-depends on the number of steps alone, are never asked. On a CPU every further kernel costs as much
-as a small layer, which is why time is kept in a loop of its own where that can be done.
+depends on the number of steps alone, are never asked. A rule on the risk is asked where the slopes
+allow that it is met: $\log\ell$ costs three times the rest of a step of a small network, but
+$R \ge \frac1{cn}\sum_i -\ell'(q_i)$ is at hand (``decay_bound``). On a CPU every further kernel
+costs as much as a small layer, which is why time is kept apart where that can be done.
 
 Two gradients are on offer. $\nabla R = \frac1n\sum_i \ell'(q_i)\nabla q_i$ is what optimisers
 expect, and underflows with the risk; $g = \nabla\log R$ with $\log R$ never does, and is for the
@@ -23,9 +25,13 @@ import jax.numpy as jnp
 import optax
 
 from gflow.dynamics.step_meter import Elapsed, StepMeter
-from gflow.dynamics.until import AbstractRule, Coordinates, watched
+from gflow.dynamics.until import AbstractRule, Coordinates, LogRisk, watched
 from gflow.problem.network import Array, DeepLinear, Weights, inner_product
 from gflow.problem.risk import Problem
+
+
+BOUND_SLACK = 1e-9
+"""Rounding allowed for in the bound on log R: the rule is asked a little too often, not too late."""
 
 
 class Carry(eqx.Module):
@@ -107,7 +113,9 @@ class Descent(eqx.Module):
         slopes = jnp.exp(problem.loss.log_slope(margins)) / margins.shape[0]
         found = Evaluation(
             problem=problem,
+            margins=margins,
             sound=sound(carry.weights, margins),
+            slope=jnp.sum(slopes),
             log_risk=losses.log_risk,
             log_gradient=pull(-problem.gather(losses.slopes))[0],
             gradient=pull(-problem.gather(slopes))[0],
@@ -142,11 +150,19 @@ class Evaluation(NamedTuple):
     """What is known at an iterate before it moves."""
 
     problem: Problem
+    margins: Array
     sound: Array
     """Whether weights and margins are (see `sound`)."""
+    slope: Array
+    r"""$\frac1n\sum_i -\ell'(q_i)$."""
     log_risk: Array
     log_gradient: Weights
     gradient: Weights
+
+    @property
+    def least_log_risk(self) -> Array:
+        r"""What $\log R$ is not below."""
+        return jnp.log(self.slope / self.problem.loss.decay_bound) - BOUND_SLACK
 
     def extra_arguments(self) -> dict[str, Any]:
         """The extra arguments: optax's own names for $R$, ours for the log domain."""
@@ -184,8 +200,19 @@ class Watch(eqx.Module):
 
     def hits(self, descent: Descent, carry: Carry, at: Evaluation, goals: "Goals") -> Array:
         """Which cheap and costly rules are met, and at last whether to stop for another reason."""
-        here = coordinates(carry.num_steps, carry.elapsed, at.log_risk)
-        met = _met(self.cheap, here, goals.cheap)
+
+        def told(log_risk: Array) -> list[Array]:
+            here = coordinates(carry.num_steps, carry.elapsed, log_risk)
+            return _met(self.cheap, here, goals.cheap)
+
+        if carry.elapsed is None and all(isinstance(rule, LogRisk) for rule in self.cheap):
+            met = jax.lax.cond(
+                jnp.any(jnp.array([False, *told(at.least_log_risk)])),
+                lambda: told(at.problem.loss_slopes(at.margins).log_risk),
+                lambda: [jnp.array(False)] * len(self.cheap),
+            )
+        else:  # the time needs log R as well
+            met = told(at.log_risk)
         if self.costly:
 
             def late() -> list[Array]:
@@ -221,9 +248,10 @@ def advance(
         # The clock runs ahead to where a rule on the time stops it, and once more to where the
         # weights have stopped.
         carry = _with_elapsed(carry, None)
-        num_steps = meter.predict(
-            elapsed, num_steps, lambda ahead: _timed(watch, ahead, goals)
-        ).num_steps
+        if watch.timed:
+            num_steps = meter.predict(
+                elapsed, num_steps, lambda ahead: _timed(watch, ahead, goals)
+            ).num_steps
 
     def attempt(loop: tuple[Carry, Array]) -> tuple[Carry, Array]:
         at, carry = descent.evaluate(loop[0])
@@ -238,7 +266,7 @@ def advance(
 
     asked = len(watch.cheap) + len(watch.costly) + 1
     carry, hits = jax.lax.while_loop(
-        lambda loop: (loop[0].num_steps < num_steps) & ~jnp.any(loop[1]),
+        lambda loop: (loop[0].num_steps < num_steps) & (~jnp.any(loop[1]) if asks else True),
         attempt,
         (carry, jnp.zeros(asked, bool)),
     )

@@ -82,11 +82,31 @@ class StepMeter(eqx.Module):
         state = self.optimizer.init(jnp.zeros(())) if self.nominal else ()
         return Elapsed(jnp.zeros((), jnp.int64), never, jnp.zeros(()), never, state)
 
+    @property
+    def constant(self) -> bool:
+        """Whether all steps are equally long: an optimiser without a state."""
+        return self.predictable and not jax.tree.leaves(self.optimizer.init(jnp.zeros(())))
+
     def nominal_step(self, elapsed: Elapsed, log_risk: Array | float = 0.0) -> Elapsed:
         """After the step that a constant gradient of one would get."""
+        if self.constant:
+            return self._after(elapsed, elapsed.num_steps + 1)
         answer, state = self._answer(elapsed)
         log_step = jnp.log(jnp.maximum(-answer, 0.0))
         return elapsed.add(log_step - log_risk if self.on_log_risk else log_step, state)
+
+    def _after(self, elapsed: Elapsed, num_steps: Array) -> Elapsed:
+        """After so many steps in all, each of the same length: T is their number times it."""
+        answer, state = self._answer(elapsed)
+        log_step = jnp.log(jnp.maximum(-answer, 0.0))
+        made = num_steps > 0
+        return Elapsed(
+            num_steps=num_steps,
+            log_time=jnp.where(made, jnp.log(jnp.maximum(num_steps, 1)) + log_step, -jnp.inf),
+            lost=jnp.zeros(()),
+            log_step_size=jnp.where(made, log_step, -jnp.inf),
+            meter_state=state,
+        )
 
     def nominal_answer(self, elapsed: Elapsed) -> Array:
         """The update that a gradient of one would get; negative for descent."""
@@ -111,15 +131,19 @@ class StepMeter(eqx.Module):
         self,
         elapsed: Elapsed,
         num_steps: Array,
-        reached: Callable[[Elapsed], list[Array]] = lambda elapsed: [],
+        reached: Callable[[Elapsed], list[Array]] | None = None,
     ) -> Elapsed:
         """Let time pass until ``num_steps`` in all, or until any of ``reached`` is true.
 
         A loop over scalars, fifty nanoseconds a step: inside the loop over the weights the same
         operations would each be a kernel of their own and cost more than a step of a small network.
+        Equal steps are counted.
         """
+        if reached is None and self.constant:
+            return self._after(elapsed, num_steps)
+        stop = reached or (lambda at: [])
         return jax.lax.while_loop(
-            lambda at: (at.num_steps < num_steps) & ~jnp.any(jnp.array([False, *reached(at)])),
+            lambda at: (at.num_steps < num_steps) & ~jnp.any(jnp.array([False, *stop(at)])),
             self.nominal_step,
             elapsed,
         )

@@ -70,6 +70,15 @@ class AbstractLoss(eqx.Module):
         r"""$\beta = \sup_q \ell''(q)$, the Lipschitz constant of $\ell'$; may be infinite."""
 
     @property
+    def decay_bound(self) -> float:
+        r"""A $c$ with $-\ell'(q) \le c\,\ell(q)$ everywhere; infinite if none is known.
+
+        It bounds the risk from below by the slopes, which descent has at hand: a rule on the risk
+        then costs next to nothing a step.
+        """
+        return math.inf
+
+    @property
     @abc.abstractmethod
     def exponential_tail(self) -> bool:
         r"""Whether $\ell(q) e^{q}$ tends to a positive constant as $q \to \infty$."""
@@ -120,6 +129,11 @@ class Exponential(AbstractLoss):
     def smoothness(self) -> float:
         r"""Infinite: $\ell''(q) = e^{-q}$."""
         return math.inf
+
+    @property
+    def decay_bound(self) -> float:
+        r"""$c = 1$, attained everywhere."""
+        return 1.0
 
     @property
     def exponential_tail(self) -> bool:
@@ -232,6 +246,11 @@ class Logistic(AbstractLoss):
     def smoothness(self) -> float:
         r"""$\beta = 1/4$: $\ell'' = \sigma(1 - \sigma)$ is largest at $\sigma = 1/2$."""
         return 0.25
+
+    @property
+    def decay_bound(self) -> float:
+        r"""$c = 1$: with $s = -\ell'$, $\ell = -\log(1 - s) \ge s$; approached at $\infty$."""
+        return 1.0
 
     @property
     def exponential_tail(self) -> bool:
@@ -444,6 +463,11 @@ class PolynomialTail(AbstractLoss):
             return 2.0  # the supremum, approached at minus infinity: l'' = 1 - (3T - T^3)/2
         t = (math.sqrt(12.0 - 3.0 * p * p) - 3.0 * p) / 6.0
         return 0.25 * p * (p + t) * (1.0 - t) ** (1.0 + 0.5 * p) * (1.0 + t) ** (1.0 - 0.5 * p)
+
+    @property
+    def decay_bound(self) -> float:
+        r"""$c = p/2$: $-\ell'/\ell = p/s$ with $s = \sqrt{q^2 + 4} \ge 2$."""
+        return 0.5 * self.power
 
     @property
     def exponential_tail(self) -> bool:
