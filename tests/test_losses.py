@@ -213,6 +213,8 @@ def test_slope_bound_and_smoothness_are_the_suprema(loss):
         assert slope >= loss.slope_bound * (1 - 1e-5)
     else:
         assert slope > 1e3
+    decay = np.exp(np.asarray(jax.jit(lambda q: loss.log_slope(q) - loss.log_value(q))(q)).max())
+    assert 1 - 1e-5 <= float(decay) / loss.decay_bound <= 1 + 1e-9
 
 
 def test_unbounded_slopes_and_curvatures_are_reported_as_infinite():

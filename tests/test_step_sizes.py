@@ -103,6 +103,16 @@ def test_rules_of_equal_settings_are_one_program():
     assert structure(step_sizes.loss_scaled(0.1)) != structure(step_sizes.polyak(0.1))
 
 
+def test_an_optimiser_without_extra_arguments_is_one_program_each_time_it_is_given():
+    plain = optax.scale(-0.1)
+    assert not isinstance(plain, optax.GradientTransformationExtraArgs)
+    one, other = (step_sizes.with_extra_arguments(plain) for _ in range(2))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert jax.tree.leaves(one) == jax.tree.leaves(other)
+    (moved,), _ = one.update((1.0,), one.init((0.0,)), value=0.5)
+    assert moved == -0.1
+
+
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -140,6 +150,7 @@ def test_inner_products_sum_over_all_arrays():
         (step_sizes.loss_scaled(0.1), "loss_scaled(0.1, power=0)"),
         (step_sizes.paper_steps(PROBLEM), "paper_steps(sharper=False)"),
         (step_sizes.on_log_risk(optax.sgd(0.1)), "on_log_risk(scale(step_size=-0.1))"),
+        (step_sizes.on_log_risk(optax.scale(-0.1)), "on_log_risk(scale(step_size=-0.1))"),
     ],
 )
 def test_an_optimiser_is_described_by_its_parts(optimizer, text):

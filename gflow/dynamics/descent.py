@@ -30,7 +30,7 @@ from gflow.dynamics.iterating import (
 from gflow.dynamics.progress import Pace, ProgressBar
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.step_meter import StepMeter
-from gflow.dynamics.step_sizes import describe
+from gflow.dynamics.step_sizes import describe, with_extra_arguments
 from gflow.dynamics.until import (
     AbstractRule,
     AnyOf,
@@ -179,7 +179,7 @@ class _Run:
             )
         self.descent = Descent(
             problem,
-            optax.with_extra_args_support(optimizer),
+            with_extra_arguments(optimizer),
             StepMeter.of(optimizer, weights),
             None if batch_size is None else Sampler(jax.random.key(seed), batch_size),
         )

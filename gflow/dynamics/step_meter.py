@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.dynamics.step_sizes import OnLogRisk
+from gflow.dynamics.step_sizes import OnLogRisk, with_extra_arguments
 from gflow.problem.network import Array, Weights, inner_product
 
 
@@ -68,7 +68,7 @@ class StepMeter(eqx.Module):
         """The meter for an optimiser; finds out by a trial whether it works entry by entry."""
         rule = getattr(optimizer.update, "__self__", None)
         scaled = isinstance(rule, OnLogRisk)
-        inner = rule.inner if scaled else optax.with_extra_args_support(optimizer)
+        inner = rule.inner if scaled else with_extra_arguments(optimizer)
         return cls(inner, works_entry_by_entry(inner, weights), scaled)
 
     @property
