@@ -29,9 +29,8 @@ from gflow.dynamics.until import AbstractRule, Coordinates, LogRisk, watched
 from gflow.problem.network import Array, DeepLinear, Weights, inner_product
 from gflow.problem.risk import Problem
 
-
 BOUND_SLACK = 1e-9
-"""Rounding allowed for in the bound on log R: the rule is asked a little too often, not too late."""
+"""Rounding allowed for in the bound on log R: the rule may be asked too often, never too late."""
 
 
 class Carry(eqx.Module):
