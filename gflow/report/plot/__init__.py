@@ -8,7 +8,14 @@ Axes whose values run from about zero to $10^4$ or $10^{16}$ ($\log t$, $-\log R
 linear up to one and logarithmic beyond.
 """
 
-from gflow.report.plot.plane import decision_lines as decision_lines
+from gflow.report.plot.exactness import (
+    asymptotes as asymptotes,
+    certificate as certificate,
+    orders as orders,
+)
+from gflow.report.plot.layers import singular_values as singular_values
+from gflow.report.plot.many import ensemble as ensemble, gaps as gaps
+from gflow.report.plot.plane import animation as animation, decision_lines as decision_lines
 from gflow.report.plot.style import (
     COLORS as COLORS,
     COLUMN as COLUMN,

@@ -36,27 +36,32 @@ def axes_of(ax: "Axes | None", size: tuple[float, float] = COLUMN) -> "Axes":
 
 
 def finish(ax: "Axes", x: str, y_label: str) -> "Axes":
-    """Scales, labels and legend that all curves share."""
+    """Scales, labels and legend that all curves against time, risk or steps share."""
     long_scale(ax, "x")
-    ax.set_xlabel(X_AXES[x], fontsize=FONT)
+    label_axes(ax, X_AXES[x], y_label)
+    legend(ax)
+    return ax
+
+
+def label_axes(ax: "Axes", x_label: str, y_label: str) -> None:
+    """Labels, ticks and grid."""
+    ax.set_xlabel(x_label, fontsize=FONT)
     ax.set_ylabel(y_label, fontsize=FONT)
     ax.tick_params(which="both", labelsize=SMALL)
     no_minor_labels(ax)
     ax.grid(True, linewidth=0.3, color="0.85")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    legend(ax)
-    return ax
 
 
-def legend(ax: "Axes", title: str | None = None) -> None:
+def legend(ax: "Axes", loc: str = "best") -> None:
     """A small legend, in two columns when long."""
     handles, labels = ax.get_legend_handles_labels()
     if labels:
         ax.legend(
             handles,
             labels,
-            title=title,
+            loc=loc,
             fontsize=SMALL - 0.5,
             ncols=2 if len(labels) > 5 else 1,
             framealpha=0.85,
