@@ -27,6 +27,9 @@ WITHIN = 0.03
 # A hundred times the tolerance of the flows in the ladder, relative to gaps of 1e-7 and more.
 GAP_DIGITS = 1e-3
 
+# A hundred times the tolerance of a step, for small differences of weights of size ten.
+SOLVERS = 1e-7
+
 # A hundred round-offs, of derivatives of order one.
 DERIVATIVES = 1e-14
 
@@ -76,11 +79,15 @@ def test_the_gap_is_that_of_a_plain_loop(measured):
 
 
 @pytest.mark.parametrize(
-    ("until", "clock"),
-    [(gflow.Time(50.0), gflow.clocks.Time()), (gflow.LogRisk(-8.0), gflow.clocks.Risk())],
-    ids=["Time", "Risk"],
+    ("until", "clock", "solver"),
+    [
+        (gflow.Time(50.0), gflow.clocks.Time(), diffrax.Dopri8()),
+        (gflow.LogRisk(-8.0), gflow.clocks.Risk(), diffrax.Dopri8()),
+        (gflow.Time(50.0), gflow.clocks.LogTime(), gflow.GaussNewton()),
+    ],
+    ids=["Time", "Risk", "GaussNewton"],
 )
-def test_the_modified_flow_of_one_datum_follows_its_closed_form(until, clock):
+def test_the_modified_flow_of_one_datum_follows_its_closed_form(until, clock, solver):
     rate = 0.7
     record = gflow.gradient_flow(
         ONE_DATUM,
@@ -88,6 +95,7 @@ def test_the_modified_flow_of_one_datum_follows_its_closed_form(until, clock):
         until=until,
         clock=clock,
         save=4,
+        solver=solver,
         modified=gflow.ModifiedEquation(rate),
         rtol=1e-11,
     )
@@ -98,6 +106,24 @@ def test_the_modified_flow_of_one_datum_follows_its_closed_form(until, clock):
     np.testing.assert_allclose(conserved, conserved[0], rtol=1e-8)
     if isinstance(clock, gflow.clocks.Risk):
         assert record.clock_error.max() < 1e-9
+
+
+def test_modified_flows_go_to_any_horizon_by_the_solvers_of_the_plain_one():
+    modified = gflow.ModifiedEquation(0.3)
+    save = [-5.0, -20.0, -1e4, -1e5]
+
+    def follow(until, **options):
+        return gflow.gradient_flow(
+            PROBLEM, WEIGHTS, until=until, modified=modified, save=save, **options
+        )
+
+    alone = follow(gflow.LogRisk(save[-1]), solver=gflow.GaussNewton())
+    default = follow(gflow.LogRisk(-1e8))
+    assert default.attrs["status"] == "reached"
+    assert default.attrs["solver"] == "Dopri8, then GaussNewton, then SlowManifold"
+    for name in ("end_to_end", "log_time", "misalignment", "frobenius_norm"):
+        a, b = alone[name].values[1:], default[name].values[1 : len(save) + 1]
+        np.testing.assert_allclose(a, b, rtol=SOLVERS)
 
 
 def test_the_modified_fields_are_the_derivatives_of_the_risk():
@@ -158,16 +184,15 @@ def test_a_modified_equation_needs_a_step_and_an_order():
         gflow.ModifiedEquation(0.1, 3)
 
 
-def test_the_solvers_of_the_plain_flow_refuse_a_modified_one(unchecked):
-    for solver in (gflow.GaussNewton(), gflow.SlowManifold()):
-        with pytest.raises(ValueError, match=r"`solver` is .*Dopri8"):
-            gflow.gradient_flow(
-                PROBLEM,
-                WEIGHTS,
-                until=gflow.Time(1.0),
-                solver=solver,
-                modified=gflow.ModifiedEquation(0.1),
-            )
+def test_split_coordinates_are_for_where_the_modified_flow_is_the_plain_one(unchecked):
+    with pytest.raises(ValueError, match="`solver` is SlowManifold.* still adds"):
+        gflow.gradient_flow(
+            PROBLEM,
+            WEIGHTS,
+            until=gflow.Time(1.0),
+            solver=gflow.SlowManifold(),
+            modified=gflow.ModifiedEquation(0.1),
+        )
 
 
 def test_a_step_too_large_for_the_expansion_is_refused():
@@ -181,7 +206,12 @@ def test_a_step_too_large_for_the_expansion_is_refused():
 
 def test_a_modified_flow_that_ceases_to_lower_the_risk_says_so():
     record = gflow.gradient_flow(
-        PROBLEM, WEIGHTS, until=gflow.Time(TIME), save=2, modified=gflow.ModifiedEquation(30.0, 2)
+        PROBLEM,
+        WEIGHTS,
+        until=gflow.Time(TIME),
+        save=2,
+        solver=diffrax.Dopri8(),
+        modified=gflow.ModifiedEquation(30.0, 2),
     )
     assert record.attrs["status"] == "stalled"
     assert "ceases to lower the risk" in record.attrs["message"]

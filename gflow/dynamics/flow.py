@@ -33,7 +33,13 @@ from gflow.dynamics.until import (
     positive_count,
     save_grid,
 )
-from gflow.problem.modified import ModifiedEquation, ModifiedProblem, modify, why_stopped
+from gflow.problem.modified import (
+    ModifiedEquation,
+    ModifiedProblem,
+    expect_faded,
+    modify,
+    why_stopped,
+)
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import imbalance, is_deep_linear
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
@@ -113,10 +119,9 @@ def gradient_flow(
             accuracy limits its step and ``GaussNewton`` from where stability would; beyond
             log R = -1e6 ``SlowManifold``, in whose coordinates nothing small is lost.
         modified: a ``ModifiedEquation`` to integrate instead of $\dot W = -\nabla R$: the flow that
-            descent with its learning rate follows, in any clock. Its solver is any adaptive diffrax
-            solver, ``diffrax.Dopri8`` by default, whose steps grow in number like $-\log R$;
-            ``GaussNewton`` and ``SlowManifold`` know the plain flow only. Far out, where $R$ times
-            the learning rate is below round-off, the plain flow from its weights is the same flow.
+            descent with its learning rate follows, in any clock and by any solver, to any horizon.
+            By default ``Dopri8`` comes first: what the equation adds makes ``GaussNewton`` slow to
+            compile. Where $R$ times the learning rate is below round-off it is the plain flow.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a weight; by default ``rtol`` times the typical entry of the
             smallest layer that is not zero, at most ``rtol``.
@@ -147,9 +152,11 @@ def gradient_flow(
         recorder = Recorder(problem, weights, observables, keep_weights)
         clock = clock or default_clock(rules[0])
         followed = problem if modified is None else modify(problem, weights, modified)
+        if isinstance(followed, ModifiedProblem) and isinstance(solver, SlowManifold):
+            expect_faded(followed, weights)
 
         def new_run(rtol: float, atol: float | None) -> Run:
-            chosen = chosen_solvers(problem, solver, modified, rtol)
+            chosen = (solver,) if solver else default_solvers(followed, rtol)
             return Run(followed, clock, chosen, weights, rtol, atol, max_steps)
 
         run = new_run(rtol, atol)
@@ -183,34 +190,13 @@ def default_clock(rule: AbstractRule) -> clocks.AbstractClock:
     return clocks.LogTime() if isinstance(rule, Time | LogTime) else clocks.LogRisk()
 
 
-def chosen_solvers(
-    problem: Problem, solver: Solver | None, modified: ModifiedEquation | None, rtol: float
-) -> tuple[Solver, ...]:
-    """The solvers of a run, in the order of their use: the caller's, or gflow's choice."""
-    if modified is not None:
-        return solvers_of_modified(solver)
-    return default_solvers(problem, rtol) if solver is None else (solver,)
-
-
 def default_solvers(problem: Problem, rtol: float) -> tuple[Solver, ...]:
-    """The solvers that gflow chooses."""
+    """The solvers that gflow chooses, in the order of their use."""
     far = SlowManifold(rtol=max(rtol, 1e-13))
     coordinates = problem.data.num_points if problem.design is None else min(problem.design.shape)
-    if coordinates <= SMALL_SYSTEM:
+    if coordinates <= SMALL_SYSTEM and not isinstance(problem, ModifiedProblem):
         return GaussNewton(), far
     return diffrax.Dopri8(), GaussNewton(), far
-
-
-def solvers_of_modified(solver: Solver | None) -> tuple[Solver, ...]:
-    """The solver of a modified flow, whose field is not of Gauss–Newton form."""
-    if isinstance(solver, GaussNewton | SlowManifold):
-        raise ValueError(
-            f"`solver` is {type(solver).__name__}, which integrates the plain flow only, beside "
-            "`modified`; expected an adaptive diffrax solver, explicit as diffrax.Dopri8(), the "
-            "default, or implicit with its own tolerances, as diffrax.Kvaerno5(root_finder="
-            "diffrax.VeryChord(rtol=1e-10, atol=1e-10))."
-        )
-    return (solver if solver is not None else diffrax.Dopri8(),)
 
 
 class Run:

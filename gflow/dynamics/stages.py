@@ -3,8 +3,8 @@ r"""The field at collocation stages, with vectors of weight space kept as outer 
 The pullback of a deep linear network is an outer product in every layer,
 :math:`(W_L\cdots W_{k+1})^\top\,(W_{k-1}\cdots W_1 v)^\top`. Here :math:`W_0 + \sum_j c_j K_j` with
 such :math:`K_j` is applied to vectors without being formed: all stages of a step share the
-products with :math:`W_0`, and the rest costs as little as the vectors. For any other network a
-"layer" is a leaf of the weights and a "factor" the number one.
+products with :math:`W_0`, and the rest costs as little as the vectors. For any other network, and
+for modified flows, a "layer" is a leaf of the weights and a "factor" the number one.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from jax.scipy.special import logsumexp
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.radau import legendre_values, radau
 from gflow.problem.losses import AbstractLoss
-from gflow.problem.network import Array, DeepLinear, Weights
+from gflow.problem.modified import ModifiedProblem, still_falling
+from gflow.problem.network import Array, Weights, inner_product
 from gflow.problem.risk import Problem
 
 
@@ -103,6 +104,12 @@ def evaluate_stage(
         (jnp.sum(left**2) * jnp.sum(right**2) for left, right in zip(lefts, rights, strict=True)),
         start=jnp.zeros((), log_risk.dtype),
     )
+    if isinstance(problem, ModifiedProblem):
+        # -h and <g, h> in the place of -g and |g|^2; what is added needs the weights themselves.
+        added = jax.tree.leaves(problem.correction(move(weights, vectors, coefficients)))
+        slope = rights
+        rights = [right - jnp.ravel(more) for right, more in zip(slope, added, strict=True)]
+        squared_norm = still_falling(inner_product(slope, rights))
     rate = field.clock.rate(t, log_risk, squared_norm)
     derivative = Factors(lefts, [rate * right for right in rights])
     return Stage(derivative, log_risk, rate, squared_norm, slopes, curvatures, distance - level)
@@ -112,7 +119,7 @@ def _pullback(
     problem: Problem, weights: Weights, vectors: Factors, coefficients: Array
 ) -> tuple[Array, Callable[[Array], Factors]]:
     """Coordinates c at ``weights + coefficients @ vectors``; the map from v to :math:`G^T v`."""
-    if not isinstance(problem.network, DeepLinear):
+    if not problem.outer:
         moved = move(weights, vectors, coefficients)
         coordinates, vjp = jax.vjp(lambda w: problem.network.coordinates(w, problem.data), moved)
 
@@ -207,6 +214,6 @@ def shaped(leaves: list[Array], weights: Weights) -> Weights:
 def no_vectors(problem: Problem, weights: Weights) -> Factors:
     """No vectors. Layers move by outer products; leaves of other networks as a single row."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(weights)]
-    if not isinstance(problem.network, DeepLinear):
+    if not problem.outer:
         leaves = [leaf.reshape(1, -1) for leaf in leaves]
     return Factors([leaf.T[:0] for leaf in leaves], [leaf[:0] for leaf in leaves])

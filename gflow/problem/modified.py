@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.curvature import Slope, relative_gradient
-from gflow.problem.network import Array, Weights
+from gflow.problem.network import Array, Weights, inner_product, squared_norm
 from gflow.problem.risk import Problem, risk_and_slope
 
 ORDERS = (1, 2)
@@ -82,8 +82,7 @@ class ModifiedEquation(eqx.Module):
 class ModifiedProblem(Problem):
     r"""A problem with $h$ and $\langle g, h\rangle$ in the place of $g$ and $\lVert g\rVert^2$.
 
-    All that a clock and the field of a flow need; everything else is the problem's own. It has no
-    Gauss–Newton factors.
+    All that a clock and the field of a flow need; everything else is the problem's own.
     """
 
     step: Array
@@ -99,20 +98,37 @@ class ModifiedProblem(Problem):
     def log_risk_gradient_and_norm(self, weights: Weights) -> tuple[Array, Weights, Array]:
         r"""$\log R$, $h$ and $\langle g, h\rangle$; NaN for the last where it is not positive."""
         slope = super().log_risk_gradient_and_norm
-        log_risk, g, h = modified_direction(slope, weights, self.step, self.order)
-        descent = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), g, h)))
-        # Where the risk no longer falls the expansion has lost its meaning, and a clock that
-        # follows the risk would turn round: the run is to stop there.
-        return log_risk, h, jnp.where(descent > 0, descent, jnp.nan)
+        log_risk, g, added = correction(slope, weights, self.step, self.order)
+        h = jax.tree.map(jnp.add, g, added)
+        return log_risk, h, still_falling(inner_product(g, h))
+
+    @property
+    def outer(self) -> bool:
+        """False: what is added to $g$ is no outer product."""
+        return False
+
+    def correction(self, weights: Weights) -> Weights:
+        """$h - g$."""
+        slope = super().log_risk_gradient_and_norm
+        return correction(slope, weights, self.step, self.order)[2]
 
 
-def modified_direction(
+def still_falling(descent: Array) -> Array:
+    r"""$\langle g, h\rangle$, NaN where it is not positive.
+
+    Where the risk no longer falls the expansion has lost its meaning, and a clock that follows the
+    risk would turn round: the run is to stop there.
+    """
+    return jnp.where(descent > 0, descent, jnp.nan)
+
+
+def correction(
     slope: Slope,
     weights: Weights,
     step: Array,
     order: int,
 ) -> tuple[Array, Weights, Weights]:
-    r"""$\log R$, $g$ and the direction $h$ of the module's second equation.
+    r"""$\log R$, $g$ and $h - g$, with the direction $h$ of the module's second equation.
 
     Args:
         slope: $\log R$, $\nabla\log R$ and its squared norm at given weights, as
@@ -126,12 +142,11 @@ def modified_direction(
     >>> import gflow
     >>> problem = gflow.Problem(gflow.Dataset([[1.0]], [1]), loss=gflow.Exponential())
     >>> slope = problem.log_risk_gradient_and_norm
-    >>> _, _, (h,) = modified_direction(slope, (jnp.zeros((1, 1)),), jnp.asarray(0.1), 1)
-    >>> round(float(h[0, 0]), 6)
-    -1.05
+    >>> _, (g,), (added,) = correction(slope, (jnp.zeros((1, 1)),), jnp.asarray(0.1), 1)
+    >>> float(g[0, 0]), round(float(added[0, 0]), 6)
+    (-1.0, -0.05)
     """
     log_risk, g, _ = slope(weights)
-
     psi = relative_gradient(slope, log_risk)
 
     def along(direction: Weights, at: Weights) -> Weights:
@@ -139,16 +154,15 @@ def modified_direction(
 
     epsilon = step * jnp.exp(log_risk)
     if order == 1:
-        return log_risk, g, jax.tree.map(lambda a, b: a + epsilon / 2 * b, g, along(g, weights))
+        return log_risk, g, jax.tree.map(lambda a: epsilon / 2 * a, along(g, weights))
     first, second = jax.jvp(lambda at: along(g, at), (weights,), (g,))
-    h = jax.tree.map(
-        lambda a, b, c, d: a + epsilon * (b / 2 + epsilon * (c / 12 + d / 3)),
-        g,
+    added = jax.tree.map(
+        lambda a, b, c: epsilon * (a / 2 + epsilon * (b / 12 + c / 3)),
         first,
         second,
         along(first, weights),
     )
-    return log_risk, g, h
+    return log_risk, g, added
 
 
 def modify(problem: Problem, weights: Weights, equation: ModifiedEquation) -> ModifiedProblem:
@@ -165,6 +179,27 @@ def modify(problem: Problem, weights: Weights, equation: ModifiedEquation) -> Mo
             "Expected a step well below two over the largest curvature: take a smaller one."
         )
     return modified
+
+
+def expect_faded(modified: ModifiedProblem, weights: Weights) -> None:
+    """Refuse a start where the modified flow still differs from the plain one.
+
+    Raises:
+        ValueError: when what is added to the field is not below round-off.
+    """
+    part = float(_part_added(modified, weights))
+    if part > np.finfo(float).eps:
+        raise ValueError(
+            "`solver` is SlowManifold, whose coordinates are those of the plain flow; at the start "
+            f"`modified` still adds {part:.2g} of the field to it. Leave `solver` out: the default "
+            "goes on in these coordinates from where nothing is added."
+        )
+
+
+@eqx.filter_jit
+def _part_added(modified: ModifiedProblem, weights: Weights) -> Array:
+    _, g, _ = Problem.log_risk_gradient_and_norm(modified, weights)
+    return jnp.sqrt(squared_norm(modified.correction(weights)) / squared_norm(g))
 
 
 def why_stopped(

@@ -83,6 +83,11 @@ class Problem(eqx.Module):
         gradient, squared_norm = pull(-self.gather(losses.slopes))
         return losses.log_risk, gradient, squared_norm
 
+    @property
+    def outer(self) -> bool:
+        """Whether the field is an outer product in every layer."""
+        return isinstance(self.network, DeepLinear)
+
     def log_risk_at_zero(self) -> Array:
         r"""$\log R(0) = \log\ell(0)$, the level of the paper's assumption on the start."""
         return self.loss.log_value(jnp.zeros(()))
