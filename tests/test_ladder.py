@@ -185,7 +185,7 @@ def test_a_modified_equation_needs_a_step_and_an_order():
 
 
 def test_split_coordinates_are_for_where_the_modified_flow_is_the_plain_one(unchecked):
-    with pytest.raises(ValueError, match="`solver` is SlowManifold.* still adds"):
+    with pytest.raises(ValueError, match=r"`solver` is SlowManifold.* still adds"):
         gflow.gradient_flow(
             PROBLEM,
             WEIGHTS,
