@@ -19,6 +19,8 @@ SOURCES := $(wildcard gflow tests benchmarks notebooks examples docs)
 
 # By uv, and by pip where uv cannot be had or cannot reach the index: both read the same constraints.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Imports are compiled once, not by every process.
+unexport PYTHONDONTWRITEBYTECODE
 install = @echo "==> $(VENV): installing gflow$(1) at the versions of constraints.txt"; \
 	{ $(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
 	    --build-constraints constraints.txt --editable ".$(1)" || \

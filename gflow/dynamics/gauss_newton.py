@@ -82,7 +82,7 @@ from gflow.dynamics.stages import (
     shaped,
     start_frame,
 )
-from gflow.problem.network import Array
+from gflow.problem.network import Array, Weights
 
 DIRECT = 100
 """Up to this order the linear system is solved as it is; beyond, the stages share a Jacobian."""
@@ -180,41 +180,10 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
         p, tableau, h = self.stages, radau(self.stages), t1 - t0
         matrix = h * tableau.matrix
 
-        def evaluate(coefficients: Array, derivatives: Factors, offsets: Array) -> Stage:
-            at = lambda t, c, o: evaluate_stage(field, y0.weights, derivatives, t, c, o)  # noqa: E731
-            return jax.vmap(at)(t0 + h * tableau.nodes, coefficients, offsets)
-
-        # The unknowns make this vanish. Derivatives of the solution follow from that by the
-        # implicit function theorem, however it is found.
-        def residual(unknown: tuple[Factors, Array]) -> tuple[Factors, Array]:
-            derivatives, offsets = unknown
-            stage = evaluate(matrix, derivatives, offsets)
-            weight = jax.lax.stop_gradient(jax.nn.softmax(-offsets))
-            margins = stage.gap + offsets
-            margins = margins - jnp.sum(weight * margins, axis=1, keepdims=True)
-            return jax.tree.map(jnp.subtract, unknown, (stage.derivative, margins))
-
-        def solve(_: Callable, guess: tuple[Factors, Array]) -> tuple:
-            frame = start_frame(field.problem, y0.weights)
-            last = self._newton(field, evaluate, frame, solver_state, h)
-            count = last.count.astype(last.size.dtype)  # custom_root wants floats
-            aux = (
-                count,
-                remaining(last.size, last.contraction),
-                frame.log_risk,
-                self._error(frame, last, h),
-            )
-            return (last.derivatives, last.offsets), aux
-
-        (derivatives, offsets), (count, newton_error, log_risk, error) = jax.lax.custom_root(
-            residual,
-            (solver_state.derivatives, solver_state.offsets),
-            solve,
-            _solve_linear,
-            has_aux=True,
+        (derivatives, offsets), (count, newton_error, log_risk, error) = _solve_stages(
+            self, field, y0.weights, t0, h, solver_state
         )
-
-        stage = evaluate(matrix, derivatives, offsets)
+        stage = _evaluate(p, field, y0.weights, t0, h)(matrix, derivatives, offsets)
         decay = stage.rate * stage.squared_norm
         u = jnp.linalg.solve(
             jnp.eye(p) + matrix * decay[None, :], y0.scaled_time + matrix @ stage.rate
@@ -237,8 +206,8 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             step=h,
             derivatives=derivatives,
             offsets=offsets,
-            num_iterations=solver_state.num_iterations + count.astype(int),
-            num_evaluations=solver_state.num_evaluations + p * (count.astype(int) + 1),
+            num_iterations=solver_state.num_iterations + count,
+            num_evaluations=solver_state.num_evaluations + p * (count + 1),
             newton_error=newton_error,
         )
         dense = {"state": y0, "derivatives": derivatives, "time_slopes": time_slopes}
@@ -372,6 +341,66 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver):
             scale * ((tail[-1][:, None] * left).T @ right - jnp.outer(a, z @ b))
             for left, right, a, b in zip(*last.derivatives, frame.lefts, frame.columns, strict=True)
         ]
+
+
+def _evaluate(
+    p: int, field: FlowField, weights: Weights, t0: Array, h: Array
+) -> Callable[[Array, Factors, Array], Stage]:
+    """The field at all stages of a step, as a function of the unknowns."""
+
+    def evaluate(coefficients: Array, derivatives: Factors, offsets: Array) -> Stage:
+        at = lambda t, c, o: evaluate_stage(field, weights, derivatives, t, c, o)  # noqa: E731
+        return jax.vmap(at)(t0 + h * radau(p).nodes, coefficients, offsets)
+
+    return evaluate
+
+
+# Derivatives of the solution follow from the equations by the implicit function theorem, however
+# it is found; their tracing, which takes as long as the rest, is left until they are asked for.
+@eqx.filter_custom_jvp
+def _solve_stages(
+    solver: GaussNewton,
+    field: FlowField,
+    weights: Weights,
+    t0: Array,
+    h: Array,
+    before: SolverState,
+) -> tuple[tuple[Factors, Array], tuple[Array, Array, Array, list[Array]]]:
+    """Derivatives and offsets at the stages; Newton's count and error, log R, the step's error."""
+    frame = start_frame(field.problem, weights)
+    last = solver._newton(field, _evaluate(solver.stages, field, weights, t0, h), frame, before, h)
+    error = solver._error(frame, last, h)
+    left = remaining(last.size, last.contraction)
+    return (last.derivatives, last.offsets), (last.count, left, frame.log_risk, error)
+
+
+@_solve_stages.def_jvp
+def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple:
+    solution, rest = _solve_stages(*primals)
+
+    def residual(unknown: tuple, *at: Any) -> tuple[Factors, Array]:
+        solver, field, weights, t0, h, _ = at
+        derivatives, offsets = unknown
+        matrix = h * radau(solver.stages).matrix
+        stage = _evaluate(solver.stages, field, weights, t0, h)(matrix, derivatives, offsets)
+        weight = jax.lax.stop_gradient(jax.nn.softmax(-offsets))
+        margins = stage.gap + offsets
+        margins = margins - jnp.sum(weight * margins, axis=1, keepdims=True)
+        return jax.tree.map(jnp.subtract, unknown, (stage.derivative, margins))
+
+    def linear(change: tuple) -> tuple:
+        return jax.jvp(lambda unknown: residual(unknown, *primals), (solution,), (change,))[1]
+
+    value, moved = eqx.filter_jvp(lambda *at: residual(solution, *at), primals, tangents)
+    rhs = jax.tree.map(
+        lambda change, x: jnp.zeros_like(x) if change is None else -change,
+        moved,
+        value,
+        is_leaf=lambda change: change is None,
+    )
+    change = _solve_linear(linear, rhs)
+    still = jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else None, rest)
+    return (solution, rest), (change, still)
 
 
 def remaining(size: Array, contraction: Array) -> Array:
