@@ -352,7 +352,7 @@ class Run:
         self.now = far
         self.handed_over = {"hand_over": "made", "hand_over_log_risk": far.state.log_risk}
         if self.early is not None:
-            errors = hand_over_error(self.early, far)
+            errors = hand_over_error(manifold, self.early.state, far.state, self.rtol)
             self.handed_over |= {f"hand_over_error_{name}": e for name, e in errors.items()}
         return None
 
