@@ -5,8 +5,8 @@ A flow is followed on its weights to log R = -1e8 (planar data, widths 2, 10, 10
 points, from each of which split coordinates go on to the same risk. Shown against the hand-over
 point: the largest relative error of a small quantity there that the reference's float64 weights
 resolve, and the estimate that a record would carry: the difference of the two ways of going on
-between a tenth of that risk and it, and a share of the tolerance. Before, the planar flow to -1e16: warm time and constants,
-against those predicted from the start.
+between a tenth of that risk and it, and a share of the tolerance. Before, the planar flow to -1e16:
+warm time and constants, against those predicted from the start.
 
     python benchmarks/hand_over.py [--quick] [--out FOLDER]
 """
