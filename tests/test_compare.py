@@ -234,7 +234,8 @@ def test_the_error_bar_is_the_flows_own_error_where_nothing_is_interpolated():
     np.testing.assert_allclose(gaps.direction_gap_error, 3e-9, rtol=1e-12)
 
 
-def test_the_error_bar_covers_the_error_of_a_loose_flow(runs):
+@pytest.mark.parametrize("certify", [False, True])
+def test_the_error_bar_covers_the_error_of_a_loose_flow(runs, certify):
     tight, _ = runs
     problem = gflow.Problem(Dataset([[0.5, 0.2], [-0.5, 0.6]], [1, -1]), loss=gflow.Logistic())
     loose = gflow.gradient_flow(
@@ -245,11 +246,16 @@ def test_the_error_bar_covers_the_error_of_a_loose_flow(runs):
         keep_weights=True,
         solver=diffrax.Dopri8(),
         rtol=1e-5,
+        certify=certify,
     )
     gaps = compare(loose, tight)  # what is left is the error of the loose one
+    assert gaps.attrs["error_bars"] == ("certificate" if certify else "tolerance")
     for name in ("end_to_end_gap", "log_risk_gap", "frobenius_norm_gap", "weights_gap"):
-        assert np.all(np.abs(gaps[name]) <= gaps[f"{name}_error"]), name
+        bar = gaps[f"{name}_error"] * (2 if certify else 1)  # an estimate, within a factor
+        assert np.all(np.abs(gaps[name]) <= bar), name
         assert np.max(np.abs(gaps[name])) > 1e-12, name  # and there is one
+    if certify:
+        assert gaps.end_to_end_gap_error.max() < 10 * gaps.end_to_end_gap.max()
 
 
 def test_a_flow_saved_at_descents_times_needs_no_interpolation(runs):

@@ -71,10 +71,11 @@ def compare(
         - ``weights_gap`` a layer, $\lVert W_k^d - W_k^f\rVert_F$, if both records keep weights;
 
         and for each ``X_gap`` the flow's error bar, ``X_gap_error``: the estimated error of
-        interpolating it plus its own, ``attrs["flow_error"]`` (see `own_error`) times the size of
-        the quantity. A gap below its bar says nothing of descent. A variable that either record
-        lacks is left out. ``attrs["points_left_out"]`` counts descent's points beyond the flow's
-        reach.
+        interpolating it plus its own, which is that of its certificate if it has one
+        (``gradient_flow(..., certify=True)``), else ``attrs["flow_error"]`` (see `own_error`) times
+        the size of the quantity; ``attrs["error_bars"]`` says which, "certificate" or "tolerance".
+        A gap below its bar says nothing of descent. A variable that either record lacks is left
+        out. ``attrs["points_left_out"]`` counts descent's points beyond the flow's reach.
 
     Raises:
         ValueError: when the records do not belong together, do not overlap, or an argument is
@@ -124,6 +125,7 @@ def compare(
         "first": flow.attrs.get("kind", "unknown"),
         "second": descent.attrs.get("kind", "unknown"),
         "flow_error": accuracy,
+        "error_bars": "certificate" if "end_to_end_error" in flow else "tolerance",
         "points_left_out": int(np.sum(~reading.inside)),
     }
     return result
@@ -176,6 +178,10 @@ class _Reading:
         high, low = (np.exp(_apply(rule, np.log(values))) for rule in (self.high, self.low))
         return np.where(exact, plain[0], high), np.where(exact, plain[1], low)
 
+    def widest(self, values: np.ndarray) -> np.ndarray:
+        """The largest of the values at the points next to each query."""
+        return np.max(values[self.kept][self.low[0]], axis=1)
+
 
 def _gaps(
     flow: "xr.Dataset", descent: "xr.Dataset", reading: _Reading, at: str, accuracy: float
@@ -194,10 +200,21 @@ def _gaps(
             return values, _log_expm1(high), _log_expm1(low)
         return values, *reading.read(nodes)
 
+    def own(name: str, size: np.ndarray) -> np.ndarray:
+        """The flow's own error, by its certificate or as far as that goes."""
+        usual = accuracy * size
+        if f"{name}_error" not in flow:
+            return usual
+        proved = reading.widest(np.asarray(flow[f"{name}_error"].values, dtype=np.float64))
+        if name == "end_to_end":
+            proved = _norm(proved)
+        return np.where(np.isnan(proved), usual, proved)
+
     if (vectors := both("end_to_end")) is not None:
         values, high, low = vectors
         size = _norm(high)
-        gap, error = _norm(values - high), _norm(high - low) + accuracy * size
+        own_part = own("end_to_end", size)
+        gap, error = _norm(values - high), _norm(high - low) + own_part
         text = "|w - w_flow|"
         found["end_to_end"] = (("point",), gap, error, text)
         found["relative"] = (("point",), gap / size, error / size, f"{text} / |w_flow|")
@@ -205,7 +222,7 @@ def _gaps(
         found["direction"] = (
             ("point",),
             _norm(unit - exact),
-            _norm(exact - control) + accuracy,
+            _norm(exact - control) + own_part / size,
             "distance of the directions w/|w|",
         )
     other = ("log_risk", "log R") if at == "time" else ("log_time", "log t")
@@ -224,7 +241,7 @@ def _gaps(
                 # Both start at log t = -inf.
                 gap = np.where(values == high, 0.0, values - high)
                 error = np.where(high == low, 0.0, np.abs(high - low))
-                error = error + accuracy * np.where(np.isinf(high), 0.0, np.abs(high))
+                error = error + own(name, np.where(np.isinf(high), 0.0, np.abs(high)))
             found[name] = (dims, gap, error, f"{text}, difference")
     layers = [both(f"weights_{k}") for k in range(1, flow.sizes.get("layer", 0) + 1)]
     if layers and all(layer is not None for layer in layers):
