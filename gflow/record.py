@@ -6,6 +6,7 @@ says what each variable is; a record explains itself through the same words in i
 """
 
 import contextlib
+import functools
 import os
 import platform
 import tempfile
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 SCHEMA = "gflow-record-1"
+
+Variable = tuple[tuple[str, ...], np.ndarray, dict[str, str]]
+"""Dimensions, values and attributes."""
 
 _POINT, _LAYER, _PAIR = ("point",), ("point", "layer"), ("point", "pair")
 
@@ -104,11 +108,16 @@ def build(
         attrs: provenance of the whole run; None values are dropped, booleans become 0 or 1.
         extra_dims: dimensions after ``point`` of variables that the table does not list.
     """
-    import xarray as xr
+    return assemble(variables(points, constants, extra_dims), attrs)
 
-    from gflow.headline import as_record  # it imports xarray, which is slow
 
-    data: dict[str, Any] = {}
+def variables(
+    points: Mapping[str, Sequence[Any]],
+    constants: Mapping[str, tuple[Sequence[str], Any, str]],
+    extra_dims: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Variable]:
+    """The variables of a record, with dimensions and meanings; arguments as of `build`."""
+    found: dict[str, Variable] = {}
     for name, values in points.items():
         stacked = np.stack([np.asarray(value) for value in values])
         if name in VARIABLES:
@@ -118,11 +127,20 @@ def build(
                 f"{name}_{axis}" for axis in range(stacked.ndim - 1)
             ]
             dims, meaning = ("point", *after), name
-        data[name] = (dims, stacked, {"long_name": meaning, "units": "1"})
+        found[name] = (dims, stacked, {"long_name": meaning, "units": "1"})
     for name, (dims, value, meaning) in constants.items():
-        data[name] = (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
-    record = xr.Dataset(data)
-    starts = {"point": 0, "layer": 1, "pair": 1, "coordinate": 0}
+        found[name] = (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
+    return found
+
+
+def assemble(found: Mapping[str, Variable], attrs: Mapping[str, Any]) -> "xr.Dataset":
+    """A record of variables, with numbered dimensions, its provenance and the versions."""
+    import xarray as xr
+
+    from gflow.headline import as_record  # it imports xarray, which is slow
+
+    record = xr.Dataset(dict(found))
+    starts = {"member": 0, "point": 0, "layer": 1, "pair": 1, "coordinate": 0}
     numbers = {
         dim: (dim, np.arange(first, first + record.sizes[dim]))
         for dim, first in starts.items()
@@ -134,6 +152,7 @@ def build(
     return as_record(record)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions that produced a record."""
     found = {"python": platform.python_version()}

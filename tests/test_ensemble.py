@@ -7,6 +7,7 @@ import pytest
 import gflow
 
 WIDTHS, GOAL, POINTS = (2, 3, 1), -1e3, 4
+SCALES = (0.1, 0.3, 1.0, 2.0, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def starts(problem):
     """Five, for two lanes: from near the saddle to far from it; the last one above R(0)."""
     made = [
         gflow.init.admissible(gflow.init.gaussian(WIDTHS, scale=s, seed=i), problem)
-        for i, s in enumerate((0.1, 0.3, 1.0, 2.0))
+        for i, s in enumerate(SCALES[:4])
     ]
     uphill = (made[0][0], -made[0][1])
     return [*made, uphill]
@@ -33,7 +34,15 @@ def batch(starts):
 
 @pytest.fixture(scope="module")
 def together(problem, batch):
-    return gflow.ensemble(problem, batch, until=gflow.LogRisk(GOAL), save=POINTS, lanes=2)
+    with pytest.warns(UserWarning, match="1 of 5 members do not start with"):
+        return gflow.ensemble(
+            problem,
+            batch,
+            until=gflow.LogRisk(GOAL),
+            save=POINTS,
+            lanes=2,
+            coordinates={"scale": SCALES},
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*exceeds R")
@@ -59,6 +68,12 @@ def test_lanes_take_the_members_that_fit_and_report_their_use(together):
     assert together.sizes["member"] == 5 and together.sizes["point"] == POINTS
 
 
+def test_members_are_labelled_and_say_whether_their_start_is_admissible(together):
+    assert together.scale.values.tolist() == list(SCALES)
+    assert together.admissible.values.tolist() == [True] * 4 + [False]
+    assert together.max_margin_direction.dims == ("coordinate",)
+
+
 def test_lane_flow_conserves_the_imbalance_and_follows_its_clock(together):
     lanes = together.isel(member=slice(0, 4))
     assert float(lanes.imbalance_drift.max()) < 1e-10
@@ -76,7 +91,22 @@ def test_descent_members_differ_in_their_optimiser(problem, batch):
         np.testing.assert_array_equal(found.sel(member=i).log_risk.values, single.log_risk.values)
 
 
+def test_a_member_that_cannot_start_touches_no_other(problem, batch, together):
+    broken = tuple(layer[:3].copy() for layer in batch)
+    broken[0][1] = np.nan
+    found = gflow.ensemble(problem, broken, until=gflow.LogRisk(GOAL), save=POINTS, lanes=2)
+    assert found.status.values.tolist() == ["reached", "refused", "reached"]
+    assert "NaN" in str(found.message.values[1]) and np.isnan(found.log_risk.values[1]).all()
+    np.testing.assert_allclose(
+        found.end_to_end.values[::2], together.end_to_end.values[:3:2], rtol=1e-9
+    )
+
+
 def test_wrong_counts_are_refused(problem, batch):
+    with pytest.raises(ValueError, match="`rtoll` is no option of gradient_flow"):
+        gflow.ensemble(problem, batch, until=gflow.LogRisk(-10), rtoll=1e-8)
+    with pytest.raises(ValueError, match=r"`coordinates\['scale'\]` has 2 entries"):
+        gflow.ensemble(problem, batch, until=gflow.LogRisk(-10), coordinates={"scale": [1, 2]})
     with pytest.raises(ValueError, match="`rtol` has 2 entries"):
         gflow.ensemble(problem, batch, until=gflow.LogRisk(-10), rtol=[1e-8, 1e-9])
     with pytest.raises(ValueError, match="`weights_batch` has arrays"):

@@ -1,38 +1,32 @@
 """Many trajectories at once: one labelled record with a dimension ``member``."""
 
-import threading
+import inspect
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from gflow.dynamics import lanes as lane
-from gflow.dynamics.certify import evidence
-from gflow.dynamics.clocks import LogRisk as LogRiskClock
+from gflow.dynamics import pool
 from gflow.dynamics.descent import gradient_descent
-from gflow.dynamics.field import FlowState
 from gflow.dynamics.flow import HAND_OVER_AT, gradient_flow
-from gflow.dynamics.gauss_newton import DIRECT, GaussNewton
-from gflow.dynamics.recorder import Recorder
-from gflow.dynamics.stepping import default_atol
-from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, as_rules, save_grid
-from gflow.problem.network import Weights, as_array
-from gflow.problem.observables import is_deep_linear
-from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
+from gflow.dynamics.members import Member, joined
+from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.until import AbstractRule, AnyOf
+from gflow.problem.network import Weights
+from gflow.problem.risk import ROUND_OFF, Problem
 
 if TYPE_CHECKING:
     import xarray as xr
 
-TRIPS = 2_000
-"""Trips of the lanes between two looks of the host at the latest."""
+LANES = 32
+"""Members side by side on a device: more fill the vector units better, but the last ones to land
+leave more lanes idle."""
 
-NOT_BATCHED = {"observables", "checkpoint", "certify", "clock", "solver", "modified"}
-"""Arguments of ``gradient_flow`` with which members go one after the other."""
+IN_LANES = {"atol", "keep_weights", "max_steps"}
+"""Arguments of ``gradient_flow`` that lanes know. Others are for members one after the other."""
 
 
 def ensemble(
@@ -43,7 +37,10 @@ def ensemble(
     until: AbstractRule | AnyOf,
     save: int | Sequence[float] | np.ndarray = 100,
     rtol: float | Sequence[float] = 1e-9,
-    lanes: int = 64,
+    coordinates: Mapping[str, Sequence[Any]] | None = None,
+    lanes: int = LANES,
+    devices: Sequence[Any] | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> "xr.Dataset":
     r"""Follow many starts at once, by flow or with an optimiser by descent.
@@ -52,7 +49,8 @@ def ensemble(
     deep linear networks to a ``LogRisk`` of at least -1e6 run side by side (``lanes.py``): one
     compiled program, in which a member that is done makes room for the next. All other members, and
     those that a lane gives up, are runs of ``gradient_flow`` or ``gradient_descent`` one after the
-    other. Members share the devices that JAX sees; where a member runs does not change its result.
+    other. Members share the devices; where a member runs does not change its result beyond
+    round-off. One that fails says so and touches no other.
 
     Args:
         problem: one for all, or one a member, of equal shapes.
@@ -61,18 +59,27 @@ def ensemble(
         until: the stopping rule, as for the two verbs.
         save: the points to record, as for the two verbs.
         rtol: the flow's tolerance, or one a member.
+        coordinates: what members are labelled with, one value a member, such as
+            ``{"scale": scales}``.
         lanes: how many members are side by side on a device.
+        devices: where to run, by default on all devices of this process. One that is named twice
+            runs two sets of lanes in two threads: ``jax.devices() * 2`` uses two cores of a CPU.
+        progress: show a progress bar; None shows it on terminals and in notebooks.
         **options: further arguments of ``gradient_flow`` or ``gradient_descent``, for all members.
 
     Returns:
-        The records along a dimension ``member``. ``status`` and ``message`` are variables, and
-        ``in_lanes`` tells which members ran side by side. A member that ended early has NaN at the
-        points that it lacks, and one that failed to start at all of them. ``attrs["utilisation"]``
-        is the part of the lanes' work that was spent on members.
+        The records along a dimension ``member``. ``status`` and ``message`` are variables,
+        ``admissible`` tells which members meet the paper's assumption $R(W(0)) \le R(0)$, and
+        ``in_lanes`` which ran side by side. A member that ended early has NaN at the points that it
+        lacks, and one that could not start ("refused", or "failed" with an error) at all of them.
+        ``attrs["utilisation"]`` is the part of the lanes' work that was spent on members.
 
     Raises:
-        ValueError: when there are no members, or as many problems, tolerances or optimisers as
-            members are expected and are not there.
+        ValueError: when there are no members, as many problems, tolerances, optimisers or labels as
+            members are expected and are not there, an option is unknown, or no member can start.
+
+    Warns:
+        UserWarning: when members start with $R(W(0)) > R(0)$.
     """
     leaves = [np.asarray(leaf, dtype=np.float64) for leaf in jax.tree.leaves(weights_batch)]
     counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
@@ -83,42 +90,146 @@ def ensemble(
         )
     count = counts.pop()
     structure = jax.tree.structure(weights_batch)
-    starts = [jax.tree.unflatten(structure, [leaf[i] for leaf in leaves]) for i in range(count)]
-    problems = _each("problem", problem, count, Problem)
-    tolerances = _each("rtol", rtol, count, float | int)
-    optimizers = _each("optimizer", optimizer, count, tuple | type(None))
-
-    def alone(i: int) -> "xr.Dataset":
-        if optimizers[i] is None:
-            return gradient_flow(
-                problems[i], starts[i], until=until, save=save, rtol=tolerances[i], **options
+    labels = {name: list(values) for name, values in (coordinates or {}).items()}
+    for name, values in labels.items():
+        if len(values) != count:
+            raise ValueError(
+                f"`coordinates[{name!r}]` has {len(values)} entries; expected {count}, one a "
+                "member."
             )
-        return gradient_descent(
-            problems[i], starts[i], optimizers[i], until=until, save=save, **options
-        )
+    work = Work(
+        _each("problem", problem, count, Problem),
+        [jax.tree.unflatten(structure, [leaf[i] for leaf in leaves]) for i in range(count)],
+        _each("optimizer", optimizer, count, tuple | type(None)),
+        _each("rtol", rtol, count, float | int),
+        until,
+        save,
+        check_options(options, descent=optimizer is not None),
+    )
+    with ProgressBar("ensemble", 0.0, float(count), progress) as bar:
 
-    records: list[Any] = [None] * count
-    work = np.zeros(2)
+        def tell(done: float) -> None:
+            bar.update(done, f"{int(done)} of {count} members")
+
+        return follow(work, labels, lanes=lanes, devices=devices, tell=tell)
+
+
+class Work(NamedTuple):
+    """Members to follow: lists have one entry each."""
+
+    problems: Sequence[Problem]
+    starts: Sequence[Weights]
+    optimizers: Sequence[optax.GradientTransformation | None]
+    rtol: Sequence[float]
+    until: AbstractRule | AnyOf
+    save: int | Sequence[float] | np.ndarray
+    options: Mapping[str, Any]
+
+
+def follow(
+    work: Work,
+    labels: Mapping[str, Sequence[Any]],
+    *,
+    lanes: int = LANES,
+    devices: Sequence[Any] | None = None,
+    tell: Callable[[float], None],
+) -> "xr.Dataset":
+    """The record of all members; ``tell`` is told how many are done."""
+    count = len(work.starts)
+    members: list[Any] = [None] * count
+    spent, done = np.zeros(2), 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): it has its status
-        if optimizer is None and not NOT_BATCHED & set(options):
-            groups: dict[Any, list[int]] = {}
-            for i in range(count):
-                if _fits(problems[i], starts[i], until):
-                    groups.setdefault((repr(problems[i].loss), _shape(problems[i])), []).append(i)
-            for group in groups.values():
-                pool = _Pool(problems, starts, tolerances, until, save, options, lanes)
-                for i, record in pool.run(group).items():
-                    records[i] = record
-                work += pool.work
-        side_by_side = [record is not None for record in records]
+        warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told below, once
+        for group in _side_by_side(work):
+            chosen = pool.Pool(
+                [work.problems[i] for i in group],
+                [work.starts[i] for i in group],
+                [work.rtol[i] for i in group],
+                until=work.until,
+                save=work.save,
+                lanes=lanes,
+                devices=list(devices or jax.local_devices()),
+                options=work.options,
+                tell=lambda landed, before=done: tell(before + landed),
+            )
+            for k, member in chosen.run().items():
+                members[group[k]] = member
+            spent += chosen.work
+            done = sum(member is not None for member in members)
+        in_lanes = [member is not None for member in members]
         for i in range(count):
-            if records[i] is None:
-                try:
-                    records[i] = alone(i)
-                except ValueError as error:
-                    records[i] = error
-    return _joined(records, side_by_side, work)
+            if members[i] is None:
+                members[i] = _alone(work, i)
+                done += 1
+                tell(done)
+    admissible = [_admissible(member) for member in members]
+    if not all(admissible):
+        warnings.warn(
+            f"{count - sum(admissible)} of {count} members do not start with R(W(0)) <= R(0), as "
+            "Ji and Telgarsky assume: their flow may end at a saddle. The variable `admissible` "
+            "tells which; `gflow.init.admissible` repairs a start.",
+            UserWarning,
+            stacklevel=3,
+        )
+    used = {"utilisation": float(spent[0] / spent[1])} if spent[1] else {}
+    return joined(
+        members,
+        more={"in_lanes": in_lanes, "admissible": admissible},
+        coordinates=labels,
+        **used,
+    )
+
+
+def check_options(options: Mapping[str, Any], *, descent: bool) -> Mapping[str, Any]:
+    """``options`` if the verb takes them all for many members, or a ValueError that names one."""
+    verb = gradient_descent if descent else gradient_flow
+    known = {
+        name
+        for name, parameter in inspect.signature(verb).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    } - {"until", "save", "rtol", "progress", "checkpoint"}
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"`{name}` is no option of {verb.__name__} for many members; expected one of "
+                f"{', '.join(sorted(known))}."
+            )
+    return options
+
+
+def _side_by_side(work: Work) -> list[list[int]]:
+    """Groups of members that can run in lanes."""
+    if set(work.options) - IN_LANES:
+        return []
+    groups: dict[Any, list[int]] = {}
+    for i, problem in enumerate(work.problems):
+        if work.optimizers[i] is not None or not pool.fits(problem, work.until, HAND_OVER_AT):
+            continue
+        try:
+            problem.network.check(work.starts[i], problem.data)
+        except ValueError:
+            continue
+        groups.setdefault((repr(problem.loss), problem.data.inputs.shape), []).append(i)
+    return list(groups.values())
+
+
+def _alone(work: Work, i: int) -> Member | Exception:
+    """What a member gives by itself, or the error that keeps it from being followed."""
+    given = {"until": work.until, "save": work.save, "progress": False, **work.options}
+    problem, start, optimizer = work.problems[i], work.starts[i], work.optimizers[i]
+    try:
+        if optimizer is None:
+            return Member.of(gradient_flow(problem, start, rtol=work.rtol[i], **given))
+        return Member.of(gradient_descent(problem, start, optimizer, **given))
+    except Exception as error:  # whatever it is, the other members are not to suffer
+        return error
+
+
+def _admissible(member: Member | Exception) -> bool:
+    if isinstance(member, Exception):
+        return True  # nothing is known; its status says why
+    first = float(member.variables["log_risk"][1][0])
+    return first <= float(member.attrs["log_risk_at_zero"]) + ROUND_OFF
 
 
 def _each(name: str, value: Any, count: int, kind: Any) -> list[Any]:
@@ -128,224 +239,3 @@ def _each(name: str, value: Any, count: int, kind: Any) -> list[Any]:
     if len(value) != count:
         raise ValueError(f"`{name}` has {len(value)} entries; expected one for all or {count}.")
     return list(value)
-
-
-def _shape(problem: Problem) -> tuple[int, ...]:
-    return problem.data.inputs.shape
-
-
-def _fits(problem: Problem, weights: Weights, until: AbstractRule | AnyOf) -> bool:
-    """Whether a lane can run this member to its end."""
-    (rule, *others) = as_rules(until)
-    if others or not isinstance(rule, LogRisk) or rule.value < HAND_OVER_AT:
-        return False
-    if not is_deep_linear(problem) or problem.data.dim * GaussNewton().stages > DIRECT:
-        return False
-    try:
-        with jax.enable_x64(True):
-            weights = problem.check(weights)
-            log_risk = float(risk_and_slope(problem, weights)[0])
-            at_zero = float(problem.log_risk_at_zero())
-    except ValueError:
-        return False
-    return rule.value < log_risk <= at_zero + ROUND_OFF and problem.data.separable
-
-
-class _Pool:
-    """Members of one shape and loss that wait for a lane, and the lanes of every device."""
-
-    def __init__(
-        self,
-        problems: list[Problem],
-        starts: list[Weights],
-        rtol: list[float],
-        until: AbstractRule | AnyOf,
-        save: int | Sequence[float] | np.ndarray,
-        options: dict[str, Any],
-        lanes: int,
-    ):
-        self.problems, self.starts, self.rtol = problems, starts, rtol
-        (self.rule,) = as_rules(until)
-        self.save, self.options, self.lanes = save, options, lanes
-        self.clock, self.lock = LogRiskClock(), threading.Lock()
-        self.work = np.zeros(2)
-        """Lane trips spent on members, and all."""
-
-    def run(self, members: list[int]) -> dict[int, "xr.Dataset"]:
-        """The records of the members that reached their goal."""
-        problem = self.problems[members[0]]
-        self.machine = lane.Machine(problem.loss, self.clock, GaussNewton())
-        self.begin: dict[int, float] = {}
-        self.grid: dict[int, np.ndarray] = {}
-        with jax.enable_x64(True):
-            for i in members:
-                log_risk = float(risk_and_slope(self.problems[i], self.starts[i])[0])
-                self.begin[i] = self.clock.read(log_risk, -np.inf)
-                self.grid[i] = save_grid(self.rule, self.begin[i], self.save)
-        # Those nearest to the saddle at zero take longest: first, so that lanes end together.
-        size = {
-            i: sum(np.sum(np.log(np.linalg.norm(w) + 1e-300)) for w in self.starts[i])
-            for i in members
-        }
-        longest = max(len(grid) for grid in self.grid.values())
-        same = [i for i in members if len(self.grid[i]) == longest]
-        self.waiting = deque(sorted(same, key=lambda i: size[i]))
-        devices = jax.local_devices()[: max(1, len(same))]
-        width = min(self.lanes, -(-len(same) // len(devices)))
-        if len(devices) == 1:
-            return self._drive(devices[0], width)
-        found: dict[int, xr.Dataset] = {}
-        with ThreadPoolExecutor(len(devices)) as threads:
-            for part in threads.map(lambda device: self._drive(device, width), devices):
-                found |= part
-        return found
-
-    def _drive(self, device: Any, width: int) -> dict[int, "xr.Dataset"]:
-        """Run the lanes of one device until no member waits and none is on its way."""
-        found: dict[int, xr.Dataset] = {}
-        # What a lane has one of meets what it has many of: ranks differ on purpose.
-        allow = jax.numpy_rank_promotion("allow")
-        with jax.enable_x64(True), jax.default_device(device), allow:
-            holds = self._take([None] * width)
-            members, fresh = self._members(holds)
-            now, saved = self.machine.start(*fresh, members)
-            while any(i is not None for i in holds):
-                idle = sum(i is None for i in holds)
-                last = len(self.waiting) == 0
-                enough = width if last else min(width, idle + max(1, width // 16))
-                now, saved, trips, busy = self.machine.run(
-                    now, saved, members, as_array(np.int64(TRIPS)), as_array(np.int64(enough))
-                )
-                with self.lock:
-                    self.work += int(busy), int(trips) * width
-                status = np.asarray(now.status)
-                done = [k for k in range(width) if holds[k] is not None and status[k]]
-                rows = jax.device_get(saved)
-                for k in done:
-                    if status[k] == lane.LANDED:
-                        found[holds[k]] = self._record(holds[k], rows, k, now)  # pyright: ignore
-                    holds[k] = None
-                taken = self._take(holds)
-                new = np.array(
-                    [a is not None and b is None for a, b in zip(taken, holds, strict=True)]
-                )
-                holds = taken
-                members, fresh = self._members(holds)
-                if new.any():
-                    begun, _ = self.machine.start(*fresh, members)
-                    now = self.machine.put(now, begun, as_array(new))
-        return found
-
-    def _take(self, holds: list[int | None]) -> list[int | None]:
-        """Fill empty lanes with waiting members."""
-        with self.lock:
-            return [self.waiting.popleft() if i is None and self.waiting else i for i in holds]
-
-    def _members(self, holds: list[int | None]) -> tuple[lane.Members, tuple[Any, Any]]:
-        """What the members in the lanes ask for; empty lanes repeat one of them."""
-        spare = next((i for i in holds if i is not None), None)
-        spare = next(iter(self.begin)) if spare is None else spare
-        chosen = [spare if i is None else i for i in holds]
-        problems = [self.problems[i] for i in chosen]
-        shared = all(p is self.problems[next(iter(self.begin))] for p in self.problems)
-        designs = [np.asarray(p.design) for p in (problems[:1] if shared else problems)]
-        given = self.options.get("atol")
-        atol = [
-            given or default_atol(FlowState(self.starts[i], as_array(np.zeros(()))), self.rtol[i])
-            for i in chosen
-        ]
-        members = lane.Members(
-            design=as_array(np.stack(designs, -1)),
-            rtol=as_array(np.array([float(self.rtol[i]) for i in chosen])),
-            atol=as_array(np.array(atol, dtype=np.float64)),
-            targets=as_array(np.stack([self.grid[i] for i in chosen], -1)),
-            max_steps=as_array(np.full(len(chosen), self.options.get("max_steps", 1_000_000))),
-        )
-        layers = zip(*(self.starts[i] for i in chosen), strict=True)
-        weights = tuple(np.stack(layer, -1) for layer in layers)
-        return members, (weights, np.array([self.begin[i] for i in chosen]))
-
-    def _record(self, i: int, rows: lane.Saved, k: int, now: lane.Lanes) -> "xr.Dataset":
-        """The record of the member in lane ``k``."""
-        start = self.problems[i].check(self.starts[i])
-        recorder = Recorder(
-            self.problems[i], start, None, bool(self.options.get("keep_weights", False))
-        )
-        weights = tuple(
-            np.concatenate([w[None], after[k]])
-            for w, after in zip(start, rows.weights, strict=True)
-        )
-        u = np.concatenate([[0.0], rows.scaled_time[k]])
-        clock = np.concatenate([[self.begin[i]], self.grid[i]])
-        steps = np.concatenate([[0], rows.num_steps[k]])
-        recorder.save_all(
-            weights,
-            scaled_time=u,
-            num_steps=steps,
-            clock_value=clock,
-            expected=-np.sinh(clock),
-        )
-        return recorder.record(
-            evidence(recorder, conserved=True),
-            kind="flow",
-            status="reached",
-            message=f"{self.rule!r} after {int(steps[-1])} steps",
-            until=repr(self.rule),
-            clock=self.clock.name,
-            rtol=float(self.rtol[i]),
-            solver="GaussNewton",
-            num_rejected=int(now.num_rejected[k]),
-            num_newton_iterations=int(now.num_iterations[k]),
-        )
-
-
-PER_MEMBER: dict[str, Callable[[Any], Any]] = {
-    "status": str,
-    "message": str,
-    "wall_time": float,
-    "max_margin": float,
-    "num_rejected": int,
-    "num_newton_iterations": int,
-    "start_sha256": str,
-    "rtol": float,
-    "loss": str,
-    "dataset": str,
-}
-"""Attributes of a record that an ensemble has as variables."""
-
-
-def _joined(records: list[Any], side_by_side: list[bool], work: np.ndarray) -> "xr.Dataset":
-    """All records along ``member``."""
-    import xarray as xr
-
-    whole = [record for record in records if not isinstance(record, Exception)]
-    if not whole:
-        raise records[0]
-    parts = []
-    for record in records:
-        if isinstance(record, Exception):
-            part = xr.full_like(whole[0], np.nan).isel(point=slice(0, 1))
-            part.attrs = {"status": "refused", "message": str(record)}
-        else:
-            part = record
-        told = {
-            name: kind(part.attrs[name])
-            for name, kind in PER_MEMBER.items()
-            if part.attrs.get(name) is not None
-        }
-        parts.append(part.assign(told).drop_attrs(deep=False))
-    joined = xr.concat(
-        parts, "member", data_vars="all", coords="minimal", compat="equals", join="outer"
-    )
-    first = whole[0].attrs
-    joined = joined.assign(in_lanes=("member", np.array(side_by_side)))
-    joined = joined.assign_coords(member=np.arange(len(records)))
-    common = {
-        key: value
-        for key, value in first.items()
-        if key not in PER_MEMBER and all(np.array_equal(r.attrs.get(key), value) for r in whole)
-    }
-    joined.attrs = {**common, "num_members": len(records)}
-    if work[1]:
-        joined.attrs["utilisation"] = float(work[0] / work[1])
-    return joined

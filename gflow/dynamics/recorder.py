@@ -75,31 +75,23 @@ class Recorder:
     def save_all(
         self,
         weights: Weights,
+        found: Mapping[str, np.ndarray],
         *,
         scaled_time: np.ndarray,
-        num_steps: np.ndarray,
-        clock_value: np.ndarray,
-        expected: np.ndarray,
+        **columns: np.ndarray,
     ) -> None:
-        """Add points of a flow with states on a leading axis, all in one evaluation.
+        """Add points of a flow that were observed together, on a leading axis.
 
         Args:
             weights: the states.
+            found: their observables.
             scaled_time: $tR$ at each.
-            num_steps: steps made so far.
-            clock_value: of the clock.
-            expected: the log risk by the clock.
+            **columns: further variables.
         """
-        assert self.reference is not None  # of a deep linear network, which lanes are for
-        found = _evaluate_all(self.problem, weights, self.reference)
-        columns = {name: np.asarray(value) for name, value in found.items()}
-        log_risk = columns["log_risk"]
         with np.errstate(divide="ignore"):
-            columns["log_time"] = np.log(scaled_time) - log_risk
-        columns["clock_error"] = np.abs(log_risk - expected) / np.maximum(1.0, -log_risk)
-        columns |= {"num_steps": num_steps, "clock_value": clock_value}
-        columns["beyond_hand_over"] = np.zeros(len(num_steps), dtype=bool)
-        for k in range(len(num_steps)):
+            log_time = np.log(scaled_time) - found["log_risk"]
+        columns = {**found, **columns, "log_time": log_time}
+        for k in range(len(scaled_time)):
             self.points.append({name: values[k] for name, values in columns.items()})
             self.last = jax.tree.map(lambda leaf, k=k: leaf[k], weights)
             if self.keep_weights:
@@ -137,6 +129,10 @@ class Recorder:
 
     def record(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> "xr.Dataset":
         """The record of all points saved so far, with ``more`` variables and provenance."""
+        return record.build(**self.contents(more, **attrs))
+
+    def contents(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> dict:
+        """The arguments of ``record.build`` for this record."""
         columns = {**self.columns(len(self.points)), **(more or {})}
         dims: dict[str, tuple[str, ...]] = {}
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
@@ -157,12 +153,12 @@ class Recorder:
                 "maximum-margin direction through the origin",
             )
             constants |= self._support()
-        return record.build(
-            columns,
-            constants=constants,
-            extra_dims=dims,
-            attrs={"wall_time": self.seconds(), **attrs, **self._provenance()},
-        )
+        return {
+            "points": columns,
+            "constants": constants,
+            "extra_dims": dims,
+            "attrs": {"wall_time": self.seconds(), **attrs, **self._provenance()},
+        }
 
     def _support(self) -> dict[str, tuple[tuple[str, ...], Any, str]]:
         """The points on the margin: all of the data that the asymptotic laws need."""
@@ -226,8 +222,24 @@ def _evaluate(
 
 
 @eqx.filter_jit
-def _evaluate_all(problem: Problem, weights: Weights, reference: obs.Reference) -> dict[str, Array]:
-    return jax.vmap(lambda at: obs.standard(problem, at, reference))(weights)
+def observe_members(
+    problem: Problem, designs: Array, weights: Weights, references: obs.Reference
+) -> dict[str, Array]:
+    """The standard observables of deep linear networks, shape (members, points, …).
+
+    Args:
+        problem: of one member; that of the others differs in its design only.
+        designs: of every member, on a leading axis, or one that all share.
+        weights: states, on axes (members, points).
+        references: what each member is measured against, on a leading axis.
+    """
+
+    def observe(design: Array, states: Weights, reference: obs.Reference) -> dict[str, Array]:
+        own = eqx.tree_at(lambda p: p.design, problem, design)
+        return jax.vmap(lambda at: obs.standard(own, at, reference))(states)
+
+    shared = None if designs.ndim == 2 else 0
+    return jax.vmap(observe, in_axes=(shared, 0, 0))(designs, weights, references)
 
 
 def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:

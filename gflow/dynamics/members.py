@@ -1,0 +1,132 @@
+"""From what single members gave to one record with a dimension ``member``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from gflow import record
+from gflow.record import Variable
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+PER_MEMBER: dict[str, Callable[[Any], Any]] = {
+    "status": str,
+    "message": str,
+    "wall_time": float,
+    "max_margin": float,
+    "margin_upper_bound": float,
+    "next_margin_gap": float,
+    "num_rejected": int,
+    "num_newton_iterations": int,
+    "start_sha256": str,
+    "rtol": float,
+    "atol": float,
+    "loss": str,
+    "dataset": str,
+    "optimizer": str,
+    "solver": str,
+}
+"""Attributes of a record that are variables where there are many members."""
+
+OF_THE_DATA = ("max_margin_direction", "support", "support_vectors", "dual_weights")
+"""Variables without a dimension ``member`` where all members have the same."""
+
+
+class Member(NamedTuple):
+    """What a record is made of."""
+
+    variables: Mapping[str, Variable]
+    attrs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, one: "xr.Dataset") -> "Member":
+        """The contents of a record."""
+        found = {
+            str(name): (tuple(map(str, one[name].dims)), one[name].values, one[name].attrs)
+            for name in (*one.data_vars, *(["support"] if "support" in one else []))
+        }
+        return cls(found, one.attrs)
+
+
+def joined(
+    members: Sequence[Member | Exception],
+    *,
+    more: Mapping[str, Any],
+    coordinates: Mapping[str, Any],
+    **attrs: Any,
+) -> "xr.Dataset":
+    """One record of all members.
+
+    Args:
+        members: what each gave; an exception instead of one that could not be followed.
+        more: further variables, one value a member.
+        coordinates: further coordinates, one value a member.
+        **attrs: further attributes.
+
+    Raises:
+        Exception: that of the first member, if no member gave anything.
+    """
+    whole = [one for one in members if not isinstance(one, Exception)]
+    if not whole:
+        assert isinstance(members[0], Exception)
+        raise members[0]
+    names = dict.fromkeys(name for one in whole for name in one.variables)
+    found: dict[str, Variable] = {}
+    for name in names:
+        column = [None if isinstance(m, Exception) else m.variables.get(name) for m in members]
+        if name in OF_THE_DATA and _all_equal([v[1] for v in column if v is not None]):
+            found[name] = next(v for v in column if v is not None)
+        elif name == "support":  # a dimension cannot have values that differ
+            dims, values, told = padded(column)
+            found["support_points"] = (dims, values, told)
+        else:
+            found[name] = padded(column)
+    for name, kind in PER_MEMBER.items():
+        values = [_told(one, name) for one in members]
+        if any(value is not None for value in values):
+            unknown = "" if kind is str else np.nan
+            typed = [unknown if value is None else kind(value) for value in values]
+            found[name] = (("member",), np.array(typed), {"long_name": name})
+    for name, values in more.items():
+        found[name] = (("member",), np.asarray(values), {"long_name": name})
+    first = whole[0].attrs
+    common = {
+        key: value
+        for key, value in first.items()
+        if key not in PER_MEMBER and all(np.array_equal(o.attrs.get(key), value) for o in whole)
+    }
+    one = record.assemble(found, {**common, "num_members": len(members), **attrs})
+    return one.assign_coords({name: ("member", list(each)) for name, each in coordinates.items()})
+
+
+def padded(column: Sequence[Variable | None]) -> Variable:
+    """Values stacked on an axis ``member``, with NaN where a member has none or fewer.
+
+    Where nothing is missing the type of the values is kept.
+    """
+    there = [variable for variable in column if variable is not None]
+    dims, _, told = there[0]
+    shapes = [np.shape(values) for _, values, _ in there]
+    shape = tuple(map(max, zip(*shapes, strict=True)))
+    complete = len(there) == len(column) and all(each == shape for each in shapes)
+    if complete:
+        return ("member", *dims), np.stack([values for _, values, _ in there]), dict(told)
+    out = np.full((len(column), *shape), np.nan)
+    for row, variable in zip(out, column, strict=True):
+        if variable is not None:
+            row[tuple(slice(size) for size in np.shape(variable[1]))] = variable[1]
+    return ("member", *dims), out, dict(told)
+
+
+def _told(one: Member | Exception, name: str) -> Any:
+    if isinstance(one, Exception):
+        kind = "refused" if isinstance(one, ValueError) else "failed"
+        message = str(one) if kind == "refused" else f"{type(one).__name__}: {one}"
+        return {"status": kind, "message": message}.get(name)
+    return one.attrs.get(name)
+
+
+def _all_equal(values: Sequence[np.ndarray]) -> bool:
+    return all(each is values[0] or np.array_equal(each, values[0], True) for each in values)
