@@ -53,3 +53,4 @@ from gflow.problem.risk import Problem as Problem
 from gflow.record import load as load, save as save
 from gflow.report import plot as plot
 from gflow.report.check import Check as Check, Checks as Checks, check as check
+from gflow.report.sweep import sweep as sweep

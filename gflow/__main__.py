@@ -1,4 +1,4 @@
-"""The command line: ``gflow reproduce``, ``gflow run CONFIG.toml`` and ``gflow check``."""
+"""The command line: ``gflow reproduce``, ``run``, ``sweep`` and ``check``."""
 
 import argparse
 import sys
@@ -76,6 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", default=None, help="default: out/NAME of the file")
     run.set_defaults(command=_run)
 
+    sweep = commands.add_parser(
+        "sweep",
+        parents=[shared],
+        help="one trajectory at every point of a grid, described in a TOML file",
+        description="Follow flow or descent at every combination of the values that the table "
+        "[sweep] of a TOML file lists; write one record and a phase diagram. After a kill the same "
+        "command goes on, and several processes with the same --out share the work. "
+        "examples/depth_and_scale.toml shows how.",
+    )
+    sweep.add_argument("config", metavar="CONFIG.toml")
+    sweep.add_argument("--out", metavar="DIR", default=None, help="default: out/NAME of the file")
+    sweep.set_defaults(command=_sweep)
+
     check = commands.add_parser(
         "check",
         parents=[shared],
@@ -126,6 +139,27 @@ def _run(options: argparse.Namespace) -> int:
         progress=False if options.no_progress else None,
     )
     return _exit_code(outcomes)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import gflow
+    from gflow.report import experiment
+
+    _without_display()
+    folder = experiment.check_folder(options.out or Path("out") / Path(options.config).stem)
+    progress = False if options.no_progress else None
+    found = gflow.sweep(options.config, folder=folder / "groups", progress=progress)
+    gflow.save(found, folder / "sweep.nc")
+    written = ["sweep.nc"]
+    if len(gflow.plot.swept(found)) >= 2:
+        gflow.plot.save_figure(gflow.plot.phase_diagram(found), folder / "phase_diagram.png")
+        written.append("phase_diagram.png")
+    ends = found.status.values.ravel().tolist()
+    counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+    print(f"{len(ends)} runs: {counts}; wrote {' and '.join(written)} in {folder}")
+    return 0 if set(ends) == {"reached"} else FAILED
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -93,7 +93,7 @@ def test_a_malformed_data_file_is_reported_with_its_line(said, tmp_path):
     ("old", "new", "expected"),
     [
         ("[flow]", "[flwo]", ["`flwo`", "data, network", "flow"]),
-        ("widths =", "width =", ["[network] widths is missing"]),
+        ("widths =", "widhts =", ["[network] widths is missing"]),
         ("until =", "save = 3\nuntill =", ["[flow] until is missing"]),
         ("[flow]", "[loss]\nname = 'logistc'\n[flow]", ["logistc", "exponential", "Did you mean"]),
         ("[flow]", "[start]\nmethod = 'xaver'\n[flow]", ["xaver", "'xavier'"]),

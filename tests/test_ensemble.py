@@ -91,6 +91,19 @@ def test_descent_members_differ_in_their_optimiser(problem, batch):
         np.testing.assert_array_equal(found.sel(member=i).log_risk.values, single.log_risk.values)
 
 
+def test_sweep_follows_flows_in_lanes_whatever_differs(problem, starts, together):
+    def start(scale):
+        return problem, starts[SCALES.index(scale)], {"rtol": 1e-10 if scale == 2.0 else 1e-9}
+
+    swept = gflow.sweep(
+        start, {"scale": SCALES[:4]}, until=gflow.LogRisk(GOAL), save=POINTS, lanes=2
+    )
+    assert swept.in_lanes.all() and swept.rtol.values.tolist() == [1e-9] * 3 + [1e-10]
+    np.testing.assert_allclose(
+        swept.misalignment.values, together.misalignment.values[:4], rtol=1e-6
+    )
+
+
 def test_a_member_that_cannot_start_touches_no_other(problem, batch, together):
     broken = tuple(layer[:3].copy() for layer in batch)
     broken[0][1] = np.nan

@@ -111,7 +111,10 @@ def ensemble(
         def tell(done: float) -> None:
             bar.update(done, f"{int(done)} of {count} members")
 
-        return follow(work, labels, lanes=lanes, devices=devices, tell=tell)
+        found = follow(work, labels, lanes=lanes, devices=devices, tell=tell)
+    if "log_risk" not in found:
+        raise ValueError(f"no member can start; the first says: {found.message.values[0]}")
+    return found
 
 
 class Work(NamedTuple):

@@ -9,8 +9,8 @@ needs most steps. Here
   vectorised sums over lanes, Gauss elimination included;
 - the loop is flat. A trip evaluates the field at the stages of every lane, and then each lane makes
   either its next Newton correction or, if that was solved, the end of its step and the beginning of
-  the next one. No lane waits for another; but every second trip makes corrections only, which a
-  lane may have to sit out: the ends of steps cost as much as corrections and are fewer;
+  the next one. Steps end in every second trip only, since an end costs as much as a correction and
+  there are fewer: a lane that is solved in between sits out one trip, and waits for nothing else;
 - a lane that has landed on its last target is handed back to the host, which puts the next member
   there. Saved states go to a buffer on the way; observables are evaluated afterwards.
 """
@@ -165,15 +165,21 @@ class Machine(eqx.Module):
 
         def trip(loop: tuple) -> tuple:
             now, saved, made, busy = loop
-            correcting = (now.status == RUNNING) & ~now.newton.ended
-            now = now._replace(
-                newton=_chosen(correcting, self._corrected(now, members), now.newton)
-            )
-            busy = busy + jnp.sum(correcting) + jnp.sum(now.status == RUNNING)
-            landing = now.newton.ended & now.lands
-            after = self._trip(now, members)
-            landed = landing & (after.saved > now.saved)
-            return after, _store(saved, after, landed), made + 2, busy
+            running, ended = now.status == RUNNING, now.newton.ended
+            stage = self._stages(now, members)
+
+            def end() -> tuple[Lanes, Saved]:
+                after = self._begin(self._end(now, members, stage), members)
+                after = _chosen(running & ended, after, now)
+                landed = running & ended & (after.saved > now.saved)
+                return after, _store(saved, after, landed)
+
+            ending = made % 2 == 1
+            after, saved = jax.lax.cond(ending, end, lambda: (now, saved))
+            corrected = self.method.correct(now.newton, now.frame, now.step, members, stage)
+            newton = _chosen(running & ~ended, corrected, after.newton)
+            busy = busy + jnp.sum(running & (ending | ~ended))
+            return after._replace(newton=newton), saved, made + 1, busy
 
         zero = jnp.zeros((), jnp.int64)
         return jax.lax.while_loop(go, trip, (now, saved, zero, zero))
@@ -182,19 +188,6 @@ class Machine(eqx.Module):
     def put(self, now: Lanes, fresh: Lanes, new: Array) -> Lanes:
         """The lanes ``new`` from ``fresh``, the others as they are."""
         return _chosen(new, fresh, now)
-
-    def _corrected(self, now: Lanes, members: Members) -> Newton:
-        """Every lane's next Newton iterate."""
-        stage = self._stages(now, members)
-        return self.method.correct(now.newton, now.frame, now.step, members, stage)
-
-    def _trip(self, now: Lanes, members: Members) -> Lanes:
-        """Evaluate; then a Newton correction, or the end of the step and the start of another."""
-        newton, stage = now.newton, self._stages(now, members)
-        corrected = self.method.correct(newton, now.frame, now.step, members, stage)
-        ended = self._begin(self._end(now, members, stage), members)
-        chosen = _chosen(newton.ended, ended, now._replace(newton=corrected))
-        return _chosen(now.status == RUNNING, chosen, now)
 
     def _stages(self, now: Lanes, members: Members) -> dict[str, Any]:
         """The field at the stages of every lane's step."""

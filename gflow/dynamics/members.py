@@ -1,6 +1,6 @@
 """From what single members gave to one record with a dimension ``member``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -64,20 +64,15 @@ def joined(
         more: further variables, one value a member.
         coordinates: further coordinates, one value a member.
         **attrs: further attributes.
-
-    Raises:
-        Exception: that of the first member, if no member gave anything.
     """
     whole = [one for one in members if not isinstance(one, Exception)]
-    if not whole:
-        assert isinstance(members[0], Exception)
-        raise members[0]
     names = dict.fromkeys(name for one in whole for name in one.variables)
     found: dict[str, Variable] = {}
     for name in names:
         column = [None if isinstance(m, Exception) else m.variables.get(name) for m in members]
-        if name in OF_THE_DATA and _all_equal([v[1] for v in column if v is not None]):
-            found[name] = next(v for v in column if v is not None)
+        there = [variable for variable in column if variable is not None]
+        if name in OF_THE_DATA and _all_equal([values for _, values, _ in there]):
+            found[name] = there[0]
         elif name == "support":  # a dimension cannot have values that differ
             dims, values, told = padded(column)
             found["support_points"] = (dims, values, told)
@@ -91,14 +86,19 @@ def joined(
             found[name] = (("member",), np.array(typed), {"long_name": name})
     for name, values in more.items():
         found[name] = (("member",), np.asarray(values), {"long_name": name})
-    first = whole[0].attrs
-    common = {
-        key: value
-        for key, value in first.items()
-        if key not in PER_MEMBER and all(np.array_equal(o.attrs.get(key), value) for o in whole)
-    }
+    common = shared([one.attrs for one in whole], but=PER_MEMBER)
     one = record.assemble(found, {**common, "num_members": len(members), **attrs})
     return one.assign_coords({name: ("member", list(each)) for name, each in coordinates.items()})
+
+
+def shared(attrs: Sequence[Mapping[str, Any]], *, but: Container[str]) -> dict[str, Any]:
+    """The attributes on which all records agree, ``but`` for some."""
+    return {
+        key: value
+        for key, value in (attrs[0].items() if attrs else ())
+        if key not in but
+        and all(key in each and np.array_equal(each[key], value) for each in attrs)
+    }
 
 
 def padded(column: Sequence[Variable | None]) -> Variable:
@@ -129,4 +129,4 @@ def _told(one: Member | Exception, name: str) -> Any:
 
 
 def _all_equal(values: Sequence[np.ndarray]) -> bool:
-    return all(each is values[0] or np.array_equal(each, values[0], True) for each in values)
+    return all(each is values[0] or np.array_equal(each, values[0]) for each in values)

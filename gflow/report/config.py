@@ -78,22 +78,36 @@ def read(path: str | Path) -> Experiment:
         ValueError: if it is malformed, with line and column; or has an unknown key or name.
     """
     path = Path(path)
+    document = parsed(path)
+    if "sweep" in document:
+        raise ValueError(f"{path} has a table [sweep]: run it with `gflow sweep {path}`.")
+    return build(document, folder=path.parent, name=path.stem)
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 (byte {error.start}).") from error
-    return build(document, folder=path.parent, name=path.stem)
 
 
-def build(document: Mapping[str, Any], *, folder: Path, name: str) -> Experiment:
+def build(
+    document: Mapping[str, Any],
+    *,
+    folder: Path,
+    name: str,
+    read_data: "Callable[[Table, Path], Dataset] | None" = None,
+) -> Experiment:
     """The experiment that a parsed configuration describes.
 
     Args:
         document: the tables of the file.
         folder: what paths inside are relative to.
         name: of the experiment unless the document has one.
+        read_data: what makes the data of their table, unless it is `data_of`.
     """
     top = Table(document, "")
     name = top.get("name", str, name)
@@ -101,10 +115,10 @@ def build(document: Mapping[str, Any], *, folder: Path, name: str) -> Experiment
     loss, start = top.table("loss", {}), top.table("start", {})
     flow, descent = top.table("flow", None), top.table("descent", None)
     top.done()
-    data = _data(tables["data"], folder)
+    data = (read_data or data_of)(tables["data"], folder)
     problem = Problem(data, loss=_loss(loss))
     network = tables["network"]
-    shapes = [_widths(network.get("widths", list, _REQUIRED), data)]
+    shapes = [_widths(network, data)]
     if network.get("one_layer", bool, False):
         shapes.append((data.dim, 1))
     network.done()
@@ -124,7 +138,8 @@ def build(document: Mapping[str, Any], *, folder: Path, name: str) -> Experiment
     return Experiment(name, problem, runs)
 
 
-def _data(table: "Table", folder: Path) -> Dataset:
+def data_of(table: "Table", folder: Path) -> Dataset:
+    """The data that a table describes."""
     file = table.get("file", str, None)
     name = table.get("dataset", str, None)
     scale = table.get("scale", bool, file is not None)
@@ -159,7 +174,17 @@ def _loss(table: "Table") -> AbstractLoss:
     return kind(**options)
 
 
-def _widths(widths: list[Any], data: Dataset) -> tuple[int, ...]:
+def _widths(network: "Table", data: Dataset) -> tuple[int, ...]:
+    depth, width = network.get("depth", int, None), network.get("width", int, None)
+    if depth is not None and width is not None and "widths" not in network.values:
+        if depth < 1 or width < 1:
+            raise ValueError(
+                f"[network] depth is {depth} and width {width}; expected at least 1 of each."
+            )
+        return (data.dim, *[width] * (depth - 1), 1)
+    if depth is not None or width is not None:
+        raise ValueError("[network] needs either `widths`, or both `depth` and `width`.")
+    widths = network.get("widths", list, _REQUIRED)
     if not all(isinstance(width, int) and width > 0 for width in widths) or len(widths) < 2:
         raise ValueError(
             f"[network] widths is {widths}; expected positive whole numbers from the dimension of "

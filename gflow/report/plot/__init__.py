@@ -21,6 +21,7 @@ from gflow.report.plot.style import (
     COLUMN as COLUMN,
     save_figure as save_figure,
 )
+from gflow.report.plot.sweeps import phase_diagram as phase_diagram, swept as swept
 from gflow.report.plot.trajectories import (
     alignment as alignment,
     direction_error as direction_error,
