@@ -86,12 +86,12 @@ def joined(
             found[name] = (("member",), np.array(typed), {"long_name": name})
     for name, values in more.items():
         found[name] = (("member",), np.asarray(values), {"long_name": name})
-    common = shared([one.attrs for one in whole], but=PER_MEMBER)
+    common = agreed([one.attrs for one in whole], but=PER_MEMBER)
     one = record.assemble(found, {**common, "num_members": len(members), **attrs})
     return one.assign_coords({name: ("member", list(each)) for name, each in coordinates.items()})
 
 
-def shared(attrs: Sequence[Mapping[str, Any]], *, but: Container[str]) -> dict[str, Any]:
+def agreed(attrs: Sequence[Mapping[str, Any]], *, but: Container[str]) -> dict[str, Any]:
     """The attributes on which all records agree, ``but`` for some."""
     return {
         key: value

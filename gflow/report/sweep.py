@@ -14,7 +14,7 @@ import numpy as np
 
 from gflow import record
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
-from gflow.dynamics.members import shared
+from gflow.dynamics.members import agreed
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.step_sizes import describe
 from gflow.problem.network import Weights
@@ -334,7 +334,7 @@ def _assembled(
                 out[i] = "refused" if name == "status" else message
         out = out.astype(str) if out.dtype == object else out
         found[name] = ((*labels, *first.dims), out.reshape(*shape, *out.shape[1:]), first.told)
-    common = shared(attrs, but=("num_members", "utilisation"))
+    common = agreed(attrs, but=("num_members", "utilisation"))
     one = record.assemble(found, {**common, "num_members": int(np.prod(shape))})
     return one.assign_coords({name: (name, each) for name, each in labels.items()})
 

@@ -1,0 +1,214 @@
+"""Members side by side: how much faster than a loop, a plain vmap, and one device?
+
+256 members of (2,10,10,10,1), 20 points, to log R = -1e4, from starts of scale 0.01 to 3: by
+``gradient_flow`` one after the other, by ``ensemble``, and by ``vmap`` of the same solver in the
+same loop. The first two give records; the plain vmap gives the final weights only, so it is held
+against the same members without their records too. Each is compiled before. With ``--devices 2``
+the ensemble also runs with two sets of lanes on one device, and on two virtual devices in a process
+of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from common import Report, begin, parser, seconds, table
+
+import gflow
+from gflow.dynamics import pool, stepping
+from gflow.dynamics.ensemble import LANES
+
+WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20
+
+
+def members(count: int) -> tuple[gflow.Problem, list[Any], np.ndarray]:
+    """The problem, the starts and their scales."""
+    data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+    problem = gflow.Problem(data, loss=gflow.Exponential())
+    scales = np.geomspace(0.01, 3, count)
+    starts = [gflow.init.gaussian(WIDTHS, scale=s, seed=i) for i, s in enumerate(scales)]
+    return problem, [gflow.init.admissible(start, problem) for start in starts], scales
+
+
+def plain_vmap(problem: gflow.Problem, starts: list[Any]) -> Any:
+    """All members in one vmapped call of the loop of ``gradient_flow``."""
+    clock, rtol = gflow.clocks.LogRisk(), 1e-9
+    field = gflow.FlowField(problem, clock)
+    solver = gflow.GaussNewton()
+    log_risks = [float(problem.log_risk(start)) for start in starts]
+    s = np.array([clock.read(log_risk, -np.inf) for log_risk in log_risks])
+    state = gflow.FlowState(
+        tuple(np.stack(layer) for layer in zip(*starts, strict=True)), np.zeros(len(starts))
+    )
+    zero = np.zeros(())
+    atol = np.array([stepping.default_atol(gflow.FlowState(w, zero), rtol) for w in starts])
+    limits = stepping.Limits(
+        s_end=np.float64(clock.read(GOAL, -np.inf)),
+        num_steps=np.int64(10**6),
+        goals=(),
+        attempts=np.int64(10**6),
+    )
+
+    @jax.jit
+    def run(s: Any, state: Any, atol: Any) -> Any:
+        def one(s: Any, state: Any, atol: Any) -> Any:
+            tolerance = stepping.Tolerance(np.float64(rtol), atol)
+            carry = stepping.start(field, solver, tolerance, s, state)
+            carry, _ = stepping.advance(field, solver, tolerance, (), carry, limits)
+            return carry.state.weights, carry.num_steps
+
+        return jax.vmap(one)(s, state, atol)
+
+    return lambda: run(s, state, atol)
+
+
+def without_records(problem: gflow.Problem, starts: list[Any]) -> Any:
+    """The members in lanes up to their final weights."""
+
+    def run() -> Any:
+        lanes = pool.Pool(
+            [problem] * len(starts),
+            starts,
+            [1e-9] * len(starts),
+            until=gflow.LogRisk(GOAL),
+            save=2,
+            lanes=LANES,
+            devices=jax.devices(),
+            options={},
+            tell=lambda done: None,
+        )
+        lanes._observe = lambda rows: {i: None for i, *_ in rows}  # pyright: ignore
+        return lanes.run()
+
+    return run
+
+
+def timed(call: Any, repeats: int) -> tuple[float, Any]:
+    """Least wall time of several calls, after one that compiles."""
+    call()
+    times, result = zip(*(seconds(call) for _ in range(repeats)), strict=True)
+    return min(times), result[-1]
+
+
+def main() -> None:
+    found = parser(__doc__)
+    found.add_argument("--members", type=int, default=256)
+    found.add_argument("--repeats", type=int, default=3)
+    found.add_argument("--devices", type=int, default=2, help="virtual devices of the second part")
+    found.add_argument("--only-ensemble", action="store_true", help="time one call and print it")
+    options = begin(found)
+    count = 16 if options.quick else options.members
+    problem, starts, scales = members(count)
+    batch = tuple(np.stack(layer) for layer in zip(*starts, strict=True))
+    until = gflow.LogRisk(GOAL)
+
+    def together(devices: Any = None) -> Any:
+        return gflow.ensemble(
+            problem, batch, until=until, save=SAVE, coordinates={"scale": scales}, devices=devices
+        )
+
+    if options.only_ensemble:
+        took, record = timed(together, options.repeats)
+        print(json.dumps({"seconds": took, "utilisation": record.attrs["utilisation"]}))
+        if options.out:
+            np.save(options.out / "end_to_end.npy", record.end_to_end.values)
+        return
+
+    report = Report(__file__, options)
+    took: dict[str, float] = {}
+    took["ensemble"], record = timed(together, options.repeats)
+    took["two sets of lanes, one device"], _ = timed(
+        lambda: together(jax.devices() * options.devices), options.repeats
+    )
+    took["lanes without records"], _ = timed(without_records(problem, starts), options.repeats)
+    took["plain vmap"], (weights, _) = timed(plain_vmap(problem, starts), 1)
+
+    def loop() -> Any:
+        return [
+            gflow.gradient_flow(problem, start, until=until, save=SAVE, progress=False)
+            for start in starts
+        ]
+
+    gflow.gradient_flow(problem, starts[0], until=until, save=SAVE, progress=False)
+    took["loop over gradient_flow"], singles = seconds(loop)
+
+    last = np.stack([single.end_to_end.values[-1] for single in singles])
+    ends = record.end_to_end.values[:, -1]
+    apart = float(np.max(np.linalg.norm(ends - last, axis=1) / np.linalg.norm(last, axis=1)))
+    rows = [
+        {
+            "run": name,
+            "seconds": t,
+            "ms_a_member": 1e3 * t / count,
+            "ensembles": t / took["ensemble"],
+        }
+        for name, t in took.items()
+    ]
+    table(rows, "run:s seconds:.3f ms_a_member:.2f ensembles:.2f")
+    ratios = {
+        "loop_over_ensemble": took["loop over gradient_flow"] / took["ensemble"],
+        "vmap_over_lanes": took["plain vmap"] / took["lanes without records"],
+        "vmap_over_ensemble": took["plain vmap"] / took["ensemble"],
+    }
+    used = record.attrs["utilisation"]
+    print(ratios, f"utilisation {used:.3f}, largest relative difference of w {apart:.1e}")
+    virtual = devices_compared(options) if not options.quick else {}
+    report.write(
+        figure(took, virtual),
+        members=count,
+        seconds=took,
+        **ratios,
+        utilisation=used,
+        largest_difference=apart,
+        devices=virtual,
+    )
+
+
+def devices_compared(options: Any) -> dict[str, Any]:
+    """The ensemble on one and on several virtual devices, taking turns, a process each."""
+    found: dict[str, Any] = {}
+    for _ in range(2):
+        for devices in (1, options.devices):
+            flags = f"--xla_force_host_platform_device_count={devices}"
+            command = [sys.executable, __file__, "--only-ensemble"]
+            command += ["--members", str(options.members)]
+            done = subprocess.run(
+                command,
+                env={**os.environ, "XLA_FLAGS": flags},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            this = json.loads(done.stdout.splitlines()[-1])
+            if this["seconds"] < found.get(str(devices), {"seconds": np.inf})["seconds"]:
+                found[str(devices)] = this
+    found["speed_up"] = found["1"]["seconds"] / found[str(options.devices)]["seconds"]
+    print(found)
+    return found
+
+
+def figure(took: dict[str, float], virtual: dict[str, Any]) -> Any:
+    """Seconds of each contestant as bars."""
+    import matplotlib.pyplot as plt
+
+    bars = dict(took)
+    for devices, each in virtual.items():
+        if devices.isdigit() and int(devices) > 1:
+            bars[f"ensemble, {devices} virtual devices"] = each["seconds"]
+    names = sorted(bars, key=lambda name: bars[name])
+    fig, ax = plt.subplots(figsize=(6.0, 0.42 * len(names) + 0.9), layout="constrained")
+    drawn = ax.barh(names, [bars[name] for name in names], color="#0072B2")
+    ax.bar_label(drawn, fmt="%.2f s", padding=3, fontsize=8)
+    ax.set_xscale("log")
+    ax.set_xlim(right=2.5 * max(bars.values()))
+    ax.set_xlabel(f"seconds, warm: members of {WIDTHS} to log R = {GOAL:g}")
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+if __name__ == "__main__":
+    main()
