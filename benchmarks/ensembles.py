@@ -125,7 +125,7 @@ def main() -> None:
         lambda: together(jax.devices() * options.devices), options.repeats
     )
     took["lanes without records"], _ = timed(without_records(problem, starts), options.repeats)
-    took["plain vmap"], (weights, _) = timed(plain_vmap(problem, starts), 1)
+    took["plain vmap"], _ = timed(plain_vmap(problem, starts), 1)
 
     def loop() -> Any:
         return [
