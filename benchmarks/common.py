@@ -310,6 +310,22 @@ class Report:
         print(f"wrote {self.folder / self.name}.json")
 
 
+def two_panels() -> tuple[Any, Any, Any]:
+    """A figure and its two panels, side by side."""
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    return fig, left, right
+
+
+def dressed(fig: Any) -> Any:
+    """The figure, every panel with a grid and its legend."""
+    for ax in fig.axes:
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    return fig
+
+
 def processor() -> str:
     """The processor's name, where the system tells it."""
     try:

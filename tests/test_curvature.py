@@ -39,6 +39,9 @@ def test_the_extreme_eigenvalues_are_those_of_the_dense_hessian(widths, within):
     ends = np.exp(found.log_risk) * np.array([found.least, found.greatest])
     np.testing.assert_allclose(ends, values[[0, -1]], atol=within * values[-1])
     assert found.least < 0  # no deep network is convex
+    # The residual vouches for the eigenvalue; at convergence its square over the gap is the error.
+    off = np.abs(ends - values[[0, -1]]).max()
+    assert off <= curvature.sharpness_error(PROBLEM, weights) + ROUND_OFF * values[-1]
     np.testing.assert_allclose(curvature.sharpness(PROBLEM, weights), values[-1], rtol=within)
 
 
@@ -46,8 +49,16 @@ def test_an_exhausted_krylov_space_adds_no_eigenvalue():
     rng = np.random.default_rng(0)
     a, b = np.linalg.qr(rng.normal(size=(200, 2)))[0].T
     matrix = 3.0 * np.outer(a, a) + 2.0 * np.outer(b, b) + np.eye(200)
-    ends = extreme_eigenvalues(lambda v: matrix @ v, 200, np.dtype(float))
+    *ends, error = extreme_eigenvalues(lambda v: matrix @ v, 200, np.dtype(float))
     np.testing.assert_allclose(ends, [1.0, 4.0], rtol=ROUND_OFF)
+    assert error == 0.0
+
+
+def test_few_iterations_leave_a_residual_that_covers_the_error():
+    matrix = np.diag(np.linspace(-1.0, 1.0, 2000))  # no gap at either end
+    *ends, error = extreme_eigenvalues(lambda v: matrix @ v, 2000, np.dtype(float))
+    off = np.abs(np.array(ends) - [-1.0, 1.0]).max()
+    assert 1e-4 < off < error < 0.1
 
 
 def test_a_general_network_has_the_sharpness_of_the_same_layers():

@@ -24,7 +24,7 @@ import numpy as np
 
 from gflow.dynamics.clocks import LogTime
 from gflow.dynamics.field import FlowField, FlowState
-from gflow.problem.curvature import curvature, relative_hessian
+from gflow.problem.curvature import ends_of_spectrum, relative_hessian
 from gflow.problem.network import Array, Weights, squared_norm
 from gflow.problem.risk import Problem
 
@@ -53,10 +53,10 @@ class _Field(eqx.Module):
     # With K = H/R and mu = dt/ds R: dt lambda_- = mu kappa_- ds, dt |H grad R| = mu R |K g| ds.
     def __call__(self, s: Any, state: _State, args: Any = None) -> _State:
         problem, weights = self.flow.problem, state.flow.weights
-        log_risk, product = relative_hessian(problem, weights)
+        log_risk, g, product = relative_hessian(problem, weights)
         rate = jnp.exp(s + log_risk)
-        growing = -rate * jnp.minimum(curvature(problem, weights).least, 0.0)
-        bent = squared_norm(product(problem.log_risk_and_gradient(weights)[1]))
+        growing = -rate * jnp.minimum(ends_of_spectrum(product, weights)[0], 0.0)
+        bent = squared_norm(product(g))
         force = rate * jnp.exp(log_risk) * jnp.sqrt(bent) / 2
         return _State(self.flow(s, state.flow), growing, growing * state.bound + force, force)
 

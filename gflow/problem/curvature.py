@@ -40,6 +40,9 @@ class Curvature(NamedTuple):
     log_risk: Array
     least: Array
     greatest: Array
+    error: Array
+    """Within so much of each of the two there is an eigenvalue: the larger of the residuals of
+    their Ritz vectors, zero where the matrix is formed."""
 
 
 def relative_gradient(slope: Slope, log_risk: Array) -> Callable[[Weights], Weights]:
@@ -60,23 +63,30 @@ def curvature(problem: Problem, weights: Weights) -> Curvature:
     Exact up to 64 weights. Beyond, by Lanczos with a fixed start: both are approached from within
     the spectrum.
     """
-    log_risk, product = relative_hessian(problem, weights)
+    log_risk, _, product = relative_hessian(problem, weights)
+    return Curvature(log_risk, *ends_of_spectrum(product, weights))
+
+
+def relative_hessian(
+    problem: Problem, weights: Weights
+) -> tuple[Array, Weights, Callable[[Weights], Weights]]:
+    r"""$\log R$, $g = \nabla\log R$ and the product with $\nabla^2R/R$, at the weights."""
+    weights = jax.tree.map(jnp.asarray, weights)
+    log_risk = problem.log_risk(weights)
+    psi = relative_gradient(problem.log_risk_gradient_and_norm, log_risk)
+    return log_risk, *jax.linearize(psi, weights)
+
+
+def ends_of_spectrum(
+    product: Callable[[Weights], Weights], weights: Weights
+) -> tuple[Array, Array, Array]:
+    """The least and the greatest eigenvalue of a symmetric map of weights, and their error."""
     flat, shaped = ravel_pytree(jax.tree.map(jnp.asarray, weights))
 
     def multiply(vector: Array) -> Array:
         return ravel_pytree(product(shaped(vector)))[0]
 
-    return Curvature(log_risk, *extreme_eigenvalues(multiply, flat.size, flat.dtype))
-
-
-def relative_hessian(
-    problem: Problem, weights: Weights
-) -> tuple[Array, Callable[[Weights], Weights]]:
-    r"""$\log R$, and the product with $\nabla^2R/R$, at the weights."""
-    weights = jax.tree.map(jnp.asarray, weights)
-    log_risk = problem.log_risk(weights)
-    psi = relative_gradient(problem.log_risk_gradient_and_norm, log_risk)
-    return log_risk, lambda direction: jax.jvp(psi, (weights,), (direction,))[1]
+    return extreme_eigenvalues(multiply, flat.size, flat.dtype)
 
 
 def sharpness(problem: Problem, weights: Weights) -> Array:
@@ -105,24 +115,39 @@ def log_sharpness(problem: Problem, weights: Weights) -> Array:
     return found.log_risk + jnp.log(jnp.maximum(found.greatest, 0.0))
 
 
+def sharpness_error(problem: Problem, weights: Weights) -> Array:
+    r"""How far `sharpness` may be from an eigenvalue of $\nabla^2 R$; zero up to 64 weights.
+
+    The residual $\lVert Av - \theta v\rVert$ of the Ritz vector. The error of a simple eigenvalue
+    is of its square over the distance to the next one.
+    """
+    found = curvature(problem, weights)
+    return jnp.exp(found.log_risk) * found.error
+
+
 def extreme_eigenvalues(
     multiply: Callable[[Array], Array], size: int, dtype: jnp.dtype
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """The least and greatest eigenvalue of a symmetric matrix given by its products.
+
+    The third number is the larger residual of their eigenvectors, zero where the matrix is formed.
 
     >>> import numpy as np
     >>> matrix = np.diag(np.arange(-3.0, 300.0))
     >>> with jax.enable_x64(True):
-    ...     ends = extreme_eigenvalues(lambda v: matrix @ v, 303, np.dtype(float))
-    >>> [round(float(end)) for end in ends]
-    [-3, 299]
+    ...     *ends, error = extreme_eigenvalues(lambda v: matrix @ v, 303, np.dtype(float))
+    >>> [round(float(end)) for end in ends], bool(abs(ends[1] - 299) < error)
+    ([-3, 299], True)
     """
     if size <= DENSE:
         matrix = jax.vmap(multiply)(jnp.eye(size, dtype=dtype))
         values = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)
-    else:
-        values = jnp.linalg.eigvalsh(_tridiagonal(multiply, size, dtype))
-    return values[0], values[-1]
+        return values[0], values[-1], jnp.zeros_like(values[0])
+    diagonal, beside = _tridiagonal(multiply, size, dtype)
+    projected = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
+    values, vectors = jnp.linalg.eigh(projected)
+    residuals = jnp.abs(beside[-1] * vectors[-1])  # A V s - theta V s = b_m s_m q_{m+1}
+    return values[0], values[-1], jnp.maximum(residuals[0], residuals[-1])
 
 
 # Lanczos: with q_0 of norm one, A q_j = b_{j-1} q_{j-1} + a_j q_j + b_j q_{j+1}; the tridiagonal
@@ -130,7 +155,9 @@ def extreme_eigenvalues(
 # new vector is made orthogonal to all before it, twice, so that no value appears twice. Where the
 # Krylov space is exhausted b_j vanishes; what follows decouples, and its diagonal is set to a_0, a
 # Rayleigh quotient, which is never extreme.
-def _tridiagonal(multiply: Callable[[Array], Array], size: int, dtype: jnp.dtype) -> Array:
+def _tridiagonal(
+    multiply: Callable[[Array], Array], size: int, dtype: jnp.dtype
+) -> tuple[Array, Array]:
     steps = min(ITERATIONS, size)
     first = jax.random.normal(jax.random.key(0), (size,), dtype)
     basis = jnp.zeros((steps + 1, size), dtype).at[0].set(first / jnp.linalg.norm(first))
@@ -152,4 +179,4 @@ def _tridiagonal(multiply: Callable[[Array], Array], size: int, dtype: jnp.dtype
 
     nothing = jnp.zeros((steps,), dtype)
     _, diagonal, beside = jax.lax.fori_loop(0, steps, step, (basis, nothing, nothing))
-    return jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
+    return diagonal, beside

@@ -17,7 +17,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.problem.curvature import log_sharpness as log_sharpness, sharpness as sharpness
+from gflow.problem.curvature import (
+    log_sharpness as log_sharpness,
+    sharpness as sharpness,
+    sharpness_error as sharpness_error,
+)
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import Array, DeepLinear, Weights, as_array, end_to_end, squared_norm
 from gflow.problem.risk import Problem
