@@ -136,7 +136,7 @@ def extreme_eigenvalues(
     >>> matrix = np.diag(np.arange(-3.0, 300.0))
     >>> with jax.enable_x64(True):
     ...     *ends, error = extreme_eigenvalues(lambda v: matrix @ v, 303, np.dtype(float))
-    >>> [round(float(end)) for end in ends], bool(abs(ends[1] - 299) < error)
+    >>> [round(float(end)) for end in ends], abs(float(ends[1]) - 299) < float(error)
     ([-3, 299], True)
     """
     if size <= DENSE:
