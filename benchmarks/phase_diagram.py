@@ -93,15 +93,7 @@ def main() -> None:
     lanes = int(result.in_lanes.sum())
     drift = float(result.imbalance_drift.max())
     print(f"{total} runs in {took:.1f} s: {counts}, {lanes} in lanes, largest drift {drift:.1e}")
-    if report.folder is not None:
-        report.folder.mkdir(parents=True, exist_ok=True)
-        axes = gflow.plot.phase_diagram(
-            result.sel(imbalance=1), "misalignment", x="scale", y="depth"
-        )
-        gflow.plot.save_figure(axes, report.folder / f"{report.name}-misalignment.png")
-    axes = gflow.plot.phase_diagram(
-        result, "direction_error", x="scale", y="depth", panel="imbalance"
-    )
+    axes = gflow.plot.phase_diagram(result, x="scale", y="depth", panel="imbalance")
     report.write(
         axes[0].figure,
         seconds=took,

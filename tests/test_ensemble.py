@@ -1,5 +1,9 @@
 """Members side by side against the same runs one after the other."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import optax
 import pytest
@@ -80,6 +84,27 @@ def test_lane_flow_conserves_the_imbalance_and_follows_its_clock(together):
     assert float(lanes.clock_error.max()) < 1e-8
 
 
+DEVICES = """
+import jax, numpy as np, gflow
+data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+problem = gflow.Problem(data, loss=gflow.Exponential())
+batch = (np.stack([s * data.max_margin().direction[None] for s in (0.1, 0.2, 0.4, 0.8)]),)
+one, two = (
+    gflow.ensemble(problem, batch, until=gflow.LogRisk(-20), save=3, lanes=2, devices=devices)
+    for devices in (jax.devices()[:1], None)
+)
+assert len(jax.devices()) == 2 and one.in_lanes.all() and two.in_lanes.all()
+assert (one.status == "reached").all()
+np.testing.assert_array_equal(one.end_to_end.values, two.end_to_end.values)
+np.testing.assert_array_equal(one.log_time.values, two.log_time.values)
+"""
+
+
+def test_two_devices_give_what_one_gives_bit_for_bit():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", DEVICES], env={**os.environ, **flags}, check=True)
+
+
 def test_descent_members_differ_in_their_optimiser(problem, batch):
     two = tuple(layer[:2] for layer in batch)
     optimizers = [optax.sgd(0.1), optax.sgd(0.2)]
@@ -113,6 +138,32 @@ def test_a_member_that_cannot_start_touches_no_other(problem, batch, together):
     np.testing.assert_allclose(
         found.end_to_end.values[::2], together.end_to_end.values[:3:2], rtol=1e-9
     )
+
+
+def test_descents_by_one_optimiser_make_their_steps_together(problem, batch, monkeypatch):
+    optimizer, until = optax.sgd(0.3), gflow.LogRisk(-3.0) | gflow.Steps(400)
+    singles = [
+        gflow.gradient_descent(
+            problem, tuple(w[i] for w in batch), optimizer, until=until, save=POINTS
+        )
+        for i in range(4)
+    ]
+    joined, together = [], gflow.dynamics.together
+    monkeypatch.setattr(
+        together.Calls,
+        "_joined",
+        lambda *given, join=together.Calls._joined: joined.append(len(given[2])) or join(*given),
+    )
+    four = tuple(layer[:4] for layer in batch)
+    found = gflow.ensemble(problem, four, optimizer, until=until, save=POINTS, lanes=3)
+    assert max(joined) == 3 and len(joined) < 40
+    for i, single in enumerate(singles):
+        member = found.sel(member=i)
+        assert str(member.message.values) == single.attrs["message"]
+        for name in ("num_steps", "log_risk", "end_to_end"):
+            np.testing.assert_allclose(
+                member[name].values[: single.sizes["point"]], single[name].values, rtol=1e-11
+            )
 
 
 def test_wrong_counts_are_refused(problem, batch):

@@ -22,7 +22,6 @@ from gflow.dynamics.iterating import (
     Goals,
     Sampler,
     Watch,
-    advance,
     look,
     misaligning,
     same_weights,
@@ -31,6 +30,7 @@ from gflow.dynamics.progress import Pace, ProgressBar
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.step_meter import StepMeter
 from gflow.dynamics.step_sizes import describe, with_extra_arguments
+from gflow.dynamics.together import advance
 from gflow.dynamics.until import (
     AbstractRule,
     AnyOf,

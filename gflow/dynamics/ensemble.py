@@ -1,5 +1,6 @@
 """Many trajectories at once: one labelled record with a dimension ``member``."""
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from gflow.dynamics import pool
+from gflow.dynamics import pool, together
 from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.flow import HAND_OVER_AT, gradient_flow
 from gflow.dynamics.members import Member, joined
@@ -47,10 +48,10 @@ def ensemble(
 
     Members share shapes and differ in start, data, loss, tolerance or optimiser. Flows of small
     deep linear networks to a ``LogRisk`` of at least -1e6 run side by side (``lanes.py``): one
-    compiled program, in which a member that is done makes room for the next. All other members, and
-    those that a lane gives up, are runs of ``gradient_flow`` or ``gradient_descent`` one after the
-    other. Members share the devices; where a member runs does not change its result beyond
-    round-off. One that fails says so and touches no other.
+    compiled program, in which a member that is done makes room for the next, on all devices.
+    Descents by one optimiser, the same object, make their steps in one vmapped call. All other
+    members, and those that a lane gives up, run one after the other. Where and beside what a member
+    runs does not change its result beyond round-off. One that fails says so and touches no other.
 
     Args:
         problem: one for all, or one a member, of equal shapes.
@@ -160,11 +161,22 @@ def follow(
             spent += chosen.work
             done = sum(member is not None for member in members)
         in_lanes = [member is not None for member in members]
-        for i in range(count):
+        rest = [i for i in range(count) if members[i] is None]
+
+        def alone(i: int) -> Member | Exception:
+            member = _alone(work, i)
+            tell(done + sum(members[k] is not None for k in rest) + 1)
+            return member
+
+        descents = [i for i in rest if work.optimizers[i] is not None]
+        for problem in {id(p): p for p in work.problems}.values():
+            problem.data.max_margin()  # once, not in every thread
+        runs = [functools.partial(alone, i) for i in descents]
+        for i, member in zip(descents, together.side_by_side(runs, lanes), strict=True):
+            members[i] = member
+        for i in rest:
             if members[i] is None:
-                members[i] = _alone(work, i)
-                done += 1
-                tell(done)
+                members[i] = alone(i)
     admissible = [_admissible(member) for member in members]
     if not all(admissible):
         warnings.warn(

@@ -9,8 +9,8 @@ needs most steps. Here
   vectorised sums over lanes, Gauss elimination included;
 - the loop is flat. A trip evaluates the field at the stages of every lane, and then each lane makes
   either its next Newton correction or, if that was solved, the end of its step and the beginning of
-  the next one. Steps end in every second trip only, since an end costs as much as a correction and
-  there are fewer: a lane that is solved in between sits out one trip, and waits for nothing else;
+  the next one. Since an end costs as much as a correction, steps end in trips where a quarter of
+  the lanes have one to end, about every second: the others sit out a trip, and no lane waits else;
 - a lane that has landed on its last target is handed back to the host, which puts the next member
   there. Saved states go to a buffer on the way; observables are evaluated afterwards.
 """
@@ -38,6 +38,9 @@ from gflow.dynamics.stepping import (
     STEADY,
 )
 from gflow.problem.network import Array
+
+SHARE = 4
+"""Steps end in a trip where at least one running lane in so many has solved its step."""
 
 RUNNING, LANDED, STALLED, TIRED = range(4)
 """What a lane is doing: on its way; on its last target; given up; out of steps."""
@@ -174,7 +177,7 @@ class Machine(eqx.Module):
                 landed = running & ended & (after.saved > now.saved)
                 return after, _store(saved, after, landed)
 
-            ending = made % 2 == 1
+            ending = SHARE * jnp.sum(running & ended) >= jnp.sum(running)
             after, saved = jax.lax.cond(ending, end, lambda: (now, saved))
             corrected = self.method.correct(now.newton, now.frame, now.step, members, stage)
             newton = _chosen(running & ~ended, corrected, after.newton)

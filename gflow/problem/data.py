@@ -91,7 +91,7 @@ class Dataset(eqx.Module):
         key = id(self)
         if key not in _SOLUTIONS:
             _SOLUTIONS[key] = max_margin(self)
-            weakref.finalize(self, _SOLUTIONS.pop, key).atexit = False
+            weakref.finalize(self, _SOLUTIONS.pop, key, None).atexit = False
         return _SOLUTIONS[key]
 
     # -- what one makes of it -----------------------------------------------------------------

@@ -4,11 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.report.plot.style import FONT, SMALL
+
 if TYPE_CHECKING:
     import xarray as xr
 
 TRAJECTORY = ("point", "layer", "pair", "coordinate", "member")
 """Dimensions of a record that are no parameter."""
+
+
+SPAN = 1e8
+"""What colours show at most of a positive quantity: less than the largest over this is dark."""
 
 
 def swept(record: "xr.Dataset") -> list[str]:
@@ -76,15 +82,15 @@ def phase_diagram(
     known = values.values[np.isfinite(values.values)]
     low, high = (float(np.min(known)), float(np.max(known))) if known.size else (0.0, 1.0)
     logarithmic = low > 0 and high > 10 * low
-    norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
+    norm = LogNorm(max(low, high / SPAN), high) if logarithmic else Normalize(low, high)
 
-    width, height = (max(1.6, 0.62 * record.sizes[x]), 0.34 * record.sizes[y])
+    width, height = max(1.5, 0.6 * record.sizes[x]), max(1.1, 0.34 * record.sizes[y])
     fig, axes = plt.subplots(
         1,
         len(panels),
         squeeze=False,
         sharey=True,
-        figsize=(len(panels) * width + 1.6, height + 1.1),
+        figsize=(len(panels) * width + 1.5, height + 0.9),
         layout="constrained",
     )
     for ax, shown in zip(axes[0], panels, strict=True):
@@ -96,14 +102,16 @@ def phase_diagram(
         for axis, name in ((ax.xaxis, x), (ax.yaxis, y)):
             labels = [_label(value) for value in record[name].values]
             axis.set_ticks(range(len(labels)), labels)
-            axis.set_tick_params(length=0)
-        ax.set_xlabel(x)
+            axis.set_tick_params(length=0, labelsize=SMALL)
+        ax.set_xlabel(x, fontsize=FONT)
         if panel is not None:
-            ax.set_title(f"{panel} = {_label(shown[panel].values)}")
-    axes[0, 0].set_ylabel(y)
+            ax.set_title(f"{panel} = {_label(shown[panel].values)}", fontsize=FONT)
+    axes[0, 0].set_ylabel(y, fontsize=FONT)
     over = [name for name in named if name not in (x, y, panel)]
-    label = variable.replace("_", " ") + (f", median over {', '.join(over)}" if over else "")
-    fig.colorbar(image, ax=axes, label=label)
+    label = variable.replace("_", " ") + (f",\nmedian over {', '.join(over)}" if over else "")
+    bar = fig.colorbar(image, ax=axes, aspect=12)
+    bar.set_label(label, fontsize=FONT)
+    bar.ax.tick_params(labelsize=SMALL)
     return axes[0]
 
 
@@ -113,11 +121,11 @@ def _write(ax: Any, grid: np.ndarray, norm: Any) -> None:
         if not np.isfinite(value):
             ax.text(column, row, "x", ha="center", va="center", color="0.5")
             continue
-        dark = norm(value) < 0.6
+        dark = norm(max(value, norm.vmin)) < 0.6
         text = f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
         text = f"{value:.3g}" if 0.01 <= abs(value) < 1000 or value == 0 else text
         color = "white" if dark else "black"
-        ax.text(column, row, text, ha="center", va="center", color=color, fontsize=6)
+        ax.text(column, row, text, ha="center", va="center", color=color, fontsize=SMALL - 1)
 
 
 def _label(value: Any) -> str:
