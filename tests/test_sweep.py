@@ -7,13 +7,14 @@ import sys
 import time
 
 import numpy as np
+import optax
 import pytest
 
 import gflow
 from gflow.__main__ import main
 
 GOAL = gflow.Steps(50)
-STEPS = gflow.polyak()
+STEPS = optax.sgd(0.3)
 GRID = {"depth": [2, 1], "scale": [0.5, 1.0], "seed": range(2)}
 
 PROGRAM = """
@@ -68,7 +69,7 @@ def test_every_point_is_where_its_labels_say(found):
     single = gflow.gradient_descent(problem, weights, STEPS, until=GOAL, save=3)
     member = found.sel(depth=2, scale=0.5, seed=1)
     for name in ("log_risk", "margin", "misalignment", "end_to_end", "frobenius_norm"):
-        np.testing.assert_array_equal(member[name].values, single[name].values)
+        np.testing.assert_allclose(member[name].values, single[name].values, rtol=1e-10)
     means = found.sel(depth=2, scale=0.5).mean("seed")
     assert np.isfinite(means.frobenius_norm).all()
 
