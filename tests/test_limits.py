@@ -172,6 +172,13 @@ def test_support_vectors_without_weight_are_reported():
     assert any("[2] lie on the margin but carry no weight" in reason for reason in law.degenerate)
 
 
+def test_support_vectors_that_nearly_lie_in_a_line_are_reported():
+    points = np.array([[1.0, 0.5, 1e-6], [1.0, -0.5, 1e-6], [1.0, 0.0, -1e-6], [2.0, 0.1, 0.2]])
+    law = limits(problem_of(points), early(points, (3, 4, 1), 7))
+    np.testing.assert_allclose(law.relaxed_from, 1e12, rtol=0.2)
+    assert any("nearly lie in a space of fewer dimensions" in reason for reason in law.degenerate)
+
+
 def test_a_near_tie_is_reported():
     points = np.array([[1.0, 0.5], [1.0, -0.5], [1.0000001, -1.1]])
     law = limits(problem_of(points), early(points, (2, 3, 1), 8))

@@ -132,6 +132,22 @@ class Limits:
         r"""$\max_k\lVert D_k\rVert_2\,(\gamma/s)^{2/L}$, in whose powers the laws are series."""
         return float(self.imbalance * np.divide(self.margin, -log_risk) ** (2 / self.depth))
 
+    @property
+    def _sigma(self) -> np.ndarray:
+        r"""$\Sigma$, the covariance of $z_T$ under $p^*$."""
+        return (self._points.T * self.dual) @ self._points
+
+    @property
+    def least_variance(self) -> float:
+        r"""The least eigenvalue of $\Sigma$; infinite if there are no differences."""
+        return float(np.linalg.eigvalsh(self._sigma)[0]) if len(self.tangent) else np.inf
+
+    @property
+    def relaxed_from(self) -> float:
+        r"""The s where the next order of $w_T$ is as large as $b^*$: $(L-1)\gamma^2/\lambda$."""
+        least = max(self.least_variance, np.finfo(float).tiny)
+        return (self.depth - 1) * self.margin**2 / least
+
     @np.errstate(invalid="ignore", divide="ignore")
     def predict(self, log_risk: float) -> dict[str, np.ndarray]:
         """The laws with their next-order terms at one risk, under the names of a record.
@@ -169,9 +185,12 @@ class Limits:
         level = (s / gamma) ** (2 / depth)
         tangent = self.tangent
         if len(tangent):
-            covariance = (self._points.T * self.dual) @ self._points
-            drive = (depth - 1) * gamma**2 * tangent / s + gamma * self._pull / level**1.5
-            tangent = tangent + np.linalg.lstsq(covariance, drive, rcond=1e-10)[0]
+            # Sigma (w_T - b*) = (L - 1) gamma^2 w_T / s + ..., where that is small beside Sigma.
+            pull = (depth - 1) * gamma**2 / s
+            drive = pull * tangent + gamma * self._pull / level**1.5
+            matrix = self._sigma - pull * np.eye(len(tangent))
+            rcond = max(float(pull / np.linalg.norm(self._sigma, 2)), 1e-14)
+            tangent = tangent + np.linalg.lstsq(matrix, drive, rcond=rcond)[0]
         bracket = self._points @ tangent
         lowest = float(bracket.min())
         total = lowest - float(np.log(np.sum(np.exp(lowest - bracket))))

@@ -92,7 +92,9 @@ def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None)
             f"a point lies off the margin by a relative {gaps[gaps > 0].min():.2g} only: points "
             f"off the margin keep weight until s = {settled:.2g}, and the laws hold from there on",
         )
-    return dataclasses.replace(law, settled_from=settled, degenerate=reasons)
+    return dataclasses.replace(
+        law, settled_from=max(settled, law.relaxed_from), degenerate=reasons + _late(law)
+    )
 
 
 def limits_of_record(record: "xr.Dataset") -> Limits:
@@ -130,7 +132,9 @@ def limits_of_record(record: "xr.Dataset") -> Limits:
     settled = FADED * max(1.0, gap ** (-1.0 if spans else -float(depth)))
     if depth > 1 and not spans:
         law = _free_from(record, law, state)
-    return dataclasses.replace(law, settled_from=settled)
+    return dataclasses.replace(
+        law, settled_from=max(settled, law.relaxed_from), degenerate=law.degenerate + _late(law)
+    )
 
 
 def _free_from(record: "xr.Dataset", law: Limits, state: SplitState) -> Limits:
@@ -262,6 +266,15 @@ def _weightless(support: np.ndarray, dual: np.ndarray) -> tuple[str, ...]:
     return (
         f"points {idle.tolist()} lie on the margin but carry no weight: w keeps moving across "
         "the margin's direction like log s, and the direction law is off by that logarithm",
+    )
+
+
+def _late(law: Limits) -> tuple[str, ...]:
+    if law.relaxed_from <= LATE or _weightless(law.support, law.dual):
+        return ()
+    return (
+        "the support vectors nearly lie in a space of fewer dimensions, with a least variance of "
+        f"{law.least_variance:.2g}: w turns to its limit from s = {law.relaxed_from:.2g} on only",
     )
 
 
