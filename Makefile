@@ -55,10 +55,9 @@ types: $(VENV)/.with-dev  ## basedpyright on the package
 
 check: lint types test  ## lint, types and test
 
-benchmarks: $(VENV)/.with-test  ## run every script of benchmarks/
-	@set -e; for script in benchmarks/*_*.py; do \
-	  echo "==> $$script"; $(BIN)/python $$script $(ARGS); \
-	done
+benchmarks: $(VENV)/.with-test  ## run every script of benchmarks/, then make the tables
+	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python docs/readme.py --benchmarks
 
 docs: $(VENV)/.with-docs  ## the documentation, in site/, without network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,22 +1,31 @@
-"""Does the memory of a flow grow with its number of steps? Peak memory up to 1e6 explicit steps.
+"""Does the memory of a flow grow with its number of steps, or faster than its number of weights?
 
-Each horizon has a process of its own, which integrates the same flow with an explicit method and
-asks the system for the greatest amount of memory that it has held.
+Each run has a process of its own, which tells the greatest amount of memory that it has held. Up to
+1e6 steps: the same flow with an explicit method. Up to 8e3 weights: the whole call of gflow beside
+implicit peers that hold a matrix of weights times weights, to log R = -2 (their own time matters
+little here); gflow alone goes on to 2e5 weights.
 
     python benchmarks/memory.py [--quick] [--out FOLDER]
 """
 
 import json
-import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import diffrax
-from common import Report, begin, parser, table
+import reach
+from common import Report, begin, parser, table, task
+from rivals import peak_memory
 
 import gflow
 
 STEPS = (1_000, 10_000, 100_000, 1_000_000)
+WIDTHS = (10, 20, 40, 60, 320)
+DENSE = ("Kvaerno5, gflow's clock", "Radau, gflow's clock")
+MOST_DENSE, LIMIT = 60, 100.0
+"""The largest width, and the seconds, of a peer with a dense matrix."""
 
 
 def peak(steps: int) -> dict:
@@ -37,8 +46,47 @@ def peak(steps: int) -> dict:
         "log_risk": float(flow.log_risk[-1]),
         "status": flow.attrs["status"],
         "wall_s": flow.attrs["wall_time"],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_memory(),
     }
+
+
+def beside_weights(width: int, names: tuple[str, ...]) -> list[dict]:
+    """Peak memory of each method on four layers of one width."""
+    work = task((12, width, width, width, 1))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "problem.npz"
+        reach.pose(work, reach.reference(work, (-2,)), (-2,), path)
+        for name in names:
+            found = reach.theirs(name, path, LIMIT, sys.executable)
+            done = found["rows"][0] if found["rows"] else {}
+            row = {"width": width, "weights": work.num_weights, "method": name}
+            why = found.get("unable") or found.get("ended")
+            rows.append(row | {"peak_mib": done.get("peak_mib"), "why": why})
+    return rows
+
+
+def growth_per_weight(rows: list[dict], name: str) -> float | None:
+    """Bytes a weight between the smallest and the largest run of a method."""
+    done = [row for row in rows if row["method"] == name and row["peak_mib"] is not None]
+    more = done[-1]["weights"] - done[0]["weights"] if done else 0
+    return 2**20 * (done[-1]["peak_mib"] - done[0]["peak_mib"]) / more if more else None
+
+
+def figure(rows: list[dict]):
+    import matplotlib.pyplot as plt
+    from peers import PALETTE
+
+    fig, ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+    for name, color, marker in zip(("gflow", *DENSE), PALETTE, "osD", strict=False):
+        done = [row for row in rows if row["method"] == name and row["peak_mib"] is not None]
+        x, y = [row["weights"] for row in done], [row["peak_mib"] for row in done]
+        ax.loglog(x, y, marker=marker, color=color, label=name.removesuffix(reach.LENT))
+    ax.set_xlabel("weights")
+    ax.set_ylabel("peak memory of the process, MiB")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False)
+    return fig
 
 
 def main():
@@ -54,7 +102,15 @@ def main():
         rows.append(json.loads(told))
         table(rows[-1:], "steps:d log_risk:.4g status:s wall_s:.2f peak_mib:.1f")
     growth = rows[-1]["peak_mib"] / rows[0]["peak_mib"] - 1
-    report.write(None, rows=rows, growth=growth)
+    sizes: list[dict] = []
+    for width in WIDTHS[:1] if options.quick else WIDTHS:
+        sizes += beside_weights(width, ("gflow", *DENSE) if width <= MOST_DENSE else ("gflow",))
+    table(sizes, "width:d weights:d method:s peak_mib:.0f why:s")
+    per_weight = {name: growth_per_weight(sizes, name) for name in ("gflow", *DENSE)}
+    print("bytes a weight:", per_weight)
+    report.write(
+        figure(sizes), rows=rows, growth=growth, weights=sizes, bytes_per_weight=per_weight
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ WIDTHS = (2, 10, 10, 10, 1)
 TARGETS = (-2, -5, -10, -20, -50, -100, -200, -500, -700, -1e3, -2e3, -5e3, -1e4)
 NEED_TORCH = ("torchdiffeq dopri5", "torchdiffeq dopri8", "torchode Tsit5", "Lyu and Li's descent")
 QUICK_PEERS = ("SciPy DOP853",)
-ALONE, LENT = "gflow's solver alone", ", gflow's clock"
+OURS = "gflow", "gflow's solver alone"
+LENT = ", gflow's clock"
 START_UP = 120.0
 """Seconds a peer may take to import, compile and run to the first target."""
 
@@ -68,49 +69,15 @@ def pose(work, flow, targets, path):
         scaled_times=np.exp(at.log_time.values + at.log_risk.values),
         end_to_end=w / np.linalg.norm(w, axis=1, keepdims=True),
     )
-    return dict(zip(targets, w / np.linalg.norm(w, axis=1, keepdims=True), strict=True))
 
 
-def ours(work, directions):
-    """The whole call of `gradient_flow`, and its solver alone, in this process."""
-
-    def whole(target):
-        return gflow.gradient_flow(
-            work.field.problem,
-            work.weights,
-            until=gflow.LogRisk(target),
-            save=20,
-            progress=False,
-        )
-
-    def alone(target):
-        return common.walk(work, gflow.GaussNewton(), target, rivals.RTOL)
-
-    found = []
-    for name, told, run, read in (
-        (
-            "gflow",
-            "`gradient_flow`, rtol 1e-9, 20 points with all observables",
-            whole,
-            lambda flow: flow.end_to_end.values[-1],
-        ),
-        (
-            ALONE,
-            f"`GaussNewton`, rtol {rivals.RTOL:g}, final weights only",
-            alone,
-            lambda run: rivals.end_to_end([np.asarray(w) for w in run.state.weights])[0],
-        ),
-    ):
-        first, _ = common.seconds(lambda run=run: run(next(iter(directions))))
-        rows = []
-        for target, direction in directions.items():
-            call = {"": lambda run=run, target=target: run(target)}
-            timing, result = common.timed(call, repeats=5, budget=2.0)
-            w = read(result[""])
-            gap = np.linalg.norm(w / np.linalg.norm(w) - direction)
-            rows.append({"log_risk": target, "seconds": timing[""].least, "direction_gap": gap})
-        found.append({"method": name, "settings": told, "first_call_s": first, "rows": rows})
-    return found
+def ours(name, path):
+    """Gflow in this process, as `rivals.py` would run it."""
+    problem, targets = rivals.read(path)
+    settings, run = rivals.PEERS[name](problem)
+    first, _ = common.seconds(lambda: run(targets[0]))
+    rows = [rivals.measured(run, target, problem.z) for target in targets]
+    return {"method": name, "settings": settings, "first_call_s": first, "rows": rows}
 
 
 def theirs(name, path, limit, python):
@@ -189,7 +156,7 @@ def figure(contestants):
     fig, axes = plt.subplots(
         1, 2, figsize=(9.6, 4.6), layout="constrained", sharex=True, sharey=True
     )
-    lent = [LENT in each["method"] or each["method"] == ALONE for each in contestants]
+    lent = [LENT in each["method"] or each["method"] == OURS[1] for each in contestants]
     for ax, wanted, title in zip(
         axes,
         (False, True),
@@ -233,12 +200,12 @@ def main():
     targets = TARGETS[:5] if options.quick else TARGETS
     limit = min(options.limit, 5.0) if options.quick else options.limit
     names = QUICK_PEERS if options.quick else tuple(rivals.PEERS)
-    names = [name for name in names if options.only is None or options.only in name]
+    names = [n for n in names if n not in OURS and (options.only or "") in n]
     work = common.task(WIDTHS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.npz"
-        directions = pose(work, reference(work, targets), targets, path)
-        contestants = ours(work, directions)
+        pose(work, reference(work, targets), targets, path)
+        contestants = [ours(name, path) for name in OURS]
         for name in names:
             python = options.torch if name in NEED_TORCH else sys.executable
             contestants.append(theirs(name, path, limit, python))

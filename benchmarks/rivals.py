@@ -193,7 +193,7 @@ def torch_physical(package: str, method: str) -> Callable[..., Any]:
 
 
 def lent_clock(method: str) -> Callable[..., Any]:
-    """A peer's method on gflow's field, in logarithms and in gflow's clock of the risk."""
+    """A method on gflow's field, in logarithms and in gflow's clock of the risk."""
 
     def peer(problem: SimpleNamespace) -> tuple[str, Callable[..., Any]]:
         import common
@@ -204,26 +204,55 @@ def lent_clock(method: str) -> Callable[..., Any]:
         jax.config.update("jax_enable_x64", True)
         import gflow
 
-        data = gflow.Dataset(problem.z, np.ones(len(problem.z)))
-        work = common.task((), data=data, start=tuple(problem.weights))
-        if method in ("Dopri8", "Kvaerno5"):
-            solver = diffrax.Dopri8() if method == "Dopri8" else peers.kvaerno5(RTOL, fixed=True)
-            return (
-                f"gflow's loop, rtol {RTOL:g}",
-                lambda target: common.walk(work, solver, target.log_risk, RTOL).state.weights,
-            )
-        scipy_peer = peers.Peer(work)
-        scipy_peer.compile()
+        work = common.task((), data=_data(problem), start=tuple(problem.weights))
+        if method in ("LSODA", "Radau"):
+            scipy_peer = peers.Peer(work)
+            scipy_peer.compile()
 
-        def run(target: SimpleNamespace) -> Any:
-            found = scipy_peer.walk(
-                method, target.log_risk, RTOL, scaled_time=target.scaled_time, limit=math.inf
-            )
-            return found.state.weights
+            def run(target: SimpleNamespace) -> Any:
+                found = scipy_peer.walk(
+                    method, target.log_risk, RTOL, scaled_time=target.scaled_time, limit=math.inf
+                )
+                return found.state.weights
 
-        return f"compiled field and exact Jacobian, rtol {RTOL:g}", run
+            return f"compiled field and exact Jacobian, rtol {RTOL:g}", run
+        solvers = {
+            "GaussNewton": gflow.GaussNewton,
+            "Dopri8": diffrax.Dopri8,
+            "Kvaerno5": lambda: peers.kvaerno5(RTOL, fixed=True),
+        }
+        solver = solvers[method]()
+        return (
+            f"gflow's loop, rtol {RTOL:g}, final weights only",
+            lambda target: common.walk(work, solver, target.log_risk, RTOL).state.weights,
+        )
 
     return peer
+
+
+def gflow_itself(problem: SimpleNamespace) -> tuple[str, Callable[..., Any]]:
+    """The whole call at its defaults."""
+    import gflow
+
+    posed = gflow.Problem(_data(problem), loss=gflow.Exponential())
+
+    def run(target: SimpleNamespace) -> Any:
+        found = gflow.gradient_flow(
+            posed,
+            tuple(problem.weights),
+            until=gflow.LogRisk(target.log_risk),
+            save=20,
+            progress=False,
+        )
+        return [found[f"final_weights_{k + 1}"].values for k in range(len(problem.weights))]
+
+    return "`gradient_flow`, rtol 1e-9, 20 points with all observables", run
+
+
+def _data(problem: SimpleNamespace) -> Any:
+    import gflow
+
+    return gflow.Dataset(problem.z, np.ones(len(problem.z)))
 
 
 def lyu_li(problem: SimpleNamespace) -> tuple[str, Callable[..., Any]]:
@@ -307,6 +336,8 @@ def plain_descent(problem: SimpleNamespace) -> tuple[str, Callable[..., Any]]:
 
 
 PEERS: dict[str, Callable[..., Any]] = {
+    "gflow": gflow_itself,
+    "gflow's solver alone": lent_clock("GaussNewton"),
     **{f"diffrax {m}": diffrax_physical(m) for m in ("Tsit5", "Dopri8", "Kvaerno5")},
     **{f"SciPy {m}": scipy_physical(m) for m in ("DOP853", "LSODA", "Radau")},
     **{f"torchdiffeq {m}": torch_physical("torchdiffeq", m) for m in ("dopri5", "dopri8")},
@@ -329,20 +360,25 @@ def _time(target: SimpleNamespace) -> float:
 # -------------------------------------------------------------------------------------------------
 
 
+def read(path: str | Path) -> tuple[SimpleNamespace, list[SimpleNamespace]]:
+    """The problem and its targets."""
+    with np.load(path) as file:
+        weights = [file[f"weights_{k}"] for k in range(int(file["depth"]))]
+        problem = SimpleNamespace(weights=weights, z=file["signed_inputs"])
+        columns = [file[name] for name in ("log_risks", "log_times", "scaled_times", "end_to_end")]
+    targets = [
+        SimpleNamespace(log_risk=float(r), log_time=float(t), scaled_time=float(u), w=w)
+        for r, t, u, w in zip(*columns, strict=True)
+    ]
+    return problem, targets
+
+
 def main() -> None:
     name, path = sys.argv[1:]
-    with np.load(path) as file:
-        z, log_risks = file["signed_inputs"], file["log_risks"]
-        weights = [file[f"weights_{k}"] for k in range(int(file["depth"]))]
-        targets = [
-            SimpleNamespace(log_risk=float(r), log_time=float(t), scaled_time=float(u), w=w)
-            for r, t, u, w in zip(
-                log_risks, file["log_times"], file["scaled_times"], file["end_to_end"], strict=True
-            )
-        ]
+    problem, targets = read(path)
     began = time.perf_counter()
     try:
-        settings, run = PEERS[name](SimpleNamespace(weights=weights, z=z))
+        settings, run = PEERS[name](problem)
         run(targets[0])
     except ImportError as error:
         return _tell(missing=f"not installed: {error.name}")
@@ -350,7 +386,7 @@ def main() -> None:
     for target in targets:
         _tell(begins=target.log_risk)
         try:
-            _tell(**_measured(run, target, z))
+            _tell(**measured(run, target, problem.z))
         except Unable as error:
             return _tell(unable=str(error))
         except Exception as error:
@@ -358,7 +394,7 @@ def main() -> None:
     return _tell(done=True)
 
 
-def _measured(run: Callable[..., Any], target: SimpleNamespace, z: np.ndarray) -> dict[str, Any]:
+def measured(run: Callable[..., Any], target: SimpleNamespace, z: np.ndarray) -> dict[str, Any]:
     """The least time of up to five runs in about a second, and how right the end is."""
     took: list[float] = []
     while len(took) < 5 and sum(took) < 1.0:

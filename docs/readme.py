@@ -1,11 +1,16 @@
-"""Make the README's picture and its table of results: ``python docs/readme.py``.
+"""Make the README's picture and its tables: ``python docs/readme.py [--benchmarks]``.
 
-The picture is the paper's figure 1 on synthetic data, the table the claims on the same runs; both
-come from the first experiment of ``gflow reproduce``. The README is rewritten between its markers.
+The picture is the paper's figure 1 on synthetic data, the table of results the claims on the same
+runs; both come from the first experiment of ``gflow reproduce``. The table of peers comes from
+``benchmarks/results/reach.json``; ``--benchmarks`` renews it alone. The README is rewritten between
+its markers.
 """
 
+import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +20,7 @@ from gflow.report import experiment as ex, plot, reproduce
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "figures" / "figure_1.png"
 README = ROOT / "README.md"
+REACH = ROOT / "benchmarks" / "results" / "reach.json"
 
 
 def draw(outcome: ex.Outcome) -> None:
@@ -33,14 +39,87 @@ def fill(outcome: ex.Outcome) -> None:
     header, rows = ex.overview_rows(outcome)
     code = [[row[0], *(f"`{cell}`" for cell in row[1:3]), *row[3:]] for row in rows]
     table = ex.markdown_table(header, code)
+    put("results", table)
+
+
+def put(marker: str, block: str) -> None:
+    """Replace what stands between two markers of the README."""
     text = README.read_text(encoding="utf-8")
-    block = f"<!-- results -->\n{table}\n<!-- end of results -->"
-    pattern = r"<!-- results -->.*?<!-- end of results -->"
-    README.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
+    whole = f"<!-- {marker} -->\n{block}\n<!-- end of {marker} -->"
+    pattern = rf"<!-- {marker} -->.*?<!-- end of {marker} -->"
+    README.write_text(re.sub(pattern, lambda _: whole, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def peers_table(found: dict[str, Any]) -> str:
+    """The table of peers from what ``benchmarks/reach.py`` wrote, and who is faster where."""
+    rows = found["summary"]
+    lent = ", gflow's clock"
+    mine = {row["method"]: row for row in rows}
+    body = []
+    for row in rows:
+        against = "gflow's solver alone" if lent in row["method"] else "gflow"
+        ratio = row["times_ours"]
+        if row["method"] == against:
+            times = ""
+        elif ratio is None:
+            times = "unable" if row["reached"] is not None else row["why"]
+        else:
+            times = f"{ratio:.2g}"
+        name = row["method"].replace(lent, "")
+        body.append(
+            [
+                f"{name}, lent gflow's clock" if lent in row["method"] else name,
+                *(_seconds(row[key]) for key in ("to_-10", "to_-100", "to_goal")),
+                times,
+                "" if row["reached"] is None else f"{row['reached']:g}",
+                "" if row["why"] == "done" else row["why"],
+            ]
+        )
+    header = [
+        "method",
+        "to -10",
+        "to -100",
+        f"to {found['goal']:g}",
+        "over gflow",
+        "reached",
+        "why",
+    ]
+    sooner = {
+        target: [
+            row["method"]
+            for row in rows
+            if lent not in row["method"]
+            and not row["method"].startswith("gflow")
+            and row[key] is not None
+            and row[key] < mine["gflow"][key]
+        ]
+        for target, key in (("-10", "to_-10"), ("-100", "to_-100"))
+    }
+    told = [
+        f"Seconds to a log R, warm, {found['cores']} cores; made by `{found['command']}`. A run of "
+        f"a peer may take {found['limit_s']:g} s. Peers lent gflow's clock are held against its "
+        "solver alone, which like them returns final weights only.",
+        "",
+        ex.markdown_table(header, body),
+        "",
+        *(
+            f"To log R = {target} these are sooner than gflow's whole call: {', '.join(names)}."
+            for target, names in sooner.items()
+            if names
+        ),
+    ]
+    return "\n".join(told)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
 
 
 if __name__ == "__main__":
     mpl.use("Agg")
+    put("peers", peers_table(json.loads(REACH.read_text(encoding="utf-8"))))
+    if "--benchmarks" in sys.argv[1:]:
+        sys.exit()
     synthetic = ex.follow(reproduce.experiments()[0])
     draw(synthetic)
     fill(synthetic)

@@ -1,0 +1,73 @@
+"""The benchmarks run, and what the README says of them is what they found."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def imported(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What the quick run of the runner leaves: peers by wall time, the cheapest to run."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick", "--only", "reach"]
+    subprocess.run([*command, "--out", str(folder)], check=True, capture_output=True, text=True)
+    return folder
+
+
+def test_a_quick_run_measures_gflow_and_a_peer_on_the_same_path(quick):
+    found = json.loads((quick / "reach.json").read_text())
+    rows = {row["method"]: row for row in found["summary"]}
+    assert {"gflow", "gflow's solver alone", "SciPy DOP853"} <= set(rows)
+    for row in rows.values():
+        assert row["why"] == "done" and row["reached"] == found["goal"] == -50
+        assert row["direction_gap"] < 1e-5 and row["seconds_there"] > 0
+
+
+def test_a_run_leaves_a_figure_and_a_table_of_everything(quick):
+    assert (quick / "reach.png").stat().st_size > 10_000
+    table = (quick / "README.md").read_text()
+    assert "How far does each method get" in table and "[png](reach.png)" in table
+
+
+def test_the_readme_shows_what_the_benchmark_found():
+    readme = imported(ROOT / "docs" / "readme.py")
+    table = readme.peers_table(json.loads((RESULTS / "reach.json").read_text()))
+    assert f"<!-- peers -->\n{table}\n<!-- end of peers -->" in readme.README.read_text()
+
+
+def test_no_peer_comes_within_ten_times_of_gflow_far_out():
+    found = json.loads((RESULTS / "reach.json").read_text())
+    assert found["goal"] == -1e4 and not found["quick"] and len(found["summary"]) >= 16
+    for row in found["summary"]:
+        if not row["method"].startswith("gflow") and "gflow's clock" not in row["method"]:
+            assert row["times_ours"] is None or row["times_ours"] >= 10
+
+
+def test_every_result_says_how_it_was_made():
+    for path in RESULTS.glob("*.json"):
+        document = json.loads(path.read_text())
+        script = ROOT / document["command"].split()[1]
+        assert script.exists() and script.stem == path.stem.split("-")[0]
+        assert document["versions"] and not document["quick"]
+
+
+def test_every_benchmark_is_listed_with_a_question():
+    runner = imported(ROOT / "benchmarks" / "run.py")
+    listed = (ROOT / "benchmarks" / "README.md").read_text()
+    for name, path in runner.scripts().items():
+        assert f"`{name}.py`" in listed
+        assert "?" in runner.question(path)
