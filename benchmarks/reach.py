@@ -10,9 +10,10 @@ logarithms and its clock, which are not theirs. gflow makes its whole call at it
 peers, returns final weights as they do. Ratios hold peers as they come against the whole call, and
 those lent its clock against the solver alone.
 
-    python benchmarks/reach.py [--quick] [--limit SECONDS] [--torch PYTHON] [--out FOLDER]
+    python benchmarks/reach.py [--quick] [--limit SECONDS] [--only NAME] [--out FOLDER]
 
-``--torch`` names an interpreter that has torchdiffeq and torchode, if this one has not.
+The environment variable TORCH_PYTHON names an interpreter that has torchdiffeq and torchode, if
+this one has not.
 """
 
 import json
@@ -193,7 +194,6 @@ def figure(contestants):
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--limit", type=float, default=20.0, help="seconds a run may take")
-    parser.add_argument("--torch", default=sys.executable, help="an interpreter with PyTorch")
     parser.add_argument("--only", help="peers whose name holds this")
     options = common.begin(parser)
     report = common.Report(__file__, options)
@@ -201,13 +201,14 @@ def main():
     limit = min(options.limit, 5.0) if options.quick else options.limit
     names = QUICK_PEERS if options.quick else tuple(rivals.PEERS)
     names = [n for n in names if n not in OURS and (options.only or "") in n]
+    torch = os.environ.get("TORCH_PYTHON", sys.executable)
     work = common.task(WIDTHS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.npz"
         pose(work, reference(work, targets), targets, path)
         contestants = [ours(name, path) for name in OURS]
         for name in names:
-            python = options.torch if name in NEED_TORCH else sys.executable
+            python = torch if name in NEED_TORCH else sys.executable
             contestants.append(theirs(name, path, limit, python))
             last = judged(contestants[-1], targets[-1], math.nan)
             print(f"{name}: to log R = {last['reached']}; {last['why']}", flush=True)

@@ -1,6 +1,6 @@
 """Run every benchmark, one after the other in one process group, and write the table of them all.
 
-    python benchmarks/run.py [--quick] [--only NAME] [--out FOLDER] [--torch PYTHON]
+    python benchmarks/run.py [--quick] [--only NAME] [--out FOLDER]
 
 Each script is a process of its own and writes JSON and PNG to ``results`` (``--quick``: to a folder
 that is named, or nowhere). Then ``results/README.md`` is made from all JSON files there: what each
@@ -63,7 +63,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--only", action="append", help="this script, or several")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--torch", help="an interpreter that has PyTorch, if this one has not")
     options = parser.parse_args()
     known = scripts()
     chosen = options.only or list(known)
@@ -74,10 +73,9 @@ def main() -> int:
     arguments += ["--out", str(options.out)] if options.out else []
     failed = []
     for name in chosen:
-        more = ["--torch", options.torch] if options.torch and name == "reach" else []
         print(f"==> {name}: {question(known[name])}", flush=True)
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, str(known[name]), *arguments, *more], check=False)
+        done = subprocess.run([sys.executable, str(known[name]), *arguments], check=False)
         print(
             f"==> {name}: {time.perf_counter() - began:.0f} s, exit {done.returncode}", flush=True
         )

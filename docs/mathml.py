@@ -17,9 +17,13 @@ BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 
 def mathml(text: str) -> str:
     """A page of HTML with its equations converted."""
-    text = BLOCK.sub(lambda found: _convert(found.group(1), "block"), text)
-    text = WITHIN.sub(lambda found: _convert(found.group(1), "block"), text)
+    text = BLOCK.sub(lambda found: f'<div class="equation">{_display(found)}</div>', text)
+    text = WITHIN.sub(lambda found: f'<span class="equation">{_display(found)}</span>', text)
     return INLINE.sub(lambda found: _convert(found.group(1), "inline"), text)
+
+
+def _display(found: "re.Match[str]") -> str:
+    return _convert(found.group(1), "block")
 
 
 def _convert(latex: str, display: str) -> str:

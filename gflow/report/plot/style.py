@@ -54,7 +54,7 @@ def label_axes(ax: "Axes", x_label: str, y_label: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def legend(ax: "Axes", loc: str = "best") -> None:
+def legend(ax: "Axes", loc: Any = "best") -> None:
     """A small legend, in two columns when long."""
     handles, labels = ax.get_legend_handles_labels()
     if labels:
