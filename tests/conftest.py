@@ -4,6 +4,12 @@ Warnings are errors by `pyproject.toml`. Nothing here outlives the test process,
 never touches JAX's configuration.
 """
 
+import os
+
+# Nearly all the time of these tests is compilation, of programs that then run for milliseconds: the
+# compiler is asked not to optimise, which takes a third off. Set before JAX is imported.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
 import jax
 import jaxtyping
 import pytest
