@@ -395,7 +395,9 @@ def main() -> None:
     return _tell(done=True)
 
 
-def measured(run: Callable[..., Any], target: SimpleNamespace, z: np.ndarray) -> dict[str, Any]:
+def measured(
+    run: Callable[..., Any], target: SimpleNamespace, z: np.ndarray, *, follows: bool = True
+) -> dict[str, Any]:
     """The least time of up to five runs in about a second, and how right the end is."""
     took: list[float] = []
     while len(took) < 5 and sum(took) < 1.0:
