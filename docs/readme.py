@@ -64,7 +64,7 @@ def peers_table(found: dict[str, Any]) -> str:
         elif ratio is None:
             times = "unable" if row["reached"] is not None else row["why"]
         else:
-            times = f"{ratio:.2g}"
+            times = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
         name = row["method"].replace(lent, "")
         body.append(
             [
@@ -96,14 +96,15 @@ def peers_table(found: dict[str, Any]) -> str:
         for target, key in (("-10", "to_-10"), ("-100", "to_-100"))
     }
     told = [
-        f"Seconds to a log R, warm, {found['cores']} cores; made by `{found['command']}`. A run of "
-        f"a peer may take {found['limit_s']:g} s. Peers lent gflow's clock are held against its "
-        "solver alone, which like them returns final weights only.",
+        f"Seconds to a log R, warm, {found['cores']} cores at load average "
+        f"{found['load_average_before'][0]:.0f}; made by `{found['command']}`. "
+        f"A run of a peer may take {found['limit_s']:g} s. Peers lent gflow's clock are held "
+        "against its solver alone, which like them returns final weights only.",
         "",
         ex.markdown_table(header, body),
         "",
         *(
-            f"To log R = {target} these are sooner than gflow's whole call: {', '.join(names)}."
+            f"- To log R = {target} sooner than gflow's whole call: {', '.join(names)}."
             for target, names in sooner.items()
             if names
         ),
