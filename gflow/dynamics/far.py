@@ -1,6 +1,7 @@
 """The flow in split coordinates: the run beyond what float64 weights can hold."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,7 +131,7 @@ class FarRun:
         return float(rule.progress(at))
 
 
-SHARED = 0.02
+SHARED = 0.01
 """The observables' error of a run on the weights, in units of its tolerance: of this order, in
 ``benchmarks/hand_over.py``."""
 
@@ -153,4 +154,4 @@ def hand_over_error(
         For each small quantity at ``late`` a relative error, for the log time an absolute one.
     """
     arrived = solver.advance(early, late.log_risk)
-    return {name: e + SHARED * rtol for name, e in difference(arrived, late).items()}
+    return {name: math.hypot(e, SHARED * rtol) for name, e in difference(arrived, late).items()}
