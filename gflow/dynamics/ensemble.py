@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -139,7 +140,7 @@ def follow(
     tell: Callable[[float], None],
 ) -> "xr.Dataset":
     """The record of all members; ``tell`` is told how many are done."""
-    count = len(work.starts)
+    count, began = len(work.starts), time.perf_counter()
     members: list[Any] = [None] * count
     spent, done = np.zeros(2), 0
     with warnings.catch_warnings():
@@ -191,6 +192,7 @@ def follow(
         members,
         more={"in_lanes": in_lanes, "admissible": admissible},
         coordinates=labels,
+        wall_time=time.perf_counter() - began,
         **used,
     )
 
@@ -234,8 +236,12 @@ def _alone(work: Work, i: int) -> Member | Exception:
     problem, start, optimizer = work.problems[i], work.starts[i], work.optimizers[i]
     try:
         if optimizer is None:
-            return Member.of(gradient_flow(problem, start, rtol=work.rtol[i], **given))
-        return Member.of(gradient_descent(problem, start, optimizer, **given))
+            found = gradient_flow(problem, start, rtol=work.rtol[i], **given)
+        else:
+            found = gradient_descent(problem, start, optimizer, **given)
+        if found.attrs["status"] == "interrupted":
+            raise KeyboardInterrupt
+        return Member.of(found)
     except Exception as error:  # whatever it is, the other members are not to suffer
         return error
 

@@ -246,6 +246,7 @@ class Pool:
                 rtol=float(self.rtol[i]),
                 atol=float(np.asarray(self.asked.atol)[i]),
                 solver="GaussNewton",
+                wall_time=None,  # of all together only
                 num_rejected=rejected,
                 num_newton_iterations=iterations,
             )

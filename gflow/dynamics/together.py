@@ -51,6 +51,8 @@ def side_by_side(runs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
                 except IndexError:
                     break
                 found[i] = runs[i]()
+        except KeyboardInterrupt:  # by `stop`
+            pass
         finally:
             calls.leave()
 

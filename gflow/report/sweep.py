@@ -334,7 +334,7 @@ def _assembled(
                 out[i] = "refused" if name == "status" else message
         out = out.astype(str) if out.dtype == object else out
         found[name] = ((*labels, *first.dims), out.reshape(*shape, *out.shape[1:]), first.told)
-    common = agreed(attrs, but=("num_members", "utilisation"))
+    common = agreed(attrs, but=("num_members", "utilisation", "wall_time"))
     one = record.assemble(found, {**common, "num_members": int(np.prod(shape))})
     return one.assign_coords({name: (name, each) for name, each in labels.items()})
 
