@@ -132,7 +132,7 @@ def figure(found, rows):
         right.loglog(rates, bound, ":", color=color)
         right.plot(rates[-1] * 2, chosen[0]["perceptron"], "*", color=color, markersize=9)
     right.set(xlabel="learning rate", ylabel="steps until R <= min(1/rate, l(0)/n)")
-    right.set_title("one layer; dotted: max(rate, n, ...)/margin^2; star: perceptron", fontsize=9)
+    right.set_title("one layer; dotted: bound, star: perceptron", fontsize=9)
     return dressed(fig)
 
 

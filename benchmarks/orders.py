@@ -4,16 +4,21 @@ A network of three layers, logistic loss: the distance of descent at a given tim
 flow, from the flow of the modified equation of first and of second order, and of its Richardson
 extrapolation from gradient flow. Expected: orders 1, 2, 3 and 2. Beside it, from a start close to
 the saddle at zero, the gap along time at one learning rate and its two bounds from the curvature
-along the flow (`gflow.gap_bound`).
+along the flow (`gflow.gap_bound`). At last, what the ladder's descents cost one after the other,
+as it runs them, and vmapped, when all take the steps of the smallest rate.
 
     python benchmarks/orders.py [--quick] [--out FOLDER]
 """
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from common import Report, begin, parser
+from common import Report, begin, parser, seconds, table, timed
 
 import gflow
+from gflow.analysis.ladder import descend
 
 WIDTHS = (2, 4, 3, 1)
 TIME = 4.0
@@ -72,6 +77,46 @@ def along(points=40):
     }
 
 
+@eqx.filter_jit
+def descend_together(problem, weights, rates, counts):
+    """The vmapped form: every rate goes on to the largest count, and is held at its own."""
+
+    def step(k, now):
+        new = jax.vmap(lambda lane, rate: descend(problem, lane, rate, 1))(now, rates)
+        running = k < counts
+        return jax.tree.map(
+            lambda a, b: jnp.where(running.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, now
+        )
+
+    lanes = jax.tree.map(lambda layer: jnp.stack([layer] * len(rates)), weights)
+    return jax.lax.fori_loop(0, jnp.max(counts), step, lanes)
+
+
+def vmapped_or_not(widths, repeats):
+    """Milliseconds of all descents of a ladder in either form, and of the whole ladder."""
+    data = gflow.datasets.separable(n=20, d=widths[0], margin=0.2, seed=1)
+    problem = gflow.Problem(data, loss=gflow.Logistic())
+    weights = gflow.init.admissible(gflow.init.gaussian(widths, seed=0), problem)
+    weights = tuple(map(jnp.asarray, weights))
+    counts = np.unique(np.outer([1, 2], STEPS))
+    calls = {
+        "apart": lambda: [descend(problem, weights, TIME / n, n) for n in counts],
+        "vmapped": lambda: descend_together(
+            problem, weights, jnp.asarray(TIME / counts), jnp.asarray(counts)
+        ),
+    }
+    took, _ = timed(calls, repeats=repeats)
+    rates = [TIME / n for n in STEPS]
+    gflow.ladder(problem, weights, rates, TIME)
+    whole, _ = seconds(lambda: gflow.ladder(problem, weights, rates, TIME))
+    return {
+        "widths": "-".join(map(str, widths)),
+        "apart_ms": 1e3 * took["apart"].least,
+        "vmapped_ms": 1e3 * took["vmapped"].least,
+        "whole_ladder_ms": 1e3 * whole,
+    }
+
+
 def figure(found, gaps):
     """Gap against learning rate, with the slope that each tends to; gap against time."""
     import matplotlib.pyplot as plt
@@ -120,9 +165,13 @@ def main():
         f"{gaps['uniform_bound'][-1]:.3e}, growth exp({gaps['growth'][-1]:.3f}); below its bound "
         f"at every time: {gaps['holds']}"
     )
+    sizes = [WIDTHS] if options.quick else [WIDTHS, (2, 10, 10, 1), (2, 32, 32, 1)]
+    costs = [vmapped_or_not(widths, 5 if options.quick else 30) for widths in sizes]
+    table(costs, "widths:s apart_ms:.2f vmapped_ms:.2f whole_ladder_ms:.0f")
     report.write(
         figure(found, gaps),
         along_time=gaps,
+        descents_apart_or_vmapped=costs,
         widths=WIDTHS,
         orders=orders,
         within=max(abs(a - b) for a, b in zip(orders.values(), EXPECTED, strict=True)) < CLOSE,

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import gflow
-from gflow.dynamics import descent as module
+from gflow.dynamics import descent_run as module
 from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.iterating import Sampler
 from gflow.dynamics.step_sizes import (
@@ -324,6 +324,18 @@ def test_an_underflown_gradient_is_reported_as_a_stall():
     record = gradient_descent(steep, far, SGD, until=gflow.Steps(100_000), save=2)
     assert record.attrs["status"] == "stalled"
     assert "underflows" in record.attrs["message"] and "on_log_risk" in record.attrs["message"]
+
+
+def test_steps_that_go_uphill_are_told():
+    turning = optax.sgd(lambda step: RATE * jnp.where(step < 5, 1.0, -0.01))
+    record = gradient_descent(PROBLEM, START, turning, until=gflow.Steps(8), save=2)
+    assert record.attrs["message"] == (
+        "Steps(8) after 8 steps; 3 of 8 steps went uphill and count as no time"
+    )
+    np.testing.assert_allclose(record.log_time[-1], np.log(5 * RATE), rtol=1e-14)
+    record = gradient_descent(PROBLEM, START, optax.sgd(0.0), until=gflow.Steps(8), save=2)
+    assert record.attrs["status"] == "stalled"
+    assert "none of 8 steps went downhill" in record.attrs["message"]
 
 
 def test_a_run_that_takes_too_long_says_so():

@@ -97,8 +97,9 @@ def ladder(
     modified = [[flows.end(ModifiedEquation(rate, order)) for order in ORDERS] for rate in rates]
     with jax.enable_x64(True):
         start = problem.check(weights)
-        # One after the other: vmapped, every rate would take the steps of the smallest.
-        runs = {int(n): _descend(problem, start, horizon / n, n) for n in {*steps, *(2 * steps)}}
+        # One after the other, since vmapped every rate takes the steps of the smallest: that costs
+        # more than it saves, and either is little beside the flows (benchmarks/orders.py).
+        runs = {int(n): descend(problem, start, horizon / n, n) for n in {*steps, *(2 * steps)}}
     descent = [jax.tree.map(np.asarray, runs[int(n)]) for n in steps]
     halved = [jax.tree.map(np.asarray, runs[2 * int(n)]) for n in steps]
     richardson = [
@@ -166,7 +167,7 @@ class _Flows:
 
 
 @eqx.filter_jit
-def _descend(problem: Problem, weights: Weights, rate: Array, num_steps: Array) -> Weights:
+def descend(problem: Problem, weights: Weights, rate: Array, num_steps: Array) -> Weights:
     """The weights after so many steps of gradient descent on R."""
 
     def step(_: Array, now: Weights) -> Weights:

@@ -35,12 +35,14 @@ class Elapsed(eqx.Module):
     """What rounding has taken from ``log_time`` (Kahan's summation)."""
     log_step_size: Array
     """The step size taken last."""
+    num_uphill: Array
+    """Steps that counted as zero because they went uphill."""
     meter_state: Any
 
     # log(T + eta) = log T + log(1 + eta/T), in which either may be larger by any factor. Increments
     # get small and there are many of them: hence Kahan's summation.
-    def add(self, log_step: Array, meter_state: Any) -> "Elapsed":
-        """After one more step."""
+    def add(self, step: Array, log_step: Array, meter_state: Any) -> "Elapsed":
+        """After one more step; a negative ``step`` went uphill."""
         first = jnp.isneginf(self.log_time)
         base = jnp.where(first, log_step, self.log_time)
         increment = jnp.logaddexp(0.0, log_step - base) - self.lost
@@ -51,6 +53,7 @@ class Elapsed(eqx.Module):
             log_time=jnp.where(first, log_step, total),
             lost=jnp.where(first, 0.0, lost),
             log_step_size=log_step,
+            num_uphill=self.num_uphill + (step < 0).astype(self.num_uphill.dtype),
             meter_state=meter_state,
         )
 
@@ -80,7 +83,8 @@ class StepMeter(eqx.Module):
         """No time has passed. The state is that of the optimiser for a single weight."""
         never = jnp.full((), -jnp.inf)
         state = self.optimizer.init(jnp.zeros(())) if self.nominal else ()
-        return Elapsed(jnp.zeros((), jnp.int64), never, jnp.zeros(()), never, state)
+        none = jnp.zeros((), jnp.int64)
+        return Elapsed(none, never, jnp.zeros(()), never, none, state)
 
     @property
     def constant(self) -> bool:
@@ -93,7 +97,8 @@ class StepMeter(eqx.Module):
             return self._after(elapsed, elapsed.num_steps + 1)
         answer, state = self._answer(elapsed)
         log_step = jnp.log(jnp.maximum(-answer, 0.0))
-        return elapsed.add(log_step - log_risk if self.on_log_risk else log_step, state)
+        log_step = log_step - log_risk if self.on_log_risk else log_step
+        return elapsed.add(-answer, log_step, state)
 
     def _after(self, elapsed: Elapsed, num_steps: Array) -> Elapsed:
         """After so many steps in all, each of the same length: T is their number times it."""
@@ -105,6 +110,7 @@ class StepMeter(eqx.Module):
             log_time=jnp.where(made, jnp.log(jnp.maximum(num_steps, 1)) + log_step, -jnp.inf),
             lost=jnp.zeros(()),
             log_step_size=jnp.where(made, log_step, -jnp.inf),
+            num_uphill=jnp.zeros_like(num_steps),
             meter_state=state,
         )
 
@@ -120,12 +126,12 @@ class StepMeter(eqx.Module):
         self, elapsed: Elapsed, updates: Weights, log_risk: Array, log_gradient: Weights
     ) -> Elapsed:
         r"""After an update at weights with the given $\log R$ and $g = \nabla\log R$."""
-        along = jnp.maximum(-inner_product(updates, log_gradient), 0.0)
+        along = -inner_product(updates, log_gradient)
         squared_norm = inner_product(log_gradient, log_gradient)
         stands = squared_norm == 0
-        log_rate = jnp.log(along) - jnp.log(jnp.where(stands, 1.0, squared_norm))
+        log_rate = jnp.log(jnp.maximum(along, 0.0)) - jnp.log(jnp.where(stands, 1.0, squared_norm))
         log_step = jnp.where(stands, -jnp.inf, log_rate - log_risk)
-        return elapsed.add(log_step, elapsed.meter_state)
+        return elapsed.add(along, log_step, elapsed.meter_state)
 
     def predict(
         self,
