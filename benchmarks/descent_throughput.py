@@ -30,10 +30,10 @@ OPTIMISERS = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "adam": lambda: optax.adam(1e-3),
 }
-NETWORKS = {10: ((2, 10, 10, 10, 1), 40_000), 256: ((20, 256, 256, 256, 1), 1_000)}
-"""Width: (widths, steps of one run), a tenth of a second of them."""
+NETWORKS = {10: ((2, 10, 10, 10, 1), 40_000), 256: ((20, 256, 256, 256, 1), 4_000)}
+"""Width: (widths, steps of one run): a tenth of a second and half a second of them."""
 
-ROUNDS, BUDGET = 40, 12.0
+ROUNDS, BUDGET = 40, 15.0
 """Rounds at most, and seconds after which no further one begins."""
 
 SAME = 1e-12
