@@ -98,7 +98,9 @@ def main() -> None:
     found = parser(__doc__)
     found.add_argument("--members", type=int, default=256)
     found.add_argument("--repeats", type=int, default=3)
-    found.add_argument("--devices", type=int, default=2, help="virtual devices of the second part")
+    found.add_argument(
+        "--devices", type=int, default=2, help="virtual devices of the second part; 1 leaves it out"
+    )
     found.add_argument("--only-ensemble", action="store_true", help="time one call and print it")
     options = begin(found)
     count = 16 if options.quick else options.members
@@ -121,9 +123,10 @@ def main() -> None:
     report = Report(__file__, options)
     took: dict[str, float] = {}
     took["ensemble"], record = timed(together, options.repeats)
-    took["two sets of lanes, one device"], _ = timed(
-        lambda: together(jax.devices() * options.devices), options.repeats
-    )
+    if options.devices > 1:
+        took["two sets of lanes, one device"], _ = timed(
+            lambda: together(jax.devices() * 2), options.repeats
+        )
     took["lanes without records"], _ = timed(without_records(problem, starts), options.repeats)
     took["plain vmap"], _ = timed(plain_vmap(problem, starts), 1)
 
@@ -156,7 +159,7 @@ def main() -> None:
     }
     used = record.attrs["utilisation"]
     print(ratios, f"utilisation {used:.3f}, largest relative difference of w {apart:.1e}")
-    virtual = devices_compared(options) if not options.quick else {}
+    virtual = devices_compared(options) if options.devices > 1 and not options.quick else {}
     report.write(
         figure(took, virtual),
         members=count,

@@ -8,6 +8,7 @@ The time counts all three, compilation and set-up included.
 """
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def main() -> None:
         print(parts[-1], "killed" if process.returncode else "done", flush=True)
         assert part is not None or process.returncode == 0
     took = time.perf_counter() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
 
     result = follow(str(folder), options.quick, size)
     ends = result.status.values.ravel().tolist()
@@ -97,6 +99,7 @@ def main() -> None:
     report.write(
         axes[0].figure,
         seconds=took,
+        processor_seconds=used.ru_utime + used.ru_stime,
         parts=parts,
         runs=total,
         statuses=counts,
