@@ -71,6 +71,7 @@ def main() -> None:
     total = int(np.prod([len(each) for each in (QUICK if options.quick else GRID).values()]))
     command = [sys.executable, __file__, "--follow", "--folder", str(folder)]
     command += ["--group-size", str(size), *(["--quick"] if options.quick else [])]
+    warm = (folder.parent / "compiled").exists()
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
     began, parts = time.perf_counter(), []
     for part in (1 / 3, 2 / 3, None):
@@ -99,6 +100,7 @@ def main() -> None:
     report.write(
         axes[0].figure,
         seconds=took,
+        programs_were_compiled_before=warm,
         processor_seconds=used.ru_utime + used.ru_stime,
         parts=parts,
         runs=total,
