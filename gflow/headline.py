@@ -97,9 +97,9 @@ def _exactness(record: xr.Dataset) -> str:
     if record.attrs.get("kind") == "descent":
         return ""
     if "certificate" in record.attrs:
-        found = digits(record)
-        if found:
-            return f"{math.floor(min(found.values()))} digits certain"
+        fewest = min(digits(record).values(), default=math.inf)
+        if math.isfinite(fewest):  # at the start, which is given, they all are
+            return f"{math.floor(fewest)} digits certain"
     if "imbalance_drift" in record and record.sizes.get("layer", 0) > 1:
         drift = float(record["imbalance_drift"].values[-1])
         return f"imbalance kept to {drift:.0e}"

@@ -39,6 +39,8 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "min_margin": (_POINT, "unnormalised margin min_i q_i"),
     "norm": (_POINT, "Euclidean norm of all weights"),
     "kkt_residual": (_POINT, "Lyu and Li's epsilon: |W~ - sum_i lambda_i grad q_i(W~)|"),
+    "kkt_slackness": (_POINT, "Lyu and Li's delta: max_i lambda_i (q_i(W~) - 1)"),
+    "perpendicular_cosine": (_POINT, "cosine between w off the max-margin direction and grad R(w)"),
     "direction_error": (_POINT, "| w/|w| - max-margin direction |"),
     "direction_alignment": (_POINT, "| <w / prod_k |W_k|_F, v_1> |"),
     "alignment": (_PAIR, "|<v_{k+1}, u_k>| of neighbouring layers"),
@@ -52,7 +54,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "clock_error": (
         _POINT,
         "energy identity R(0) - R(t) = int |grad R|^2 dt: |-log R minus its value by the clock| / "
-        "max(1, -log R), in a time clock the same of log t",
+        "max(1, |log R|), in a time clock the same of log t",
     ),
     "digits_left": (_POINT, "decimal digits that float64 leaves of differences of margins"),
     "rank_one_slack": (_LAYER, "Lemma 2 (i): D minus |W_k|_F^2 - |W_k|_2^2"),
@@ -73,6 +75,7 @@ CERTIFIED = (
     "layer_margin",
     "smoothed_margin",
     "kkt_residual",
+    "kkt_slackness",
     "min_margin",
     "norm",
     "direction_error",

@@ -100,3 +100,27 @@ def test_weights_along_minus_the_gradient_have_gradient_alignment_one():
     problem = gflow.Problem(data, loss=gflow.Exponential())
     weights = gflow.init.balanced((3, 4, 1), end_to_end=data.signed_inputs[0])
     np.testing.assert_allclose(gflow.observables.gradient_alignment(problem, weights), 1.0)
+
+
+def test_kkt_conditions_are_those_of_the_definition():
+    start = gflow.init.gaussian((3, 4, 1), seed=0)
+    direction = DATA.max_margin().direction + np.array([0.01, -0.02, 0.01])
+    weights = (start[0] + 30 * np.outer(start[1][0], direction), start[1])  # separates the data
+    found = observe(weights)
+    w, z = (weights[1] @ weights[0])[0], DATA.signed_inputs
+    q = z @ w
+    assert q.min() > 0
+    gradients = [(np.outer(weights[1][0], x), weights[0] @ x) for x in z]
+    flat = np.array([np.concatenate([a.ravel(), b]) for a, b in gradients])
+    scaled = np.concatenate([matrix.ravel() for matrix in weights]) / q.min() ** 0.5
+    pull = (1 / (1 + np.exp(q))) @ flat / q.min() ** 0.5  # grad q_i is homogeneous of degree 1
+    multipliers = np.linalg.norm(scaled) / np.linalg.norm(pull) / (1 + np.exp(q))
+    residual = scaled - multipliers @ flat / q.min() ** 0.5
+    np.testing.assert_allclose(found["kkt_residual"], np.linalg.norm(residual), rtol=1e-9)
+    np.testing.assert_allclose(
+        found["kkt_slackness"], np.max(multipliers * (q / q.min() - 1)), rtol=1e-9
+    )
+    u = DATA.max_margin().direction
+    across, slope = w - (w @ u) * u, -(1 / (1 + np.exp(q))) @ z
+    cosine = across @ slope / np.linalg.norm(across) / np.linalg.norm(slope)
+    np.testing.assert_allclose(found["perpendicular_cosine"], cosine, rtol=1e-9)

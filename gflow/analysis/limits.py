@@ -149,6 +149,8 @@ def _free_from(record: "xr.Dataset", law: Limits, state: SplitState) -> Limits:
     at = int(np.argmin(EPS * level + law.imbalance**1.5 * level**-3.0))
     free = state.input_basis[:, 1 + state.geometry.num_tangent :].T @ w[at]
     first = norm[at] ** (2 / law.depth) + law.spectral_shift[0]
+    if not first > 0:  # long before the law
+        return law
     free = free * np.sqrt(first) / norm[at] + law._free_turn / first
     constant = law.margin ** (1 / law.depth) * float(np.linalg.norm(free))
     return dataclasses.replace(law, free=free, direction_error=constant)

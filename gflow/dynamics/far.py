@@ -76,11 +76,16 @@ class FarRun:
         return run
 
     def reach(
-        self, targets: list[Target], max_steps: int, look: Callable[[], None]
+        self,
+        targets: list[Target],
+        max_steps: int,
+        look: Callable[[], None],
+        pieces: int = 1,
     ) -> Target | Failure:
         """Advance to the first of ``targets`` and say which it was, or why none was reached.
 
-        Now and then ``look`` is called; the run may be stopped there and go on later.
+        Now and then ``look`` is called; the run may be stopped there and go on later. No step is
+        longer than about one of so many equal ``pieces`` of the way.
         """
         by_risk = [target for target in targets if isinstance(target.rule, LogRisk)]
         by_steps = [target for target in targets if isinstance(target.rule, Steps)]
@@ -100,11 +105,17 @@ class FarRun:
             self.state = state
             look()
 
+        longest = np.inf
+        if pieces > 1:  # log t is s up to its logarithm
+            ahead_of = [math.sinh(t.progress) if t in by_risk else t.progress for t in targets]
+            longest = max(np.log(min(ahead_of) / self.state.minus_log_risk), 1e-3) / pieces
         try:
             if others:
-                self.state = solver.reach(self.state, ahead, 0.0, log_risk=end, look=stand)
+                self.state = solver.reach(
+                    self.state, ahead, 0.0, log_risk=end, look=stand, longest=longest
+                )
             else:
-                self.state = solver.advance_until(self.state, end, counted, stand)
+                self.state = solver.advance_until(self.state, end, counted, stand, longest)
         except ManifoldError as error:
             self.state = error.state
             return out_of_steps(max_steps, targets[0].rule)

@@ -3,6 +3,7 @@ r"""Gradient flow: one call from weights to a record of the whole trajectory."""
 import contextlib
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,7 @@ def gradient_flow(
     modified: ModifiedEquation | None = None,
     rtol: float = 1e-9,
     atol: float | None = None,
+    function_space: bool = False,
     max_steps: int = 1_000_000,
     certify: bool = False,
 ) -> "xr.Dataset":
@@ -125,6 +127,11 @@ def gradient_flow(
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a weight; by default ``rtol`` times the typical entry of the
             smallest layer that is not zero, at most ``rtol``.
+        function_space: let ``rtol`` bound the error of what the network computes: that of the
+            margins and of the end-to-end vector (of the outputs, for a ``gflow.Network``), each
+            relative to its size, and that of each layer relative to the layer. For starts whose
+            layers differ by many orders of magnitude, which one ``atol`` for all weights cannot
+            serve.
         max_steps: steps to try in all before giving up.
         certify: follow the flow a second time, at a tenth of the tolerance, and record the error of
             every observable, as ``margin_error`` that of ``margin`` (see
@@ -144,7 +151,7 @@ def gradient_flow(
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
-    rtol, atol = _tolerances(rtol, atol)
+    rtol, atol = _tolerances(rtol, atol, function_space)
     max_steps = positive_count("max_steps", max_steps)
     rules = tuple(rule.on(problem) for rule in as_rules(until))
     with jax.enable_x64(True):
@@ -157,7 +164,7 @@ def gradient_flow(
 
         def new_run(rtol: float, atol: float | None) -> Run:
             chosen = (solver,) if solver else default_solvers(followed, rtol)
-            return Run(followed, clock, chosen, weights, rtol, atol, max_steps)
+            return Run(followed, clock, chosen, weights, rtol, atol, max_steps, function_space)
 
         run = new_run(rtol, atol)
         path = None if checkpoint is None else Path(checkpoint)
@@ -181,6 +188,7 @@ def gradient_flow(
             until=" | ".join(map(repr, rules)),
             clock=clock.name,
             rtol=rtol,
+            function_space=function_space,
             **facts,
         )
 
@@ -211,9 +219,11 @@ class Run:
         rtol: float,
         atol: float | None,
         max_steps: int,
+        function_space: bool = False,
     ):
         self.problem, self.clock, self.max_steps = problem, clock, max_steps
         self.solvers, self.rtol, self.atol = solvers, rtol, atol
+        self.function_space = function_space
         self.imbalance = (
             tuple(map(np.asarray, imbalance(weights))) if is_deep_linear(problem) else ()
         )
@@ -224,8 +234,11 @@ class Run:
         self.manifold = next((s for s in solvers if isinstance(s, SlowManifold)), None)
         self.handed_over: dict[str, Any] = {}
         self.early: FarRun | None = None
+        self.compares = True
         if near:
-            self.now: NearRun | FarRun = NearRun(problem, clock, near, weights, rtol, atol)
+            self.now: NearRun | FarRun = NearRun(
+                problem, clock, near, weights, rtol, atol, function_space
+            )
             self.near = self.now
         else:
             assert self.manifold is not None
@@ -280,14 +293,19 @@ class Run:
             return float(self.now.carry.s)
         return self.clock.read(self.now.state.log_risk, self.now.state.log_time)
 
-    def reach(self, targets: list[Target], look: Callable[[], None]) -> Target | Failure:
-        """Go on to the first of ``targets``, over saddles and the hand-over if they come before."""
+    def reach(
+        self, targets: list[Target], look: Callable[[], None], pieces: int = 1
+    ) -> Target | Failure:
+        """Go on to the first of ``targets``, over saddles and the hand-over if they come before.
+
+        No step is longer than one of so many equal ``pieces`` of the way.
+        """
         if self.above_zero and isinstance(self.now, NearRun):
             # On separable data the risk has its critical points at R = R(0) only. In a clock that
             # follows the risk a saddle is a branch point, which a solver may jump over unawares.
             level = LogRisk(float(self.problem.log_risk_at_zero()))
             saddle = Target.of(level, level.goal, self.clock)
-            met = self._reach_near(self.now, [*targets, saddle], look)
+            met = self._reach_near(self.now, [*targets, saddle], look, pieces)
             if met is not saddle:
                 return met
             _, squared_slope = risk_and_slope(self.problem, self.now.weights)
@@ -301,29 +319,40 @@ class Run:
                 )
             self.above_zero = False
         while self.manifold is not None and isinstance(self.now, NearRun):
-            goal = LogRisk(COMPARE_AT if self.early is None else HAND_OVER_AT)
+            compared = self.early is not None or not self.compares
+            goal = LogRisk(HAND_OVER_AT if compared else COMPARE_AT)
             step = Target.of(goal, goal.goal, self.clock)
-            if self.now.progress(goal) < goal.goal * (1 - ARRIVED):
-                met = self._reach_near(self.now, [*targets, step], look)
+            if not self._arrived(self.now, step):
+                met = self._reach_near(self.now, [*targets, step], look, pieces)
+                lost = isinstance(met, Failure) and met.status == "precision_lost"
+                if lost and self._continue(self.now, self.manifold, compare=False) is None:
+                    break
                 if met is not step:
                     return met
-            reason = self._continue(self.now, self.manifold)
+            reason = self._continue(self.now, self.manifold, compare=self.compares)
             if reason is not None:
                 self.manifold = None
                 self.handed_over["hand_over"] = f"not made: {reason}"
         if isinstance(self.now, FarRun):
-            return self.now.reach(targets, self.max_steps, look)
-        return self._reach_near(self.now, targets, look)
+            return self.now.reach(targets, self.max_steps, look, pieces)
+        return self._reach_near(self.now, targets, look, pieces)
+
+    def _arrived(self, near: NearRun, step: Target) -> bool:
+        """Whether the run stands at a risk, by its clock where that knows."""
+        if math.isfinite(step.clock):
+            return float(near.carry.s) >= step.clock * (1 - ARRIVED)
+        return near.progress(step.rule) >= step.progress * (1 - ARRIVED)
 
     def _reach_near(
-        self, near: NearRun, targets: list[Target], look: Callable[[], None]
+        self, near: NearRun, targets: list[Target], look: Callable[[], None], pieces: int
     ) -> Target | Failure:
         """Go on, on the weights, to the first of ``targets`` or to where float64 weights end."""
-        rule, reason = self._wall()
+        rule, reason = self._wall
         wall = Target.of(rule, rule.goal, self.clock)
-        met = near.reach([*targets, wall], self.max_steps, look)
+        met = near.reach([*targets, wall], self.max_steps, look, pieces)
         return met if met is not wall else Failure("precision_lost", reason)
 
+    @functools.cached_property
     def _wall(self) -> tuple[LogRisk, str]:
         """The risk at which float64 weights end, and why."""
         overflow = float(self.problem.loss.log_value(np.float64(LARGEST_MARGIN)))
@@ -338,15 +367,16 @@ class Run:
             "that lose nothing"
         )
 
-    def _continue(self, near: NearRun, manifold: SlowManifold) -> str | None:
-        """Compare the two ways of going on, or hand over; says why neither can be done."""
+    def _continue(self, near: NearRun, manifold: SlowManifold, *, compare: bool) -> str | None:
+        """Hand over, or at first only ``compare``; says why neither can be done."""
         weights = tuple(map(np.asarray, near.weights))
         reason = manifold.obstacle(self.problem, weights)
         if reason is not None:
             return reason
         log_time = float(near.scalars()["log_time"])
         far = FarRun(manifold, self.problem, weights, log_time, self.imbalance, near.num_steps)
-        if self.early is None and near.progress(LogRisk(HAND_OVER_AT)) < LogRisk(HAND_OVER_AT).goal:
+        early = near.progress(LogRisk(HAND_OVER_AT)) < LogRisk(HAND_OVER_AT).goal
+        if compare and self.early is None and early:
             self.early = far
             return None
         self.now = far
@@ -389,7 +419,8 @@ def _follow(
     with ProgressBar("gradient flow", begin, float(grid[-1]), progress) as bar:
 
         def look() -> None:
-            bar.update(run.now.progress(lead), f"{run.now.num_steps} steps")
+            if bar.shown:
+                bar.update(run.now.progress(lead), f"{run.now.num_steps} steps")
             kept.look(done)
 
         try:
@@ -437,14 +468,22 @@ def _identity(
         solvers=run.solvers,
         rtol=run.rtol,
         atol=run.atol,
+        function_space=run.function_space,
     )
 
 
-def _tolerances(rtol: float, atol: float | None) -> tuple[float, float | None]:
+def _tolerances(
+    rtol: float, atol: float | None, function_space: bool
+) -> tuple[float, float | None]:
     if not 1e-14 <= rtol < 1:
         raise ValueError(
             f"`rtol` is {rtol}; expected a number from 1e-14, the least that float64 can hold, "
             "to below 1."
+        )
+    if atol is not None and function_space:
+        raise ValueError(
+            f"`atol` is {atol} beside `function_space=True`, in which every error is relative; "
+            "expected one or the other."
         )
     if atol is not None and not 0 < atol < 1:
         raise ValueError(f"`atol` is {atol}; expected a number between 0 and 1, or None.")

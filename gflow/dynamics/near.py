@@ -15,14 +15,18 @@ from gflow.dynamics import clocks, stepping
 from gflow.dynamics.checkpoint import carry_of
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.progress import Pace
-from gflow.dynamics.stepping import Carry, Limits, Tolerance
+from gflow.dynamics.stepping import Carry, FunctionTolerance, Limits, Tolerance
 from gflow.dynamics.targets import Failure, Target, out_of_steps
 from gflow.dynamics.until import AbstractRule, anonymous
-from gflow.problem.network import Array, Weights, as_array
+from gflow.problem.network import Array, Weights, as_array, end_to_end
+from gflow.problem.observables import is_deep_linear
 from gflow.problem.risk import Problem, risk_and_slope
 
 ATTEMPTS_AT_FIRST = 64
 """Steps tried in the first call, before their speed is known."""
+
+LARGE_TERMS = 1e4
+"""Margins whose terms are so many times larger have lost digits worth telling."""
 
 
 class NearRun:
@@ -36,6 +40,7 @@ class NearRun:
         weights: Weights,
         rtol: float,
         atol: float | None,
+        function_space: bool = False,
     ):
         self.field = FlowField(problem, clock)
         self.solver, *self.stiffer = solvers
@@ -44,7 +49,12 @@ class NearRun:
         self.pace = Pace(ATTEMPTS_AT_FIRST)
         state = FlowState(weights, as_array(np.zeros(())))
         self.atol = stepping.default_atol(state, rtol) if atol is None else float(atol)
-        self.tolerance = Tolerance(as_array(np.float64(rtol)), as_array(np.float64(self.atol)))
+        of_weights = Tolerance(as_array(np.float64(rtol)), as_array(np.float64(self.atol)))
+        self.tolerance = (
+            FunctionTolerance(of_weights.rtol, problem, of_weights)
+            if function_space
+            else of_weights
+        )
         s = clock.read(float(risk_and_slope(problem, weights)[0]), -math.inf)
         self._begin(as_array(np.float64(s)), state)
 
@@ -131,22 +141,29 @@ class NearRun:
         self.began_at = int(state["began_at"])
 
     def reach(
-        self, targets: list[Target], max_steps: int, look: Callable[[], None]
+        self,
+        targets: list[Target],
+        max_steps: int,
+        look: Callable[[], None],
+        pieces: int = 1,
     ) -> Target | Failure:
         """Advance to the first of ``targets`` and say which it was, or why none was reached.
 
-        Now and then ``look`` is called; the run may be stopped there and go on later.
+        Now and then ``look`` is called; the run may be stopped there and go on later. No step is
+        longer than one of so many equal ``pieces`` of the way.
         """
         watched = [target for target in targets if target.watched]
         rules = tuple(anonymous(target.rule) for target in watched)
         s_end = min(target.clock for target in targets)
         steps = min(target.steps for target in targets)
+        longest = (s_end - float(self.carry.s)) / pieces if pieces > 1 else math.inf
         while (tried := self.num_tried) < max_steps:
             limits = Limits(
                 s_end=as_array(np.float64(s_end)),
                 num_steps=as_array(np.int64(steps)),
                 goals=tuple(as_array(np.float64(target.progress)) for target in watched),
                 attempts=as_array(np.int64(min(self.pace.size, max_steps - tried))),
+                longest=as_array(np.float64(longest)),
             )
             began = time.perf_counter()
             reason = self._advance(rules, limits)
@@ -218,7 +235,28 @@ class NearRun:
         return Failure(
             "precision_lost",
             f"{where}, with {slope}: the error estimate does not fall with the step, round-off "
-            f"exceeds the tolerance; try a larger `rtol` than {float(self.tolerance.rtol):.0e}",
+            f"exceeds the tolerance{self._why_rounded()}; try a larger `rtol` than "
+            f"{float(self.tolerance.rtol):.0e}",
+        )
+
+    def _why_rounded(self) -> str:
+        """What makes round-off large, where that is known."""
+        problem = self.field.problem
+        if not is_deep_linear(problem):
+            return (
+                ", or the network has a kink there (as ReLU), at which the field jumps and no step "
+                "is short enough"
+            )
+        w, z = np.asarray(end_to_end(self.weights)), np.asarray(problem.data.signed_inputs)
+        terms = float(np.max(np.abs(z) @ np.abs(w)))
+        smallest = float(np.min(z @ w))
+        if terms < LARGE_TERMS * max(1.0, abs(smallest)):
+            return ""
+        lost = float(np.finfo(np.float64).eps) * terms
+        return (
+            f" (margins are sums of terms of size {terms:.1g}, which float64 holds to {lost:.0e}, "
+            "as for data that are almost not separable; once every margin exceeds 1 the default "
+            "solver goes on in coordinates without this loss)"
         )
 
 
@@ -230,8 +268,10 @@ def _look(
     found: dict[str, Any] = {"log_time": at.log_time, "num_steps": carry.num_steps}
     risk, time = field.clock.log_risk_at(carry.s), field.clock.log_time_at(carry.s)
     if risk is not None:
-        found["clock_error"] = jnp.abs(at.log_risk - risk) / jnp.maximum(1.0, -at.log_risk)
+        found["clock_error"] = jnp.abs(at.log_risk - risk) / jnp.maximum(1.0, jnp.abs(at.log_risk))
     if time is not None:
         error = jnp.abs(at.log_time - time) / jnp.maximum(1.0, jnp.abs(time))
         found["clock_error"] = jnp.where(carry.state.scaled_time > 0, error, 0.0)
+        # Where t R underflows, the clock still knows t.
+        found["log_time"] = jnp.where(carry.state.scaled_time > 0, at.log_time, time)
     return found, [rule.progress(at) for rule in rules]

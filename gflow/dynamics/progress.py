@@ -1,8 +1,13 @@
 """What the host does while the device computes: a progress bar, and when to look."""
 
+import math
+import time
 import warnings
 from types import TracebackType
 from typing import Any
+
+DELAY = 2.0
+"""Seconds before a bar appears."""
 
 SECONDS_A_CALL = 0.25
 """How long the device runs between two looks of the host: progress moves and Ctrl-C answers."""
@@ -49,21 +54,28 @@ class ProgressBar:
             warnings.simplefilter("ignore", TqdmWarning)
             from tqdm.auto import tqdm
 
-        self.begin = begin
-        self.span = goal - begin
+        self.begin, self.began = begin, time.monotonic()
+        self.span = max(goal - begin, 1e-300)
         self.bar: Any = tqdm(
             total=100.0,
             desc=label,
-            delay=2.0,
+            delay=DELAY,
             leave=False,
             disable=None if show is None else not show,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 
+    @property
+    def shown(self) -> bool:
+        """Whether there is anything to see yet: what it would show may cost something."""
+        return not self.bar.disable and time.monotonic() - self.began > DELAY
+
     def update(self, progress: float, note: str = "") -> None:
         """Move to ``progress`` and show ``note`` behind the bar."""
+        if not (math.isfinite(self.span) and math.isfinite(progress)):
+            return  # the start has no progress yet
         done = min(100.0, max(0.0, 100.0 * (progress - self.begin) / self.span))
-        if done == done and done >= self.bar.n:  # not NaN, never backwards
+        if done >= self.bar.n:  # never backwards
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.bar.n)
 

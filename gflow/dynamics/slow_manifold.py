@@ -142,10 +142,12 @@ class SlowManifold(eqx.Module):
         log_risk: float,
         watch: Callable[[SplitState], bool] | None = None,
         look: Callable[[SplitState], None] | None = None,
+        longest: float = np.inf,
     ) -> SplitState:
         """Advance to ``log_risk``, or to the first accepted step at which ``watch`` is true.
 
-        Now and then ``look`` is shown a state from which the same steps would follow.
+        Now and then ``look`` is shown a state from which the same steps would follow. No step is
+        longer than ``longest`` in the logarithm of -log R.
         """
         goal = -float(log_risk)
         if not goal <= LARGEST:
@@ -153,7 +155,7 @@ class SlowManifold(eqx.Module):
         if goal <= state.minus_log_risk:
             return state
         with _one_blas_thread():
-            walk = Walk(state, self.rtol)
+            walk = Walk(state, self.rtol, longest)
             for _ in range(self.max_steps):
                 if not walk.step(np.log(goal)):
                     continue
@@ -162,7 +164,7 @@ class SlowManifold(eqx.Module):
                 if watch is not None and watch(walk.state()):
                     return walk.state()
                 if walk.num_steps == STEPS_A_LOOK:
-                    walk = Walk(walk.state(), self.rtol)
+                    walk = Walk(walk.state(), self.rtol, longest)
                     if look is not None:
                         look(walk.begin)
         raise ManifoldError(
@@ -178,6 +180,7 @@ class SlowManifold(eqx.Module):
         goal: float,
         log_risk: float = -LARGEST,
         look: Callable[[SplitState], None] | None = None,
+        longest: float = np.inf,
     ) -> SplitState:
         """The state at which an increasing ``progress`` reaches ``goal``.
 
@@ -196,7 +199,7 @@ class SlowManifold(eqx.Module):
             before = now
             return False
 
-        after = self.advance_until(state, log_risk, crossed, look)
+        after = self.advance_until(state, log_risk, crossed, look, longest)
         if progress(after) < goal:
             return after
 

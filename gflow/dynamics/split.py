@@ -313,7 +313,8 @@ def split(
         inner = frame(row / sigma)
         block = outer[:, 1:].T @ weights[k - 1] @ inner
         below, rest = block[:, 0], block[:, 1:]
-        if given and k < depth:
+        # An imbalance of far larger layers than this one is rounded more coarsely than its entries.
+        if given and k < depth and _norm(imbalance[k - 1]) <= sigma * _norm(weights[k - 1]):
             carried = upper.rest.T @ upper.below
             below = (carried - outer[:, 1:].T @ (imbalance[k - 1] @ outer[:, 0])) / sigma
         upper = Layer(sigma, below, rest)
@@ -345,6 +346,10 @@ def split(
         scaled_time=float(scaled),
         slow=slow,
     )
+
+
+def _norm(matrix: np.ndarray) -> float:
+    return float(np.linalg.norm(matrix))
 
 
 def _input_basis(geometry: Geometry, first: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gflow.dynamics.split import Layer, SplitState
-from gflow.dynamics.split_field import SplitField
+from gflow.dynamics.split_field import SplitField, Weighed
 
 DOMINANCE = 4.0
 r"""$\sigma^2/\lVert C\rVert_2^2$ from which on the secular equation is used."""
@@ -94,8 +94,12 @@ def observables(state: SplitState) -> dict[str, np.ndarray]:
     first = triples[0].right
     toward = abs(first[0]) / np.linalg.norm(first)
     total = state.minus_log_risk - np.log(geometry.num_points)
+    weighed = SplitField(state).weigh(state)
+    residual, slackness = kkt(state, weighed, state.along + lowest)
     return {
-        "kkt_residual": np.asarray(kkt_residual(state, state.along + lowest)),
+        "kkt_residual": np.asarray(residual),
+        "kkt_slackness": np.asarray(slackness),
+        "perpendicular_cosine": np.asarray(perpendicular_cosine(state, weighed)),
         "log_risk": np.asarray(state.log_risk),
         "margin": np.asarray((state.along + lowest) / norm),
         # gamma |w| - min q = m (stretch - 1) - min bracket
@@ -115,12 +119,12 @@ def observables(state: SplitState) -> dict[str, np.ndarray]:
     }
 
 
-def kkt_residual(state: SplitState, smallest: float) -> float:
-    r"""``gflow.observables.kkt_residual``, with the softmax weights of split coordinates.
+def kkt(state: SplitState, weighed: Weighed, smallest: float) -> tuple[float, float]:
+    r"""``gflow.observables.kkt``, with the softmax weights of split coordinates.
 
     Rounded weights do not know which points share the slope; their layers are exact enough.
     """
-    zbar = SplitField(state).weigh(state).zbar
+    zbar = weighed.zbar
     right = state.input_basis[:, : len(zbar)] @ zbar
     weights = state.weights()
     lefts = [np.ones(1)]
@@ -133,7 +137,18 @@ def kkt_residual(state: SplitState, smallest: float) -> float:
     size = np.sqrt(sum(np.sum(matrix**2) for matrix in weights))
     slope = np.sqrt(sum(np.sum(matrix**2) for matrix in slopes))
     apart = sum(np.sum((w / size - g / slope) ** 2) for w, g in zip(weights, slopes, strict=True))
-    return float(size / smallest ** (1 / len(weights)) * np.sqrt(apart))
+    depth = len(weights)
+    above = brackets(state)
+    multipliers = size * smallest ** (1 - 2 / depth) * weighed.weights / slope
+    slackness = np.max(multipliers * (above - np.min(above))) / smallest
+    return float(size / smallest ** (1 / depth) * np.sqrt(apart)), float(slackness)
+
+
+def perpendicular_cosine(state: SplitState, weighed: Weighed) -> float:
+    """``gflow.observables.perpendicular_cosine``."""
+    across, pull = state.across, weighed.zbar[1:]
+    size = np.linalg.norm(across) * np.linalg.norm(weighed.zbar)
+    return float(-(across[: len(pull)] @ pull) / size) if size > 0 else 0.0
 
 
 def imbalance_drift(state: SplitState) -> float:

@@ -47,8 +47,8 @@ ORDER = 5
 class Walk:
     """The integration itself: state, derivatives and step size between two steps."""
 
-    def __init__(self, state: SplitState, rtol: float):
-        self.begin, self.rtol = state, rtol
+    def __init__(self, state: SplitState, rtol: float, longest: float = np.inf):
+        self.begin, self.rtol, self.longest = state, rtol, longest
         self.field = field = SplitField(state)
         self.tau = float(np.log(state.minus_log_risk))
         self.slow, self.time = state.slow, state.scaled_time
@@ -82,8 +82,9 @@ class Walk:
         """Try one step that does not pass ``end``; whether it was accepted."""
         table, field = TABLEAU, self.field
         go_on = self.go_on
-        last = self.tau + go_on.step_size >= end - 1e-13 * abs(end)
-        size = end - self.tau if last else go_on.step_size
+        longest = min(go_on.step_size, self.longest)
+        last = self.tau + longest >= end - 1e-13 * abs(end)
+        size = end - self.tau if last else longest
         implicit = size * table.diagonal
         stages = len(table.nodes)
         slow = np.empty((stages, field.layout.size))

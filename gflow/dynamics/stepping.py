@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.until import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, Weights, squared_norm
+from gflow.problem.risk import Problem
 
 RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF = range(7)
 """Why ``advance`` returned: the clock landed on its target, a watched rule was crossed, the step
@@ -46,7 +47,7 @@ one every so many steps. The methods of order 5 to 8 lose stability between 3 an
 
 
 class Tolerance(eqx.Module):
-    """The error norm: a step of norm at most one is accepted.
+    """The error norm on weights: a step of norm at most one is accepted.
 
     Weights: root mean square of ``error / (atol + rtol max(|before|, |after|))``. The scaled time
     $u$ becomes small without being unimportant and is held to ``rtol`` alone.
@@ -62,9 +63,53 @@ class Tolerance(eqx.Module):
         leaves = jax.tree.leaves(jax.tree.map(scaled, error[0], before[0], after[0]))
         size = sum(leaf.size for leaf in jax.tree.leaves(before.weights))
         weights = jnp.sqrt(sum(leaves) / size)
+        return jnp.maximum(weights, self.norm_of_time(error, before, after))
+
+    def norm_of_time(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
+        """That of the scaled time."""
         u = jnp.maximum(abs(before.scaled_time), abs(after.scaled_time))
-        time = abs(error.scaled_time) / (self.rtol * u + jnp.finfo(u.dtype).tiny)
-        return jnp.maximum(weights, time)
+        return abs(error.scaled_time) / (self.rtol * u + jnp.finfo(u.dtype).tiny)
+
+    @property
+    def at_start(self) -> "Tolerance":
+        """The norm that the first step's length is found by."""
+        return self
+
+
+class FunctionTolerance(eqx.Module):
+    r"""The error norm on what the network computes, for any scale of its layers.
+
+    The error $e$ of a step is pushed through the network, $\delta c = \partial c/\partial W\,e$
+    (for deep linear networks $c = w$, the end-to-end vector) and on to the margins,
+    $\delta q = A\,\delta c$, by one jvp. The norm is the largest of
+    $\lVert\delta c\rVert/\lVert c\rVert$, $\lVert\delta q\rVert/\lVert q\rVert$ and, so that what
+    the function does not show yet is kept too, each layer's $\lVert e_k\rVert/\lVert W_k\rVert$, in
+    units of ``rtol``, each size the larger of before and after the step.
+    """
+
+    rtol: Array
+    problem: Problem
+    at_start: Tolerance
+
+    def norm(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
+        problem = self.problem
+
+        def coordinates(weights: Weights) -> Array:
+            return problem.network.coordinates(weights, problem.data)
+
+        first, pushed = jax.jvp(coordinates, (after.weights,), (error.weights,))
+        other = coordinates(before.weights)
+        tests = [(pushed, other, first)]
+        tests += [(problem.spread(pushed), problem.spread(other), problem.spread(first))]
+        layers = (jax.tree.leaves(state.weights) for state in (error, before, after))
+        tests += zip(*layers, strict=True)
+        norms = [self._relative(*test) for test in tests]
+        time = self.at_start.norm_of_time(error, before, after)
+        return jnp.maximum(jnp.max(jnp.stack(norms)), time)
+
+    def _relative(self, error: Array, before: Array, after: Array) -> Array:
+        size = jnp.sqrt(jnp.maximum(jnp.sum(before**2), jnp.sum(after**2)))
+        return jnp.sqrt(jnp.sum(error**2)) / (self.rtol * size + jnp.finfo(size.dtype).tiny)
 
 
 class Carry(eqx.Module):
@@ -97,13 +142,15 @@ class Limits(NamedTuple):
     """The progress at which each watched rule is met."""
     attempts: Array
     """Steps to try in this call."""
+    longest: Array
+    """No step is longer, whatever the tolerance allows."""
 
 
 @eqx.filter_jit
 def start(
     field: FlowField,
     solver: diffrax.AbstractSolver,
-    tolerance: Tolerance,
+    tolerance: Tolerance | FunctionTolerance,
     s: Array,
     state: FlowState,
 ) -> Carry:
@@ -111,8 +158,8 @@ def start(
     slope = field(s, state)
     weights = FlowState(state.weights, jnp.zeros_like(s))
     motion = FlowState(slope.weights, jnp.zeros_like(s))
-    size = tolerance.norm(weights, weights, weights)
-    step = 0.01 * size / tolerance.norm(motion, weights, weights)
+    norm = tolerance.at_start.norm
+    step = 0.01 * norm(weights, weights, weights) / norm(motion, weights, weights)
     term = diffrax.ODETerm(field)
     solver_state = solver.init(term, s, s + step, state, None)
     zero = jnp.zeros((), jnp.int64)
@@ -139,7 +186,7 @@ def observe(
 def advance(
     field: FlowField,
     solver: diffrax.AbstractSolver,
-    tolerance: Tolerance,
+    tolerance: Tolerance | FunctionTolerance,
     rules: tuple[AbstractRule, ...],
     carry: Carry,
     limits: Limits,
@@ -160,9 +207,10 @@ def advance(
         # A last step that fits is cut to land on the target; one that almost fits is halved, so
         # that no tiny step is left over.
         remaining = limits.s_end - carry.s
-        lands = carry.next_step >= remaining
-        halved = carry.next_step > remaining / 2
-        step = jnp.where(lands, remaining, jnp.where(halved, remaining / 2, carry.next_step))
+        allowed = jnp.minimum(carry.next_step, limits.longest)
+        lands = allowed >= remaining
+        halved = allowed > remaining / 2
+        step = jnp.where(lands, remaining, jnp.where(halved, remaining / 2, allowed))
         s = jnp.where(lands, limits.s_end, carry.s + step)
         state, error, _, solver_state, result = solver.step(
             term, carry.s, s, carry.state, None, carry.solver_state, jnp.array(False)
@@ -182,7 +230,9 @@ def advance(
         doubtful = (norm < STEADY) & (norm * tolerance.rtol < DOUBTFUL)
         following = jnp.where(doubtful, jnp.maximum(following, longer), following)
         following = jnp.where(
-            accept & (lands | halved), jnp.maximum(following, carry.next_step), following
+            accept & (lands | halved | (allowed < carry.next_step)),
+            jnp.maximum(following, carry.next_step),
+            following,
         )
         moved = Carry(
             s=s,
@@ -289,13 +339,13 @@ def land(
 
     def unfinished(loop: tuple) -> Array:
         (*_, miss), tries, *_ = loop
-        return (jnp.abs(miss) > near) & (tries < 60)
+        # From where the progress is undefined, as that of a direction at w = 0, it jumps past the
+        # goal, and past others: a step that does stays as it is.
+        return jnp.isfinite(start) & (start < 0) & (jnp.abs(miss) > near) & (tries < 60)
 
     def refine(loop: tuple) -> tuple:
         (low, below, high, above, _, _), tries, *_ = loop
-        # A start without a finite progress (no alignment yet) is bisected.
-        weight = jnp.where(jnp.isfinite(below), below / (below - above), 0.5)
-        s = low + (high - low) * weight
+        s = low + (high - low) * below / (below - above)
         miss, state, solver_state = trial(s)
         left = miss < 0
         bracket = (

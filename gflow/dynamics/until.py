@@ -19,6 +19,9 @@ from gflow.problem import observables
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
 
+LEAST = 1e-300
+"""A variable that tends to zero is followed down to this."""
+
 
 class Coordinates(NamedTuple):
     """Where a trajectory stands: what stopping rules look at."""
@@ -58,6 +61,10 @@ class AbstractRule(eqx.Module):
     def measure(self, problem: Problem, weights: Weights) -> Array:
         """The ``variable`` at given weights, the worst of several; pure JAX."""
         raise NotImplementedError(f"{type(self).__name__} watches no variable")
+
+    def rounded(self, progress: np.ndarray) -> np.ndarray:
+        """The progress nearest to each that a run can stop at."""
+        return progress
 
     @property
     def goal(self) -> float:
@@ -141,12 +148,28 @@ class Steps(AbstractRule):
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         return np.log1p(value)
 
+    def rounded(self, progress: np.ndarray) -> np.ndarray:
+        return np.log1p(np.rint(np.expm1(progress)))
 
-class Misalignment(AbstractRule):
-    r"""Stop when $1 - |\langle v_{k+1}, u_k\rangle|$ is at most ``value`` for every pair.
 
-    Where singular vectors are undefined, in a tie, it counts as one, the largest it can be.
+class AbstractVanishing(AbstractRule):
+    """Stop when a variable that tends to zero is at most ``value``.
+
+    While the variable is undefined, as misalignment is in a tie, there is no progress.
     """
+
+    variable: ClassVar[str]
+
+    def progress(self, at: Coordinates) -> Array:
+        found = at.small[self.variable]
+        return jnp.where(jnp.isnan(found), -jnp.inf, -jnp.log(jnp.maximum(found, LEAST)))
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return -np.log(value)
+
+
+class Misalignment(AbstractVanishing):
+    r"""Stop when $1 - |\langle v_{k+1}, u_k\rangle|$ is at most ``value`` for every pair."""
 
     value: float
     variable = "misalignment"
@@ -159,15 +182,8 @@ class Misalignment(AbstractRule):
     def measure(self, problem: Problem, weights: Weights) -> Array:
         return observables.largest_misalignment(weights)
 
-    def progress(self, at: Coordinates) -> Array:
-        found = at.small["misalignment"]
-        return jnp.where(jnp.isnan(found), 0.0, -jnp.log(found))
 
-    def progress_of(self, value: np.ndarray) -> np.ndarray:
-        return -np.log(value)
-
-
-class MarginGap(AbstractRule):
+class MarginGap(AbstractVanishing):
     r"""Stop when $\gamma - \min_i q_i/\lVert w\rVert$ is at most ``value``.
 
     On weights the gap is known to about 1e-16; in split coordinates, beyond log R = -1e6, to its
@@ -179,9 +195,7 @@ class MarginGap(AbstractRule):
     variable = "margin_gap"
 
     def __init__(self, value: float):
-        self.value, self.reference = _finite("MarginGap", value), None
-        if not self.value > 0:
-            raise ValueError(f"`MarginGap({value})`: expected a positive number.")
+        self.value, self.reference = _positive("MarginGap", value), None
 
     def on(self, problem: Problem) -> "MarginGap":
         solution = problem.data.max_margin()
@@ -199,14 +213,8 @@ class MarginGap(AbstractRule):
         assert self.reference is not None
         return observables.margin_gap(problem, weights, self.reference)
 
-    def progress(self, at: Coordinates) -> Array:
-        return -jnp.log(jnp.maximum(at.small["margin_gap"], 1e-300))
 
-    def progress_of(self, value: np.ndarray) -> np.ndarray:
-        return -np.log(value)
-
-
-class KKT(AbstractRule):
+class KKT(AbstractVanishing):
     r"""Stop when Lyu and Li's residual $\varepsilon$ of the KKT conditions is at most ``value``.
 
     See ``gflow.observables.kkt_residual``.
@@ -216,19 +224,10 @@ class KKT(AbstractRule):
     variable = "kkt_residual"
 
     def __init__(self, value: float):
-        self.value = _finite("KKT", value)
-        if not self.value > 0:
-            raise ValueError(f"`KKT({value})`: expected a positive number.")
+        self.value = _positive("KKT", value)
 
     def measure(self, problem: Problem, weights: Weights) -> Array:
         return observables.kkt_residual(problem, weights)
-
-    def progress(self, at: Coordinates) -> Array:
-        found = at.small["kkt_residual"]
-        return jnp.where(jnp.isnan(found), -jnp.inf, -jnp.log(found))
-
-    def progress_of(self, value: np.ndarray) -> np.ndarray:
-        return -np.log(value)
 
 
 class AnyOf(eqx.Module):
@@ -291,8 +290,9 @@ def save_grid(
                 "an array of values of the stopping rule's coordinate."
             )
         if not math.isfinite(start):
-            start = goal - count  # a layer or product that is zero has no misalignment yet
-        return np.linspace(start, goal, count)[1:]
+            start = goal - count  # the variable is undefined there
+        grid = rule.rounded(np.linspace(start, goal, count))
+        return np.append(np.unique(grid[(grid > start) & (grid < goal)]), goal)
     values = np.asarray(save, dtype=np.float64)
     if values.ndim != 1 or not np.all(np.isfinite(values)):
         raise ValueError(
@@ -325,6 +325,13 @@ def _finite(name: str, value: float) -> float:
     value = float(value)
     if not math.isfinite(value):
         raise ValueError(f"`{name}({value})`: expected a finite number.")
+    return value
+
+
+def _positive(name: str, value: float) -> float:
+    value = _finite(name, value)
+    if not value > 0:
+        raise ValueError(f"`{name}({value})`: expected a positive number.")
     return value
 
 

@@ -95,6 +95,35 @@ def lemma_constant(start: Weights) -> float:
     return max(norms) - norms[-1] + sum(spread)
 
 
+def lemma_slacks(
+    start: Weights,
+    frobenius: np.ndarray,
+    spectral: np.ndarray,
+    rank_one_gap: np.ndarray,
+    misalignment: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""What Ji and Telgarsky's Lemma 2 leaves at each point, never negative along the flow.
+
+    (i) $D - (\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2)$, and (ii)
+    $D + \lVert W_{k+1}(0)\rVert_2^2 + \lVert W_k(0)\rVert_2^2
+    - (1 - \langle v_{k+1}, u_k\rangle^2)\lVert W_{k+1}\rVert_2^2$, NaN in a tie.
+
+    Args:
+        start: the initial weights.
+        frobenius, spectral, rank_one_gap: along the run, shape (points, layers).
+        misalignment: shape (points, layers - 1).
+
+    Returns:
+        (points, layers) and (points, layers - 1).
+    """
+    constant = lemma_constant(start)
+    with np.errstate(invalid="ignore"):
+        tails = np.where(frobenius > 0, rank_one_gap * frobenius * (frobenius + spectral), 0.0)
+    squares = np.array([float(np.linalg.norm(matrix, 2)) ** 2 for matrix in start])
+    turned = misalignment * (2 - misalignment) * spectral[:, 1:] ** 2
+    return constant - tails, constant + squares[1:] + squares[:-1] - turned
+
+
 def margin(problem: Problem, weights: Weights) -> Array:
     r"""The normalised margin $\min_i q_i/\lVert w\rVert$ of a deep linear network."""
     return jnp.min(problem.margins(weights)) / jnp.linalg.norm(end_to_end(weights))
@@ -152,8 +181,8 @@ def margin_gap(problem: Problem, weights: Weights, reference: Reference) -> Arra
     return jnp.max(-(problem.design @ toward) - reference.slack)
 
 
-def kkt_residual(problem: Problem, weights: Weights) -> Array:
-    r"""Lyu and Li's $\varepsilon$: how far the scaled weights are from a KKT point of the margin.
+def kkt(problem: Problem, weights: Weights) -> tuple[Array, Array]:
+    r"""Lyu and Li's $(\varepsilon, \delta)$: how far scaled weights are from a KKT point.
 
     $\tilde W = W/q_{\min}^{1/L}$ is feasible for $\min\frac12\lVert W\rVert^2$, $q_i(W) \ge 1$.
     With the multipliers $\lambda_i \propto -\ell'(q_i)$ that make
@@ -161,18 +190,48 @@ def kkt_residual(problem: Problem, weights: Weights) -> Array:
 
     $$\varepsilon = \Bigl\lVert \tilde W - \sum_i \lambda_i\nabla q_i(\tilde W)\Bigr\rVert
     = \lVert\tilde W\rVert\;\Bigl\lVert\frac{W}{\lVert W\rVert}
-    + \frac{\nabla R}{\lVert\nabla R\rVert}\Bigr\rVert.$$
+    + \frac{\nabla R}{\lVert\nabla R\rVert}\Bigr\rVert, \qquad
+    \delta = \max_i \lambda_i\,(q_i(\tilde W) - 1).$$
 
-    Tends to zero along the flow (arXiv 1906.05890, theorem 4.4). NaN before the data are separated.
+    Both tend to zero along the flow (arXiv 1906.05890, theorem 4.4). NaN before the data are
+    separated.
     """
-    _, gradient = problem.log_risk_and_gradient(weights)
-    smallest = jnp.min(problem.margins(weights))
-    size, slope = jnp.sqrt(squared_norm(weights)), jnp.sqrt(squared_norm(gradient))
+    coordinates, pull = problem.network.pullback(weights, problem.data)
+    margins = problem.spread(coordinates)
+    slopes = problem.loss_slopes(margins).slopes
+    gradient, squared_slope = pull(-problem.gather(slopes))
+    smallest = jnp.min(margins)
+    scale = jnp.where(smallest > 0, smallest, jnp.nan)
+    size, slope = jnp.sqrt(squared_norm(weights)), jnp.sqrt(squared_slope)
     apart = sum(
         jnp.sum((w / size + g / slope) ** 2) for w, g in zip(weights, gradient, strict=True)
     )
-    scale = jnp.where(smallest > 0, smallest, jnp.nan) ** (1 / len(weights))
-    return size / scale * jnp.sqrt(apart)
+    depth = len(weights)
+    residual = size / scale ** (1 / depth) * jnp.sqrt(apart)
+    multipliers = size * scale ** (1 - 2 / depth) * slopes / slope
+    return residual, jnp.max(multipliers * (margins - smallest) / scale)
+
+
+def kkt_residual(problem: Problem, weights: Weights) -> Array:
+    r"""Lyu and Li's $\varepsilon$; see :func:`kkt`."""
+    return kkt(problem, weights)[0]
+
+
+def perpendicular_cosine(problem: Problem, w: Array, reference: Reference) -> Array:
+    r"""The cosine between $\Pi_\perp w$ and $\nabla R(w)$, $\Pi_\perp$ off the best direction.
+
+    Not negative where Ji and Telgarsky's Lemma 4 applies; 0 where one of the two vectors is.
+
+    Args:
+        problem: of linear networks.
+        w: the end-to-end vector, shape (d,).
+        reference: of the run.
+    """
+    slopes = problem.loss_slopes(problem.design @ w).slopes
+    gradient = -problem.gather(slopes)
+    across = w - jnp.dot(w, reference.direction) * reference.direction
+    size = jnp.linalg.norm(across) * jnp.linalg.norm(gradient)
+    return jnp.dot(across, gradient) / jnp.where(size == 0, 1.0, size)
 
 
 def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[str, Array]:
@@ -192,11 +251,14 @@ def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[s
     pairs = [misalignment(a, b) for a, b in pairwise(layers)]
     misaligned = jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype)
     toward = w / norm - reference.direction
+    residual, slackness = kkt(problem, weights)
     return {
         "log_risk": problem.log_risk(weights),
         "margin": smallest / norm,
         "margin_gap": margin_gap(problem, weights, reference),
-        "kkt_residual": kkt_residual(problem, weights),
+        "kkt_residual": residual,
+        "kkt_slackness": slackness,
+        "perpendicular_cosine": perpendicular_cosine(problem, w, reference),
         "layer_margin": smallest / product,
         "smoothed_margin": smoothed_margin(problem, weights),
         "direction_error": jnp.linalg.norm(toward),

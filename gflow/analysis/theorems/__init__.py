@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gflow.analysis.theorems import bounds, limits
+from gflow.analysis.theorems import bounds, limits, rates
 from gflow.analysis.theorems.claims import Claim as Claim, Claims as Claims
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.sharp import sharp_laws
@@ -60,7 +60,11 @@ def verify(record: "xr.Dataset") -> Claims:
         ValueError: when ``record`` is not a gflow record or has no saved point.
     """
     facts = Facts(_checked(record))
-    rows = [bounds.risk_decreases(facts), limits.risk_vanishes(facts)]
+    rows = [
+        bounds.risk_decreases(facts),
+        bounds.energy_identity(facts),
+        limits.risk_vanishes(facts),
+    ]
     if facts.deep_linear:
         rows += [
             limits.norms_grow(facts),
@@ -73,11 +77,21 @@ def verify(record: "xr.Dataset") -> Claims:
             bounds.imbalance(facts),
             bounds.lemma_rank_one(facts),
             bounds.lemma_alignment(facts),
+            bounds.lemma_pull(facts),
         ]
     if "smoothed_margin" in facts.record:
         rows.append(bounds.smoothed_margin(facts))
     if facts.deep_linear:
-        rows += [limits.time_law(facts), limits.direction_rate(facts)]
+        rows += [
+            rates.kkt_residual(facts),
+            rates.kkt_slackness(facts),
+            rates.loss_rate(facts),
+            rates.norm_rate(facts),
+            limits.time_law(facts),
+            limits.direction_rate(facts),
+            rates.margin_rate(facts),
+            rates.residual_vector(facts),
+        ]
         if not facts.is_descent:
             rows += sharp_laws(facts)
     return Claims(rows, facts.title)

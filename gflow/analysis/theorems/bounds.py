@@ -1,15 +1,21 @@
 """The statements that hold at every time, one function a claim, checked at every saved point."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
 
 from gflow.analysis.theorems.claims import LYU_LI, PAPER, Claim, claim
-from gflow.analysis.theorems.facts import FLOW_DRIFT, ROUND_OFF, Facts
+from gflow.analysis.theorems.facts import ROUND_OFF, Facts
 
 SMOOTHED_MARGIN_DROP = 1e-8
-"""Relative decrease of the smoothed margin between saved points that is the solver's error."""
+"""Relative decrease of the smoothed margin between saved points that is the solver's error, or ten
+times its tolerance."""
+
+ENERGY_DEFECT = 1e-7
+"""Largest defect of the energy identity that is the solver's error, or a thousand tolerances."""
+
+LARGEST_HULL = 7
+"""Convex hulls are formed up to this dimension."""
 
 
 def risk_decreases(facts: Facts) -> Claim:
@@ -27,6 +33,106 @@ def risk_decreases(facts: Facts) -> Claim:
         "there is one saved point" if not len(rises) else "compared at every saved point",
         facts.step_obstacles,
     )
+
+
+def energy_identity(facts: Facts) -> Claim:
+    r"""$\log R(0) - \log R = \int\mu\lVert\nabla\log R\rVert^2 ds$ along the flow."""
+    known = "clock_error" in facts.record
+    value = float(np.max(facts["clock_error"])) if known else math.nan
+    allowed = max(ENERGY_DEFECT, 1e3 * facts.rtol)
+    return claim(
+        "energy identity",
+        "R(0) - R(t) = int |grad R|^2 along the flow, in the log domain",
+        PAPER,
+        "largest relative defect",
+        value,
+        f"<= {allowed:.2g}, the solver's error",
+        value <= allowed if known else None,
+        "log R by the weights and by the clock, compared at every saved point"
+        if known
+        else "the record has no clock to compare with",
+        ["descent has the inequality of its steps instead"] if facts.is_descent else [],
+    )
+
+
+def lemma_pull(facts: Facts) -> Claim:
+    """Lemmas 3 and 4: what is off the best direction is pulled back wherever it is large."""
+    obstacles = list(facts.tail_obstacles)
+    alpha, reason = least_pull(facts) if not obstacles else (math.nan, "")
+    if reason:
+        obstacles.append(reason)
+    if "perpendicular_cosine" not in facts.record:
+        obstacles.append("the record has no such cosine")
+    n = int(facts.record.attrs["num_points"])
+    if facts.loss.startswith("Exponential"):
+        radius = (1 + math.log(n)) / alpha
+    else:
+        radius = 2 * n / (math.e * alpha)
+        if not facts.loss.startswith("Logistic"):
+            obstacles.append(f"the lemma is about exponential and logistic loss, not {facts.loss}")
+    w, direction = facts["end_to_end"], facts.direction
+    along = w @ direction
+    size = np.linalg.norm(w - along[:, None] * direction, axis=1)
+    applies = (along >= 0) & (size > radius)
+    value = math.nan
+    if np.any(applies) and "perpendicular_cosine" in facts.record:
+        value = float(np.min(facts["perpendicular_cosine"][applies]))
+    if not np.any(applies) and not obstacles:
+        obstacles.append(
+            f"|P w| stays at most {np.max(size):.3g}, within the radius {radius:.3g} of Lemma 4, "
+            f"with alpha = {alpha:.3g} > 0 of Lemma 3"
+        )
+    return claim(
+        "Lemma 4: pull",
+        "<P w, grad R(w)> >= 0 where <w, u> >= 0 and |P w| > (1 + ln n)/alpha (exponential) or "
+        "2n/(e alpha) (logistic); P off u, alpha = min max_S <xi, z_i> > 0 over unit xi off u "
+        "(Lemma 3)",
+        PAPER,
+        "smallest cosine",
+        value,
+        ">= 0 where it applies",
+        value >= -ROUND_OFF if math.isfinite(value) else None,
+        f"at {np.count_nonzero(applies)} saved points, with alpha = {alpha:.3g}, radius "
+        f"{radius:.3g}",
+        obstacles,
+    )
+
+
+def least_pull(facts: Facts) -> tuple[float, str]:
+    r"""Lemma 3's $\alpha = \min_{|\xi|=1,\ \xi\perp\bar u}\max_{i\in S}\langle\xi, z_i\rangle$.
+
+    The radius of the largest ball around zero in the convex hull of the support vectors off
+    $\bar u$: for a simplex the least of its barycentric weights of zero over their gradients.
+
+    Returns:
+        $\alpha$ and "", or NaN and why it is not known.
+    """
+    if "support_vectors" not in facts.record:
+        return math.nan, "the record has no support vectors"
+    points = facts["support_vectors"]
+    points = points - np.outer(points @ facts.direction, facts.direction)
+    _, sizes, basis = np.linalg.svd(points, full_matrices=False)
+    rank = int(np.sum(sizes > 1e-10 * max(float(sizes[0]), 1e-300))) if len(sizes) else 0
+    if rank < points.shape[1] - 1:
+        return math.nan, "the support vectors do not span R^d, as Lemma 3 assumes"
+    if rank == 0:
+        return math.nan, "in one dimension nothing is off the direction"
+    points = points @ basis[:rank].T
+    if rank == 1:
+        return float(min(points.max(), -points.min())), ""
+    if len(points) == rank + 1:
+        system = np.linalg.inv(np.vstack([points.T, np.ones(len(points))]))
+        # Row i holds the gradient of the i-th barycentric coordinate and its value at zero.
+        return float(np.min(system[:, -1] / np.linalg.norm(system[:, :-1], axis=1))), ""
+    if rank > LARGEST_HULL:
+        return math.nan, f"alpha of {len(points)} points in {rank} dimensions is not worked out"
+    from scipy.spatial import ConvexHull, QhullError
+
+    try:
+        hull = ConvexHull(points)
+    except QhullError as error:
+        return math.nan, f"the hull of the support vectors is degenerate ({error})"
+    return float(np.min(-hull.equations[:, -1])), ""
 
 
 def margin_bound(facts: Facts) -> Claim:
@@ -64,7 +170,7 @@ def smoothed_margin(facts: Facts) -> Claim:
         "smallest relative growth",
         value,
         ">= 0 between saved points",
-        value >= -SMOOTHED_MARGIN_DROP if known else None,
+        value >= -max(SMOOTHED_MARGIN_DROP, 10 * facts.rtol) if known else None,
         "compared wherever the summed loss is below l(0)"
         if known
         else "no two saved points have a summed loss below l(0)",
@@ -76,17 +182,20 @@ def imbalance(facts: Facts) -> Claim:
     """The imbalance is conserved by the flow, and drifts within its budget in descent."""
     relative = facts["imbalance_drift"]
     if not facts.is_descent:
-        value = float(np.nanmax(relative))
+        # Near a saddle the layers shrink, and what has been lost to rounding before does not.
+        largest = np.maximum.accumulate(facts.largest_square)
+        part = facts.largest_square / np.where(largest > 0, largest, 1.0)
+        value = float(np.nanmax(relative * part))
         return claim(
             "imbalance is conserved",
             "W_{k+1}^T W_{k+1} - W_k W_k^T does not change along the flow",
             PAPER,
             "largest relative drift",
             value,
-            f"<= {FLOW_DRIFT:g}, of max |W_k|_F^2",
-            value <= FLOW_DRIFT,
+            f"<= {facts.flow_drift:g}, of max |W_k|_F^2",
+            value <= facts.flow_drift,
             "a drift is the solver's error: tighten `rtol`"
-            if value > FLOW_DRIFT
+            if value > facts.flow_drift
             else "compared at every saved point",
             facts.one_layer,
         )
@@ -111,8 +220,7 @@ def imbalance(facts: Facts) -> Claim:
 
 def lemma_rank_one(facts: Facts) -> Claim:
     """Lemma 2 (i): how far a layer may be from rank one."""
-    bound = facts.constant + 2 * facts.budget
-    slack = bound - np.max(facts.tails, axis=1)
+    slack = np.min(facts.slacks[0], axis=1) + 2 * facts.budget
     return _slack_claim(
         "Lemma 2: rank one",
         "|W_k|_F^2 - |W_k|_2^2 <= D at every time",
@@ -127,14 +235,9 @@ def lemma_alignment(facts: Facts) -> Claim:
     if facts.depth == 1:
         slack = np.full(len(facts.log_risk), math.nan)
     else:
-        squares = [float(np.linalg.norm(matrix, 2)) ** 2 for matrix in facts.start]
-        constants = np.array([a + b for a, b in pairwise(squares)]) + facts.constant
-        gap = facts["misalignment"]
-        lost = gap * (2 - gap) * facts["spectral_norm"][:, 1:] ** 2
         # Undefined singular vectors (a zero layer, a tie) have nothing to compare.
-        slack = np.min(
-            np.where(np.isnan(lost), np.inf, constants - lost) + 3 * facts.budget[:, None], axis=1
-        )
+        defined = np.where(np.isnan(facts.slacks[1]), np.inf, facts.slacks[1])
+        slack = np.min(defined, axis=1) + 3 * facts.budget
     return _slack_claim(
         "Lemma 2: alignment",
         "(1 - <v_{k+1}, u_k>^2) |W_{k+1}|_2^2 <= D + |W_{k+1}(0)|_2^2 + |W_k(0)|_2^2 at every time",

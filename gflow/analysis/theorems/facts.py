@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gflow.problem.observables import lemma_constant
+from gflow.problem.observables import lemma_constant, lemma_slacks
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -37,7 +37,7 @@ ROUND_OFF = 1e-10
 
 FLOW_DRIFT = 1e-6
 """Largest change of the conserved matrices, relative to the squared norms, that still counts as
-conserved, and the allowance of Lemma 2 in the same unit."""
+conserved, and the allowance of Lemma 2 in the same unit; ten tolerances where that is more."""
 
 LATE = 10.0
 """Laws in 1/s have corrections of relative size log(n)/s: up to this many log n a deviation from
@@ -79,12 +79,19 @@ class Facts:
         self.separable = bool(attrs.get("separable", True))
         self.max_margin = float(attrs.get("max_margin", math.nan))
         self.loss = str(attrs.get("loss", "unknown loss"))
+        self.rtol = float(attrs.get("rtol", 0.0))
+        self.flow_drift = max(FLOW_DRIFT, 10 * self.rtol)
         with np.errstate(divide="ignore", invalid="ignore"):
             self.s = -self.log_risk
             self.log_s = np.where(self.s > 0, np.log(np.abs(self.s)), np.nan)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.asarray(self.record[name].values, dtype=np.float64)
+
+    @property
+    def direction(self) -> np.ndarray:
+        """The maximum-margin direction."""
+        return self["max_margin_direction"]
 
     @property
     def title(self) -> str:
@@ -161,14 +168,6 @@ class Facts:
         return ["there is one layer, for which this is trivial"] if self.depth == 1 else []
 
     @cached_property
-    def tails(self) -> np.ndarray:
-        r"""$\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2$, free of cancellation: (point, layer)."""
-        frobenius, spectral = self["frobenius_norm"], self["spectral_norm"]
-        return np.where(
-            frobenius > 0, self["rank_one_gap"] * frobenius * (frobenius + spectral), 0.0
-        )
-
-    @cached_property
     def start(self) -> list[np.ndarray]:
         """The initial weights."""
         return [
@@ -182,6 +181,12 @@ class Facts:
         return lemma_constant(self.start)
 
     @cached_property
+    def slacks(self) -> tuple[np.ndarray, np.ndarray]:
+        """What Lemma 2 leaves with that constant: (point, layer) and (point, pair)."""
+        names = ("frobenius_norm", "spectral_norm", "rank_one_gap", "misalignment")
+        return lemma_slacks(self.start, *(self[name] for name in names))
+
+    @cached_property
     def largest_square(self) -> np.ndarray:
         r"""$\max_k\lVert W_k\rVert_F^2$ at every saved point."""
         return np.max(self["frobenius_norm"], axis=1) ** 2
@@ -189,7 +194,7 @@ class Facts:
     @cached_property
     def allowance(self) -> np.ndarray:
         """How far exact statements may be off at every saved point, in squared weights."""
-        return (ROUND_OFF if self.is_descent else FLOW_DRIFT) * self.largest_square
+        return (ROUND_OFF if self.is_descent else self.flow_drift) * self.largest_square
 
     @cached_property
     def budget(self) -> np.ndarray:

@@ -39,7 +39,7 @@ def risk_vanishes(facts: Facts) -> Claim:
     log_time = facts["log_time"]
     span = max(DECADE, abs(float(log_time[-1])) / 2) if np.isfinite(log_time[-1]) else DECADE
     found = log_trend(log_time, facts.log_risk, span=span)
-    return _limit_claim(
+    return limit_claim(
         "risk vanishes",
         "R(W(t)) -> 0",
         PAPER,
@@ -58,7 +58,7 @@ def norms_grow(facts: Facts) -> Claim:
     smallest = np.min(facts["frobenius_norm"], axis=1)
     with np.errstate(divide="ignore"):
         found = log_trend(facts.log_s, -np.log(smallest))
-    return _limit_claim(
+    return limit_claim(
         "every norm grows",
         "|W_k|_F -> infinity for every layer",
         PAPER,
@@ -75,7 +75,7 @@ def norms_grow(facts: Facts) -> Claim:
 def rank_one(facts: Facts) -> Claim:
     """Every layer becomes rank one."""
     gap = _largest(facts["rank_one_gap"])
-    return _limit_claim(
+    return limit_claim(
         "layers become rank one",
         "|W_k/|W_k|_F - u_k v_k^T|_F -> 0 for every layer",
         PAPER,
@@ -92,7 +92,7 @@ def rank_one(facts: Facts) -> Claim:
 def alignment(facts: Facts) -> Claim:
     """Neighbouring layers align."""
     gap = _largest(facts["misalignment"])
-    return _limit_claim(
+    return limit_claim(
         "layers align",
         "|<v_{k+1}, u_k>| -> 1 for neighbouring layers",
         PAPER,
@@ -109,7 +109,7 @@ def alignment(facts: Facts) -> Claim:
 def first_singular_vector(facts: Facts) -> Claim:
     """The end-to-end vector follows $v_1$ and no norm is lost in the product."""
     gap = 1 - facts["direction_alignment"]
-    return _limit_claim(
+    return limit_claim(
         "product follows v_1",
         "|<w / prod_k |W_k|_F, v_1>| -> 1",
         PAPER,
@@ -126,7 +126,7 @@ def first_singular_vector(facts: Facts) -> Claim:
 def direction(facts: Facts) -> Claim:
     """The direction tends to that of the maximum margin."""
     error = facts["direction_error"]
-    return _limit_claim(
+    return limit_claim(
         "direction is max margin",
         "w/|w| -> the maximum-margin direction",
         PAPER,
@@ -142,7 +142,7 @@ def direction(facts: Facts) -> Claim:
 def margin(facts: Facts) -> Claim:
     """The normalised margin tends to the maximum."""
     gap = facts["margin_gap"]
-    return _limit_claim(
+    return limit_claim(
         "margin is maximal",
         "min_i <w, z_i>/|w| -> the maximum margin",
         PAPER,
@@ -165,21 +165,11 @@ def time_law(facts: Facts) -> Claim:
     """Risk, time and norm are tied by one law with all its constants."""
     depth = max(facts.depth, 1)
     norm = np.linalg.norm(facts["end_to_end"], axis=1)
-    # log t + log R is a difference of numbers of size s: in float64 nothing is left of it far out.
-    resolved = np.flatnonzero(~(facts.s > LAST_TIME))
-    last = int(resolved[-1]) if len(resolved) else 0
+    last = last_with_time(facts)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         log_slope = math.log(depth) + 2 * np.log(facts.max_margin) + (2 - 2 / depth) * np.log(norm)
         ratio = np.exp(facts.log_risk + log_slope + facts["log_time"])
-    obstacles = list(facts.tail_obstacles)
-    if facts.is_descent and "log_step_size" in facts.record:
-        # |grad R|^2 = R^2 L gamma^2 |w|^(2 - 2/L) to leading order.
-        log_change = float((facts["log_step_size"] + facts.log_risk + log_slope)[last])
-        if log_change > math.log(LONGEST_STEP):
-            obstacles.append(
-                f"a step changes log R by more than {LONGEST_STEP:g}, so that the sum of step "
-                "sizes is not the flow's time"
-            )
+    obstacles = [*facts.tail_obstacles, *time_obstacles(facts, last)]
     floor = max(TIME_LAW_FLOOR, 2 * (2 - 2 / depth) / max(float(facts.s[last]), 1.0))
     if facts.s[last] > LAST_TIME:
         found = Trend(None, math.nan, math.nan, f"no saved point has s up to {LAST_TIME:g}")
@@ -187,7 +177,7 @@ def time_law(facts: Facts) -> Claim:
         found = Trend(True, math.nan, 0.0, f"it is within {floor:.2g} of one")
     else:
         found = trend(facts.log_s[: last + 1], (ratio - 1)[: last + 1])
-    return _limit_claim(
+    return limit_claim(
         "law of time",
         "R L gamma^2 t |w|^(2 - 2/L) -> 1, the constants of R ~ 1/(t (log t)^(2 - 2/L))",
         f"{LYU_LI}; the constants are gflow's",
@@ -200,6 +190,35 @@ def time_law(facts: Facts) -> Claim:
     )
 
 
+def last_with_time(facts: Facts) -> int:
+    """The last saved point at which log t says more than log R.
+
+    log t + log R is a difference of numbers of size s: in float64 nothing is left of it far out.
+    """
+    resolved = np.flatnonzero(~(facts.s > LAST_TIME))
+    return int(resolved[-1]) if len(resolved) else 0
+
+
+def time_obstacles(facts: Facts, at: int) -> list[str]:
+    r"""Why descent's sum of step sizes is not the flow's time.
+
+    $\lVert\nabla R\rVert^2 = R^2 L\gamma^2\lVert w\rVert^{2-2/L}$ to leading order.
+    """
+    if not (facts.is_descent and "log_step_size" in facts.record):
+        return []
+    depth = max(facts.depth, 1)
+    norm = float(np.linalg.norm(facts["end_to_end"][at]))
+    log_slope = math.log(depth * facts.max_margin**2) + (2 - 2 / depth) * math.log(
+        max(norm, 1e-300)
+    )
+    if facts["log_step_size"][at] + facts.log_risk[at] + log_slope <= math.log(LONGEST_STEP):
+        return []
+    return [
+        f"a step changes log R by more than {LONGEST_STEP:g}, so that the sum of step sizes is not "
+        "the flow's time"
+    ]
+
+
 def direction_rate(facts: Facts) -> Claim:
     """The direction's error is bounded by its rate."""
     power = 1 / max(facts.depth, 1)
@@ -209,7 +228,7 @@ def direction_rate(facts: Facts) -> Claim:
         found = Trend(True, math.nan, math.nan, "the direction is exact to the record's accuracy")
     else:
         found = stays_bounded(facts.log_s, product)
-    observed, reason = _in_time(found, facts.before_asymptotics)
+    observed, reason = in_time(found, facts.before_asymptotics)
     name = "s" if facts.depth == 1 else f"s^(1/{facts.depth})"
     return claim(
         "direction's rate",
@@ -225,7 +244,7 @@ def direction_rate(facts: Facts) -> Claim:
     )
 
 
-def _limit_claim(
+def limit_claim(
     name: str,
     statement: str,
     source: str,
@@ -245,11 +264,12 @@ def _limit_claim(
         text += f", like {coordinate}^{-found.exponent:.2f}"
         if law is not None:
             text += f" (law {coordinate}^{law:.2f})"
-    observed, reason = _in_time(found, early)
+    observed, reason = in_time(found, early)
     return claim(name, statement, source, quantity, value, text, observed, reason, obstacles)
 
 
-def _in_time(found: Trend, early: str | None) -> tuple[bool | None, str]:
+def in_time(found: Trend, early: str | None) -> tuple[bool | None, str]:
+    """What was found, and why; where it is too ``early`` to deny a limit, nothing was."""
     if found.tends is False and early is not None:
         return None, f"{found.reason}, but {early}"
     return found.tends, found.reason
