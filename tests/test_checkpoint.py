@@ -218,6 +218,28 @@ def test_a_full_disk_stops_the_run_with_its_data(tmp_path, monkeypatch, whole, e
     assert_same(verb(path), whole[verb])
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_write_that_the_system_refuses_stops_the_run_with_its_data(
+    tmp_path, monkeypatch, whole, every_step, verb
+):
+    path = tmp_path / "run.npz"
+    resource = pytest.importorskip("resource")  # not on Windows
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        limit = (1024, old[1])  # bytes; a checkpoint has more
+        at_write(patch, 10, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        try:
+            record = verb(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert record.attrs["status"] == "checkpoint_failed"
+    assert os.strerror(errno.EFBIG) in record.attrs["message"]
+    assert 0 < record.num_steps[-1] < whole[verb].num_steps[-1]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.npz"]
+    assert np.load(path)["points/log_risk"].size > 0  # the file is the last whole segment
+    assert_same(verb(path), whole[verb])
+
+
 def test_a_folder_that_goes_away_stops_the_run_with_its_data(tmp_path, monkeypatch, every_step):
     folder = tmp_path / "folder"
     folder.mkdir()

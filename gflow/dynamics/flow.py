@@ -135,7 +135,8 @@ def gradient_flow(
         max_steps: steps to try in all before giving up.
         certify: follow the flow a second time, at a tenth of the tolerance, and record the error of
             every observable, as ``margin_error`` that of ``margin`` (see
-            ``gflow.dynamics.certify``). It compiles nothing and costs about another run.
+            ``gflow.dynamics.certify``). It compiles nothing, costs about another run and is not
+            part of ``checkpoint``: after a kill it is repeated.
 
     Returns:
         The record: an ``xarray.Dataset`` with dimension ``point``. ``attrs["status"]`` is
