@@ -226,7 +226,7 @@ class Pool:
             clock = np.concatenate([self.begin[i : i + 1], np.asarray(self.asked.targets)[:, i]])
             steps = np.concatenate([[0], saved.num_steps])
             log_risk = columns["log_risk"]
-            off = np.abs(log_risk + np.sinh(clock)) / np.maximum(1.0, -log_risk)
+            off = np.abs(log_risk + np.sinh(clock)) / np.maximum(1.0, np.abs(log_risk))
             recorder.save_all(
                 weights[i],
                 columns,

@@ -227,7 +227,7 @@ def perpendicular_cosine(problem: Problem, w: Array, reference: Reference) -> Ar
         w: the end-to-end vector, shape (d,).
         reference: of the run.
     """
-    slopes = problem.loss_slopes(problem.design @ w).slopes
+    slopes = problem.loss_slopes(problem.spread(w)).slopes
     gradient = -problem.gather(slopes)
     across = w - jnp.dot(w, reference.direction) * reference.direction
     size = jnp.linalg.norm(across) * jnp.linalg.norm(gradient)

@@ -155,6 +155,17 @@ class Facts:
         return "the summed loss is still above l(0), so that it is too early to tell"
 
     @property
+    def before_alignment(self) -> str | None:
+        """Why rank one and alignment cannot be denied yet: Lemma 2 says nothing so far."""
+        smallest = float(np.min(self["frobenius_norm"][-1])) ** 2
+        if self.depth == 1 or self.constant <= smallest:
+            return self.before_separation
+        return (
+            f"it is too early to tell: D = {self.constant:.2g} of Lemma 2 is above the smallest "
+            f"|W_k|_F^2 = {smallest:.2g}"
+        )
+
+    @property
     def before_asymptotics(self) -> str | None:
         r"""Why laws in $1/s$ cannot be denied yet: their corrections are $O(\log n/s)$."""
         late = LATE * max(1.0, math.log(int(self.record.attrs["num_points"])))

@@ -68,7 +68,7 @@ def norms_grow(facts: Facts) -> Claim:
         found,
         facts.obstacles,
         law=-1 / facts.depth if facts.exponential_tail else None,
-        early=facts.before_separation,
+        early=facts.before_alignment,
     )
 
 
@@ -85,7 +85,7 @@ def rank_one(facts: Facts) -> Claim:
         trend(facts.log_s, gap, floor=QUADRATIC_FLOOR),
         [*facts.one_layer, *facts.obstacles],
         law=-2 / facts.depth if facts.exponential_tail else None,
-        early=facts.before_separation,
+        early=facts.before_alignment,
     )
 
 
@@ -102,7 +102,7 @@ def alignment(facts: Facts) -> Claim:
         trend(facts.log_s, gap, floor=QUADRATIC_FLOOR),
         [*facts.one_layer, *facts.obstacles],
         law=-4 / facts.depth if facts.exponential_tail else None,
-        early=facts.before_separation,
+        early=facts.before_alignment,
     )
 
 
@@ -119,7 +119,7 @@ def first_singular_vector(facts: Facts) -> Claim:
         trend(facts.log_s, gap, floor=COSINE_FLOOR),
         [*facts.one_layer, *facts.obstacles],
         law=-2 / facts.depth if facts.exponential_tail else None,
-        early=facts.before_separation,
+        early=facts.before_alignment,
     )
 
 

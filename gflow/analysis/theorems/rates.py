@@ -33,6 +33,9 @@ from gflow.analysis.theorems.trend import stays_bounded, trend
 KKT_NOISE = 1e-9
 """KKT residuals below this, relative to the scaled weights, are the solver's tolerance."""
 
+SLOW = 100.0
+"""Rates with corrections in log log T/log T are not denied before s is so many log n."""
+
 
 def kkt_residual(facts: Facts) -> Claim:
     r"""$\varepsilon \to 0$."""
@@ -47,7 +50,12 @@ def kkt_residual(facts: Facts) -> Claim:
 
 
 def kkt_slackness(facts: Facts) -> Claim:
-    r"""$\delta \to 0$."""
+    r"""$\delta \to 0$.
+
+    With $p_i \le 2e^{-(q_i - q_{\min})}$ the normalised slopes and
+    $\lVert\sum_i p_i\nabla q_i\rVert \ge L q_{\min}/\lVert W\rVert$,
+    $\delta \le 2\lVert\tilde W\rVert^2/(eL\,q_{\min})$ at every time; below that it may rise.
+    """
     return _kkt(
         facts,
         "kkt_slackness",
@@ -66,8 +74,11 @@ def _kkt(
     else:
         values = facts[variable]
     known = np.isfinite(values)
-    # |W~| is bounded by the margin: |W~|^2 is about L gamma^(-2/L).
-    scale = math.sqrt(facts.depth) * facts.max_margin ** (-1 / facts.depth)
+    found = trend(facts.log_s, values, floor=KKT_NOISE * max(1.0, _scaled_size(facts)))
+    if found.tends is False and variable == "kkt_slackness" and values[-1] <= _slackest(facts):
+        found = found._replace(
+            tends=True, reason="it is below 2 |W~|^2/(e L min q), which tends to zero"
+        )
     return limit_claim(
         name,
         statement,
@@ -75,13 +86,25 @@ def _kkt(
         quantity,
         float(values[-1]),
         "0",
-        trend(facts.log_s, values, floor=KKT_NOISE * max(1.0, scale)),
+        found,
         facts.tail_obstacles
         if np.any(known)
         else [*facts.tail_obstacles, "the data are separated at no saved point"],
         law=law,
-        early=facts.before_asymptotics or _far_off(facts),
+        early=_too_early(facts) or _far_off(facts),
     )
+
+
+def _scaled_size(facts: Facts) -> float:
+    r"""$\lVert\tilde W\rVert$ in the limit."""
+    return math.sqrt(facts.depth) * facts.max_margin ** (-1 / facts.depth)
+
+
+def _slackest(facts: Facts) -> float:
+    r"""The bound on $\delta$ at the last saved point."""
+    smallest = float(facts["margin"][-1] * np.linalg.norm(facts["end_to_end"][-1]))
+    squared = float(np.sum(facts["frobenius_norm"][-1] ** 2)) / smallest ** (2 / facts.depth)
+    return 2 * squared / (math.e * facts.depth * smallest)
 
 
 def _far_off(facts: Facts) -> str | None:
@@ -150,7 +173,18 @@ def _ratio(
         "1",
         trend(facts.log_s[: last + 1], (ratio - 1)[: last + 1], floor=TIME_LAW_FLOOR),
         [*facts.tail_obstacles, *time_obstacles(facts, last)],
-        early=facts.before_asymptotics,
+        early=_too_early(facts),
+    )
+
+
+def _too_early(facts: Facts) -> str | None:
+    """Why a rate whose next order is log log T/log T cannot be denied yet."""
+    late = SLOW * max(1.0, math.log(int(facts.record.attrs["num_points"])))
+    if facts.s[-1] >= late:
+        return None
+    return (
+        f"it is too early to tell: s = {facts.s[-1]:.4g} is below {late:.4g}, {SLOW:g} log n, and "
+        "the next order is log log T/log T"
     )
 
 
@@ -186,7 +220,8 @@ def residual_vector(facts: Facts) -> Claim:
 
 def _residual(facts: Facts) -> np.ndarray:
     toward = facts.direction / facts.max_margin
-    return facts["end_to_end"] - facts["log_time"][:, None] * toward
+    with np.errstate(invalid="ignore"):  # log t starts at minus infinity
+        return facts["end_to_end"] - facts["log_time"][:, None] * toward
 
 
 def limit_vector(facts: Facts) -> np.ndarray:
