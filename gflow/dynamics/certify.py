@@ -13,11 +13,11 @@ which is $t\,R$ for every $s$ if and only if $R\,e^{E}$ is constant; so the erro
 $\log u - \log R$ against the clock's own $\log t$ is the defect of the identity, averaged over the
 past in time. Then Lemma 2 with its slacks, and what float64 leaves of the margins.
 
-What a second run proves. The error estimate of each observable is its difference from a run with a
-tolerance ten times smaller that steps onto the same points, never with the same steps. The errors
-of the two are then about in the ratio of the tolerances, so that the difference is about the error
-of the first; the estimate is 2.5 times that. A looser second run, though cheaper, measures its own error, which is not the first one's by
-any constant factor (``benchmarks/certificate.py``).
+What a second run proves. The error estimate of each observable is 2.5 times its difference from a
+run with a tolerance ten times smaller that steps onto the same points, never with the same steps.
+The errors of the two are then about in the ratio of the tolerances, so that the difference is about
+the error of the first. A looser second run, though cheaper, measures its own error, which is not
+the first one's by any constant factor (``benchmarks/certificate.py``).
 """
 
 import math
