@@ -131,13 +131,19 @@ def test_one_layer_of_more_dimensions_than_points_keeps_what_no_point_sees():
 def test_thirty_two_layers_of_width_one_in_one_dimension_follow_the_closed_form():
     problem = gflow.Problem(gflow.Dataset([[0.8]], [1.0]), loss=gflow.Exponential())
     start = gflow.init.balanced((1,) * 33, end_to_end=[0.3])
-    flow = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-50), save=3)
+    flow = gflow.gradient_flow(
+        problem,
+        start,
+        until=gflow.LogRisk(-20),
+        save=3,
+        solver=diffrax.Tsit5(),  # of the solvers the one that compiles fastest
+    )
     assert flow.attrs["status"] == "reached"
     truth = gflow.exact.one_datum_balanced(
         np.array([0.8]), 0.3, depth=32, log_risk=flow.log_risk.values[1:]
     )
-    np.testing.assert_allclose(flow.log_time[1:], truth.log_time, rtol=1e-8)
-    np.testing.assert_allclose(flow.end_to_end[1:], truth.end_to_end, rtol=1e-8)
+    np.testing.assert_allclose(flow.log_time[1:], truth.log_time, rtol=1e-7)
+    np.testing.assert_allclose(flow.end_to_end[1:], truth.end_to_end, rtol=1e-7)
 
 
 def test_a_hundred_thousand_points_are_followed():

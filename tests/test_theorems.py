@@ -174,7 +174,8 @@ def test_every_claim_holds_on_descent(descent):
     expected = [name.replace("is conserved", "drifts little") for name in ALL]
     assert [claim.name for claim in claims] == expected
     idle = {claim.name for claim in claims if claim.verdict == "not applicable"}
-    assert idle == OF_ONE_LAYER | NOT_REACHED | {"energy identity"}, str(claims)
+    early = {"rate of the loss", "rate of the norms"}  # their next order is log log T/log T
+    assert idle == OF_ONE_LAYER | NOT_REACHED | early | {"energy identity"}, str(claims)
     assert not claims.failed, str(claims)
 
 
