@@ -418,7 +418,8 @@ def test_lemma_3s_constant_is_that_of_a_search_over_directions(flow):
         )
         alpha, reason = least_pull(facts)
         assert not reason
-        np.testing.assert_allclose(alpha, search, rtol=1e-8)
+        np.testing.assert_allclose(alpha, search, rtol=1e-3)  # the search's own step
+        assert alpha <= search
 
 
 # -------------------------------------------------------------------------------------------------
