@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gflow
+from gflow.dynamics.near import NearRun
 
 ONE = gflow.Problem(
     gflow.Dataset(np.array([[0.6, 0.8]]), np.array([1.0])), loss=gflow.Exponential()
@@ -157,18 +158,11 @@ def test_a_kink_of_the_network_is_named():
         return weights[1] @ jnp.maximum(weights[0] @ x, 0.0)
 
     problem = gflow.Problem(PLANE, network=gflow.Network(relu, homogeneity=2.0))
-    start = (np.array([[0.5, 0.1], [-0.2, 0.6]]), np.array([0.4, -0.3]))
-    flow = gflow.gradient_flow(
-        problem,
-        start,
-        until=gflow.LogRisk(-50) | gflow.Steps(400),
-        save=3,
-        rtol=1e-10,
-        solver=diffrax.Dopri5(),
-    )
-    assert flow.attrs["status"] in ("reached", "precision_lost")
-    if flow.attrs["status"] == "precision_lost":
-        assert "kink" in flow.attrs["message"]
+    u = PLANE.max_margin().direction
+    start = (np.stack([u, -u]), np.array([1.0, -1.0]))
+    run = NearRun(problem, gflow.clocks.LogRisk(), (diffrax.Dopri5(),), start, 1e-9, None)
+    reason = run._why_stalled()
+    assert reason.status == "precision_lost" and "kink" in reason.message
 
 
 # -------------------------------------------------------------------------------------------------
