@@ -269,14 +269,14 @@ def advance(
         vanished = following <= 4 * jnp.finfo(s.dtype).eps * jnp.abs(carry.s)
         reason = jnp.select(
             [
-                accept & lands,
                 accept & jnp.any(jnp.array([False, *crossed])),
+                accept & lands,
                 accept & (carry.num_steps >= limits.num_steps),
                 carry.num_stiff >= STIFF_LOOKS,
                 ~accept & (vanished | (noisy & jnp.isfinite(norm))),
                 tried + 1 >= limits.attempts,
             ],
-            [LANDED, CROSSED, COUNTED, STIFF, STALLED, TIRED],
+            [CROSSED, LANDED, COUNTED, STIFF, STALLED, TIRED],
             RUNNING,
         )
         return carry, tried + 1, reason
