@@ -127,11 +127,11 @@ def gradient_flow(
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a weight; by default ``rtol`` times the typical entry of the
             smallest layer that is not zero, at most ``rtol``.
-        function_space: let ``rtol`` bound the error of what the network computes: that of the
-            margins and of the end-to-end vector (of the outputs, for a ``gflow.Network``), each
-            relative to its size, and that of each layer relative to the layer. For starts whose
-            layers differ by many orders of magnitude, which one ``atol`` for all weights cannot
-            serve.
+        function_space: let ``rtol`` bound what the error of a step does to what the network
+            computes: to the margins and to the end-to-end vector (to the outputs, for a
+            ``gflow.Network``), each relative to its size, and to each layer relative to the layer.
+            Over a run the errors of its steps add up to a few times that. For starts whose layers
+            differ by many orders of magnitude, which one ``atol`` for all weights cannot serve.
         max_steps: steps to try in all before giving up.
         certify: follow the flow a second time, at a tenth of the tolerance, and record the error of
             every observable, as ``margin_error`` that of ``margin`` (see
