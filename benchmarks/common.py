@@ -167,6 +167,7 @@ def walk(
         num_steps=np.int64(max_steps),
         goals=(),
         attempts=np.int64(UNLIMITED if limit is None else chunk),
+        longest=np.float64(math.inf),
     )
     while True:
         carry, reason = stepping.advance(work.field, solver, tolerance, (), carry, limits)

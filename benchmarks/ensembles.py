@@ -9,6 +9,7 @@ of their own.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def plain_vmap(problem: gflow.Problem, starts: list[Any]) -> Any:
         num_steps=np.int64(10**6),
         goals=(),
         attempts=np.int64(10**6),
+        longest=np.float64(math.inf),
     )
 
     @jax.jit
