@@ -114,6 +114,13 @@ def test_logarithm_of_curvature_is_accurate_relative_to_one_or_to_itself(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=names)
+def test_slope_is_that_of_its_logarithm_and_vanishes_at_infinity(loss):
+    q = np.linspace(-600.0, 600.0, 241)
+    np.testing.assert_allclose(loss.slope(q), np.exp(loss.log_slope(q)), rtol=3e-13)
+    assert float(loss.slope(np.inf)) == 0.0
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=names)
 def test_inverse_undoes_log_value(loss):
     q = np.concatenate([grid(loss, (-3, 5)), -(10.0 ** np.linspace(0, 2.5, 20))])
     log_value = np.asarray(jax.jit(loss.log_value)(q))

@@ -109,7 +109,7 @@ class Descent(eqx.Module):
         coordinates, pull = problem.network.pullback(carry.weights, problem.data)
         margins = problem.spread(coordinates)
         losses = problem.loss_slopes(margins)
-        slopes = jnp.exp(problem.loss.log_slope(margins)) / margins.shape[0]
+        slopes = problem.loss.slope(margins) / margins.shape[0]
         found = Evaluation(
             problem=problem,
             margins=margins,

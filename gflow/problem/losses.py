@@ -59,6 +59,10 @@ class AbstractLoss(eqx.Module):
     def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""The margin $q$ at which $\log \ell(q)$ is `log_value` (infinite where float64 ends)."""
 
+    def slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        r"""$-\ell'(q)$, which underflows as the loss does."""
+        return jnp.exp(self.log_slope(margin))
+
     @property
     @abc.abstractmethod
     def slope_bound(self) -> float:
@@ -228,6 +232,10 @@ class Logistic(AbstractLoss):
     def log_slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log(-\ell'(q)) = -\log(1 + e^{q})$."""
         return _logistic_log_slope(_floating(margin))
+
+    def slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        r"""$-\ell'(q) = 1/(1 + e^{q})$."""
+        return 1 / (1 + jnp.exp(_floating(margin)))
 
     def log_curvature(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell''(q) = -\lvert q\rvert - 2\log(1 + e^{-\lvert q\rvert})$."""
