@@ -188,8 +188,9 @@ class Limits:
             # Sigma (w_T - b*) = (L - 1) gamma^2 w_T / s + ..., where that is small beside Sigma.
             pull = (depth - 1) * gamma**2 / s
             drive = pull * tangent + gamma * self._pull / level**1.5
-            matrix = self._sigma - pull * np.eye(len(tangent))
-            rcond = max(float(pull / np.linalg.norm(self._sigma, 2)), 1e-14)
+            sigma = self._sigma
+            rcond = max(float(pull / np.linalg.norm(sigma, 2)), 1e-14)
+            matrix = sigma - pull * np.eye(len(tangent))
             tangent = tangent + np.linalg.lstsq(matrix, drive, rcond=rcond)[0]
         bracket = self._points @ tangent
         lowest = float(bracket.min())

@@ -92,9 +92,7 @@ def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None)
             f"a point lies off the margin by a relative {gaps[gaps > 0].min():.2g} only: points "
             f"off the margin keep weight until s = {settled:.2g}, and the laws hold from there on",
         )
-    return dataclasses.replace(
-        law, settled_from=max(settled, law.relaxed_from), degenerate=reasons + _late(law)
-    )
+    return _with_onset(law, settled, reasons)
 
 
 def limits_of_record(record: "xr.Dataset") -> Limits:
@@ -132,9 +130,7 @@ def limits_of_record(record: "xr.Dataset") -> Limits:
     settled = FADED * max(1.0, gap ** (-1.0 if spans else -float(depth)))
     if depth > 1 and not spans:
         law = _free_from(record, law, state)
-    return dataclasses.replace(
-        law, settled_from=max(settled, law.relaxed_from), degenerate=law.degenerate + _late(law)
-    )
+    return _with_onset(law, settled, law.degenerate)
 
 
 def _free_from(record: "xr.Dataset", law: Limits, state: SplitState) -> Limits:
@@ -271,13 +267,16 @@ def _weightless(support: np.ndarray, dual: np.ndarray) -> tuple[str, ...]:
     )
 
 
-def _late(law: Limits) -> tuple[str, ...]:
-    if law.relaxed_from <= LATE or _weightless(law.support, law.dual):
-        return ()
-    return (
-        "the support vectors nearly lie in a space of fewer dimensions, with a least variance of "
-        f"{law.least_variance:.2g}: w turns to its limit from s = {law.relaxed_from:.2g} on only",
-    )
+def _with_onset(law: Limits, settled: float, reasons: tuple[str, ...]) -> Limits:
+    """The law with the s from which it holds, and why that is late if it is."""
+    if law.relaxed_from > LATE and not _weightless(law.support, law.dual):
+        reasons += (
+            "the support vectors nearly lie in a space of fewer dimensions, with a least variance "
+            f"of {law.least_variance:.2g}: w turns to its limit from s = {law.relaxed_from:.2g} on "
+            "only",
+        )
+    settled = max(settled, law.relaxed_from)
+    return dataclasses.replace(law, settled_from=settled, degenerate=reasons)
 
 
 def _settled_from(law: Limits, geometry: Geometry) -> float:
