@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.dynamics.checkpoint import End
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.recorder import Recorder
-from gflow.dynamics.targets import Failure, Target
+from gflow.dynamics.targets import Target
 from gflow.problem.observables import lemma_slacks
 from gflow.record import CERTIFIED
 
 if TYPE_CHECKING:
-    from gflow.dynamics.flow import Run
+    from gflow.dynamics.flow_run import FlowRun
 
 TIGHTER = 10.0
 """Tolerance of the run over that of the second one."""
@@ -77,7 +78,7 @@ def second_tolerance(rtol: float) -> float:
 
 
 def certify_by(
-    other: "Run", recorder: Recorder, rtol: float, progress: bool | None
+    other: "FlowRun", recorder: Recorder, rtol: float, progress: bool | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Error estimates from a second run, and what the record says of it.
 
@@ -109,7 +110,7 @@ def certify_by(
 
 
 def _repeat(
-    run: "Run",
+    run: "FlowRun",
     recorder: Recorder,
     clock_values: Sequence[float],
     steps: Sequence[int],
@@ -120,7 +121,7 @@ def _repeat(
     for after, taken in zip(clock_values[1:], np.diff(steps), strict=True):
         pieces = math.ceil(SHORTER * taken) if taken <= FEW_STEPS else 1
         met = run.reach([Target.at(after, run.clock)], lambda: None, pieces)
-        if isinstance(met, Failure):
+        if isinstance(met, End):
             return met.message
         if bar.shown:
             bar.update(after, f"{run.now.num_steps} steps")

@@ -1,28 +1,19 @@
 """Gradient descent: one call from weights and an optax optimiser to a record of the run."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 import optax
 
-from gflow.dynamics.checkpoint import Checkpoint, CheckpointError, End, identity
-from gflow.dynamics.descent_run import DescentRun, StepTarget
+from gflow.dynamics.descent_run import DescentRun
+from gflow.dynamics.following import follow
 from gflow.dynamics.iterating import misaligning
-from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.step_sizes import describe
-from gflow.dynamics.until import (
-    AbstractRule,
-    AnyOf,
-    as_rules,
-    positive_count,
-    save_grid,
-)
+from gflow.dynamics.until import AbstractRule, AnyOf, as_rules, positive_count
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 
@@ -112,11 +103,9 @@ def gradient_descent(
     with jax.enable_x64(True):
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)
-        run = DescentRun(problem, weights, optimizer, size, seed)
-        recorder.save(weights, **run.scalars())
-        path = None if checkpoint is None else Path(checkpoint)
-        status, message = _follow(run, recorder, rules, save, progress, max_steps, path)
-        status, message = run.judged(status, message)
+        run = DescentRun(problem, weights, optimizer, size, seed, max_steps)
+        end = follow(run, recorder, rules, save=save, progress=progress, path=checkpoint)
+        status, message = run.judged(*end)
         return recorder.record(
             kind="descent",
             status=status,
@@ -127,83 +116,6 @@ def gradient_descent(
             batch_size=size,
             seed=None if size is None else seed,
         )
-
-
-def _follow(
-    run: DescentRun,
-    recorder: Recorder,
-    rules: tuple[AbstractRule, ...],
-    save: int | Sequence[float] | np.ndarray,
-    progress: bool | None,
-    max_steps: int,
-    checkpoint: Path | None,
-) -> End:
-    """Run from saved point to saved point; returns the status and its message."""
-    lead, *others = rules
-    _, standing = run.look(rules)
-    for rule, at in zip(rules, standing, strict=True):
-        if at >= rule.goal:
-            return End("reached", f"{rule!r} is met at the start; no step was made")
-    begin = standing[0]
-    grid = save_grid(lead, begin, save)
-    kept = Checkpoint(checkpoint, lambda: _identity(run, recorder, rules, grid), run, recorder)
-    done, end = kept.resume()
-    with ProgressBar("gradient descent", begin, float(grid[-1]), progress) as bar:
-
-        def look() -> None:
-            log_risk, (at,) = run.look((lead,))
-            bar.update(at, f"{run.num_steps} steps, log R = {log_risk:.6g}")
-            kept.look(done)
-
-        def save_point() -> None:
-            if run.num_steps > recorder.num_steps:  # a long step passes several points
-                recorder.save(run.carry.weights, **run.scalars())
-
-        try:
-            while end is None:
-                targets = [StepTarget.of(lead, float(grid[done]))]
-                targets += [StepTarget.of(rule, rule.goal) for rule in others]
-                end = run.reach(targets, max_steps, look)
-                if end is not None and end.status == "max_steps":
-                    kept.flush()  # without the point to come: a larger `max_steps` goes on
-                save_point()
-                if end is None:
-                    bar.update(float(grid[done]), f"{run.num_steps} steps")
-                done += 1
-                if end is None and done == len(grid):
-                    end = End("reached", f"{lead!r} after {run.num_steps} steps")
-                if end is None:
-                    kept.look(done)
-                elif end.status != "max_steps":
-                    kept.close(done, end)
-        except CheckpointError as error:
-            end = End("checkpoint_failed", str(error))
-        except KeyboardInterrupt:
-            end = End("interrupted", "stopped by the keyboard; what was computed is in the record")
-            with contextlib.suppress(CheckpointError):
-                kept.flush()
-        save_point()
-    return end
-
-
-def _identity(
-    run: DescentRun, recorder: Recorder, rules: tuple[AbstractRule, ...], grid: np.ndarray
-) -> dict[str, str]:
-    """What the run is, for its checkpoint."""
-    descent = run.descent
-    return identity(
-        descent.problem,
-        recorder.start,
-        recorder,
-        descent.step,
-        (run.carry,),
-        kind="gradient_descent",
-        until=[(type(rule).__name__, rule.value) for rule in rules],
-        save=grid,
-        optimizer=describe(descent.optimizer),
-        batch_size=descent.sampler and descent.sampler.size,
-        seed=run.seed,
-    )
 
 
 def _batch_size(batch_size: int | None, num_points: int) -> int | None:

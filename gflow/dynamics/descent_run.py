@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gflow.dynamics import checkpoint
 from gflow.dynamics.checkpoint import End, carry_of
+from gflow.dynamics.following import Stop
 from gflow.dynamics.iterating import (
     Carry,
     Descent,
@@ -23,8 +25,9 @@ from gflow.dynamics.iterating import (
     same_weights,
 )
 from gflow.dynamics.progress import Pace
+from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.step_meter import StepMeter
-from gflow.dynamics.step_sizes import with_extra_arguments
+from gflow.dynamics.step_sizes import describe, with_extra_arguments
 from gflow.dynamics.together import advance
 from gflow.dynamics.until import AbstractRule, LogRisk, LogTime, Steps, Time, anonymous
 from gflow.problem.network import Weights
@@ -48,7 +51,17 @@ UNDERFLOW = -650.0
 
 
 class DescentRun:
-    """A descent on its way: the map and its carry between two calls of ``advance``."""
+    """A descent on its way: the map and its carry between two calls of ``advance``.
+
+    Args:
+        problem: what it goes down.
+        weights: the start.
+        optimizer: any optax optimiser.
+        batch_size, seed: of mini-batches, if there are any.
+        max_steps: steps to make in all.
+    """
+
+    name = "gradient descent"
 
     def __init__(
         self,
@@ -57,6 +70,7 @@ class DescentRun:
         optimizer: optax.GradientTransformation,
         batch_size: int | None,
         seed: int,
+        max_steps: int,
     ):
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise ValueError(
@@ -70,6 +84,7 @@ class DescentRun:
             None if batch_size is None else Sampler(jax.random.key(seed), batch_size),
         )
         self.seed = None if batch_size is None else seed
+        self.max_steps = max_steps
         self.carry: Carry = self.descent.start(weights)
         self.rested: Weights = self.carry.weights
         """The weights at the last multiple of ``STALL_LOOK`` steps."""
@@ -142,20 +157,34 @@ class DescentRun:
             message += f"; {uphill} of {self.num_steps} steps went uphill and count as no time"
         return End(status, message)
 
-    def look(self, rules: tuple[AbstractRule, ...]) -> tuple[float, list[float]]:
+    def save(self, recorder: Recorder) -> None:
+        """Record the point where the run stands."""
+        recorder.save(self.carry.weights, **self.scalars())
+
+    def progress(self, rules: tuple[AbstractRule, ...]) -> list[float]:
+        """How far the run is in the coordinate of each rule."""
+        return self._look(rules)[1]
+
+    def tell(self, lead: AbstractRule) -> tuple[float, str]:
+        """How far the run is in the coordinate of ``lead``, and what a bar says beside it."""
+        log_risk, (at,) = self._look((lead,))
+        return at, f"{self.num_steps} steps, log R = {log_risk:.6g}"
+
+    def _look(self, rules: tuple[AbstractRule, ...]) -> tuple[float, list[float]]:
         """The log risk, and how far the run is in the coordinate of each rule."""
         at = eqx.tree_at(lambda c: c.optimizer_state, self.carry, ())  # not another program
         log_risk, found = look(self.descent.problem, at, tuple(map(anonymous, rules)))
         return float(log_risk), [float(value) for value in found]
 
-    def reach(
-        self, targets: list["StepTarget"], max_steps: int, look: Callable[[], None]
-    ) -> End | None:
-        """Go on to the first of ``targets``: None if it is the leading one, else why it ends."""
+    def go(self, stops: Sequence[Stop], look: Callable[[], None]) -> AbstractRule | End:
+        """Go on to the first of ``stops``: its rule, or why none was reached."""
+        targets = [StepTarget.of(*stop) for stop in stops]
         lead, *others = targets
         watch, goals, watched = _watch(targets, self.descent)
         counts = [target.steps for target in targets if target.steps is not None]
-        last = max([max_steps, *(rule.value for rule, *_ in targets if isinstance(rule, Steps))])
+        last = max(
+            [self.max_steps, *(rule.value for rule, *_ in targets if isinstance(rule, Steps))]
+        )
         limit = min([last, *counts])
         while True:
             hits, end = self.advance(watch, goals, limit)
@@ -165,9 +194,9 @@ class DescentRun:
             met += [target for target in targets if target.steps == self.num_steps]
             for target in others:
                 if target in met:
-                    return End("reached", f"{target.rule!r} after {self.num_steps} steps")
+                    return target.rule
             if lead in met or (lead.steps is not None and lead.steps < self.num_steps):
-                return None
+                return lead.rule
             look()
             if self.num_steps >= last:
                 return End(
@@ -231,13 +260,32 @@ class DescentRun:
 
     def _explained(self, where: str, usual: str) -> str:
         """With the risk, and its underflow as the reason where it is one."""
-        log_risk, _ = self.look(())
+        log_risk, _ = self._look(())
         if log_risk < UNDERFLOW and not self.descent.meter.on_log_risk:
             usual = (
                 "the gradient of R underflows there: minimise log R instead, with "
                 "gflow.on_log_risk(optimizer) or gflow.loss_scaled(rate)"
             )
         return f"{where}, at log R = {log_risk:.6g}: {usual}"
+
+    def identity(
+        self, recorder: Recorder, rules: tuple[AbstractRule, ...], grid: np.ndarray
+    ) -> dict[str, str]:
+        """What the run is, for its checkpoint."""
+        descent = self.descent
+        return checkpoint.identity(
+            descent.problem,
+            recorder.start,
+            recorder,
+            descent.step,
+            (self.carry,),
+            kind="gradient_descent",
+            until=[(type(rule).__name__, rule.value) for rule in rules],
+            save=grid,
+            optimizer=describe(descent.optimizer),
+            batch_size=descent.sampler and descent.sampler.size,
+            seed=self.seed,
+        )
 
 
 class Place(eqx.Module):

@@ -13,7 +13,8 @@ import optax
 
 from gflow.dynamics import pool, together
 from gflow.dynamics.descent import gradient_descent
-from gflow.dynamics.flow import HAND_OVER_AT, gradient_flow
+from gflow.dynamics.flow import gradient_flow
+from gflow.dynamics.flow_run import HAND_OVER_AT
 from gflow.dynamics.members import Member, joined
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.until import AbstractRule, AnyOf

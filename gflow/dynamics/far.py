@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from gflow.dynamics.checkpoint import End
 from gflow.dynamics.slow_manifold import ManifoldError, SlowManifold, difference, geometry
 from gflow.dynamics.split import SplitState
 from gflow.dynamics.split_observables import observables
-from gflow.dynamics.targets import Failure, Target, out_of_steps
+from gflow.dynamics.targets import Target, out_of_steps
 from gflow.dynamics.until import AbstractRule, Coordinates, LogRisk, Steps
 from gflow.problem.network import Weights, as_array
 from gflow.problem.risk import Problem
@@ -81,7 +82,7 @@ class FarRun:
         max_steps: int,
         look: Callable[[], None],
         pieces: int = 1,
-    ) -> Target | Failure:
+    ) -> Target | End:
         """Advance to the first of ``targets`` and say which it was, or why none was reached.
 
         Now and then ``look`` is called; the run may be stopped there and go on later. No step is
@@ -124,7 +125,7 @@ class FarRun:
             met = self.progress(target.rule) - target.progress
             if met >= -slack * max(1.0, abs(target.progress)):
                 return target
-        return Failure("stalled", f"split coordinates end at log R = {self.state.log_risk:.6g}")
+        return End("stalled", f"split coordinates end at log R = {self.state.log_risk:.6g}")
 
     def _steps(self, state: SplitState) -> int:
         return self.before + state.num_steps - self.began

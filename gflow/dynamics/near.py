@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics import clocks, stepping
-from gflow.dynamics.checkpoint import carry_of
+from gflow.dynamics.checkpoint import End, carry_of
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.progress import Pace
 from gflow.dynamics.stepping import Carry, FunctionTolerance, Limits, Tolerance
-from gflow.dynamics.targets import Failure, Target, out_of_steps
+from gflow.dynamics.targets import Target, out_of_steps
 from gflow.dynamics.until import AbstractRule, anonymous
 from gflow.problem.network import Array, Weights, as_array, end_to_end
 from gflow.problem.observables import is_deep_linear
@@ -146,7 +146,7 @@ class NearRun:
         max_steps: int,
         look: Callable[[], None],
         pieces: int = 1,
-    ) -> Target | Failure:
+    ) -> Target | End:
         """Advance to the first of ``targets`` and say which it was, or why none was reached.
 
         Now and then ``look`` is called; the run may be stopped there and go on later. No step is
@@ -215,24 +215,24 @@ class NearRun:
         self.carry = landed[first]
         return crossed[first]
 
-    def _why_stalled(self) -> Failure:
+    def _why_stalled(self) -> End:
         log_risk, squared = risk_and_slope(self.field.problem, self.weights)
         where = f"shorter steps did not help at log R = {float(log_risk):.6g}"
         slope = f"|grad log R| = {math.sqrt(float(squared)):.2g}"
         if float(log_risk) >= float(self.field.problem.log_risk_at_zero()):
-            return Failure(
+            return End(
                 "stalled",
                 f"{where}, not below that of zero weights, with {slope}: the flow is running into "
                 "a saddle, which it may from a start with R(W(0)) > R(0); a time clock "
                 "(`until=gflow.Time(...)`) shows the approach",
             )
         if not self.field.problem.data.separable:
-            return Failure(
+            return End(
                 "stalled",
                 f"{where}, with {slope}: the data are not separable, so that the risk has a "
                 "positive infimum; a time clock (`until=gflow.Time(...)`) shows the approach",
             )
-        return Failure(
+        return End(
             "precision_lost",
             f"{where}, with {slope}: the error estimate does not fall with the step, round-off "
             f"exceeds the tolerance{self._why_rounded()}; try a larger `rtol` than "

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gflow.dynamics.checkpoint import End
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.until import AbstractRule, LogRisk, LogTime, Steps
 from gflow.problem.network import as_array
@@ -46,16 +47,9 @@ class Target(NamedTuple):
         return math.isinf(self.clock) and self.steps == NO_STEP_COUNT
 
 
-class Failure(NamedTuple):
-    """Why a run stopped before any of its targets."""
-
-    status: str
-    message: str
-
-
-def out_of_steps(max_steps: int, rule: AbstractRule) -> Failure:
+def out_of_steps(max_steps: int, rule: AbstractRule) -> End:
     """The budget of steps is used."""
-    return Failure(
+    return End(
         "max_steps",
         f"{max_steps} steps were tried before {rule!r} was reached; raise `max_steps`, or loosen "
         "`rtol`",
