@@ -2,18 +2,20 @@
 
 Random data, depth 1 to 5, three initialisations, two losses, horizons from log R = -10 to -1e8
 (past the hand-over to split coordinates) or a time, tolerances from 1e-6 to 1e-9. Each flow is
-certified by `gradient_flow(..., certify=True)` and followed again at a thousandth of its tolerance:
-the difference is its true error. Scored for every observable of every problem, in relative errors:
+certified by `gradient_flow(..., certify=True)` and followed again at a thousandth of its tolerance,
+and at 1e-12 at the most, since at looser ones it is the saved points and Newton's iteration that
+limit the steps, whatever the tolerance: the difference is its true error. Scored for every
+observable of every problem, in relative errors:
 
 - the ratio of estimate to truth, each at its largest over the saved points, is to be within a
   factor of 10; errors that are both below the stated floor of round-off count as agreement, and how
   many do is told, with the score of the others alone;
 - at no saved point may the estimate claim more than one digit more than there is.
 
-    python benchmarks/certificate.py [--problems 500] [--first 0] [--quick] [--out FOLDER]
+    python benchmarks/certificate.py [--problems 500] [--first 1000] [--quick] [--out FOLDER]
 
-The problems are numbered by their seeds. The estimator's safety factor was chosen on 0 to 499;
-`--first 500` judges it on others.
+The problems are numbered by their seeds. The estimator was tuned on 0 to 999; the committed result
+is of 500 others.
 """
 
 import statistics
@@ -36,7 +38,7 @@ SHAPES = (
 )
 LOSSES = (gflow.Exponential(), gflow.Logistic())
 STARTS = (gflow.init.gaussian, gflow.init.orthogonal, gflow.init.zero_first)
-TIGHTER = 1000.0
+TIGHTER, TIGHTEST = 1000.0, 1e-12
 FLOOR = 3e-12
 """Relative errors below this are round-off and the solvers' own iterations; of small angles, whose
 float64 vectors hold them to 4e-16 absolute, the same part of the number one."""
@@ -88,7 +90,7 @@ def follow(number):
     problem, weights, until, rtol = draw(number)
     asked = {"until": until, "save": SAVED, "progress": False}
     record = gflow.gradient_flow(problem, weights, rtol=rtol, certify=True, **asked)
-    truth = gflow.gradient_flow(problem, weights, rtol=rtol / TIGHTER, **asked)
+    truth = gflow.gradient_flow(problem, weights, rtol=min(rtol / TIGHTER, TIGHTEST), **asked)
     same = record.sizes["point"] == truth.sizes["point"]
     if not same or record.attrs["status"] != "reached" or truth.attrs["status"] != "reached":
         return None, record
@@ -135,7 +137,7 @@ def figure(ratios):
 def main():
     options = parser(__doc__)
     options.add_argument("--problems", type=int, default=500)
-    options.add_argument("--first", type=int, default=0, help="number of the first problem")
+    options.add_argument("--first", type=int, default=1000, help="number of the first problem")
     options = begin(options)
     report = Report(__file__, options)
     warnings.simplefilter("ignore", UserWarning)
@@ -193,7 +195,9 @@ def main():
         "median_digits": statistics.median(headlines),
     }
     print(totals)
-    report.write(figure(ratios), first=options.first, left_out=left_out, observables=summary, **totals)
+    report.write(
+        figure(ratios), first=options.first, left_out=left_out, observables=summary, **totals
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 
 import gflow
 from gflow.dynamics import stepping
+from gflow.dynamics.tolerance import Tolerance, default_atol
 from gflow.problem.observables import Reference, standard
 from gflow.record import versions
 
@@ -160,7 +161,7 @@ def walk(
     """The loop of gflow around a solver, to one target; given up after ``limit`` seconds."""
     began, spent = time.perf_counter(), time.process_time()
     state = gflow.FlowState(work.weights, np.zeros(()))
-    tolerance = stepping.Tolerance(np.float64(rtol), np.float64(stepping.default_atol(state, rtol)))
+    tolerance = Tolerance(np.float64(rtol), np.float64(default_atol(state, rtol)))
     carry = stepping.start(work.field, solver, tolerance, np.float64(work.s_start), state)
     limits = stepping.Limits(
         s_end=np.float64(work.s_end(log_risk)),

@@ -22,6 +22,7 @@ from common import Report, begin, parser, seconds, table
 import gflow
 from gflow.dynamics import pool, stepping
 from gflow.dynamics.ensemble import LANES
+from gflow.dynamics.tolerance import Tolerance, default_atol
 
 WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20
 
@@ -46,7 +47,7 @@ def plain_vmap(problem: gflow.Problem, starts: list[Any]) -> Any:
         tuple(np.stack(layer) for layer in zip(*starts, strict=True)), np.zeros(len(starts))
     )
     zero = np.zeros(())
-    atol = np.array([stepping.default_atol(gflow.FlowState(w, zero), rtol) for w in starts])
+    atol = np.array([default_atol(gflow.FlowState(w, zero), rtol) for w in starts])
     limits = stepping.Limits(
         s_end=np.float64(clock.read(GOAL, -np.inf)),
         num_steps=np.int64(10**6),
@@ -58,7 +59,7 @@ def plain_vmap(problem: gflow.Problem, starts: list[Any]) -> Any:
     @jax.jit
     def run(s: Any, state: Any, atol: Any) -> Any:
         def one(s: Any, state: Any, atol: Any) -> Any:
-            tolerance = stepping.Tolerance(np.float64(rtol), atol)
+            tolerance = Tolerance(np.float64(rtol), atol)
             carry = stepping.start(field, solver, tolerance, s, state)
             carry, _ = stepping.advance(field, solver, tolerance, (), carry, limits)
             return carry.state.weights, carry.num_steps

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
 import gflow
-from gflow.dynamics import stepping
+from gflow.dynamics.tolerance import default_atol
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Okabe and Ito's, its yellow replaced by grey."""
@@ -78,7 +78,7 @@ class Peer:
         """Follow the flow; given up at the first step that ends after ``limit`` seconds."""
         work = self._work
         state = gflow.FlowState(work.weights, np.zeros(()))
-        atol = np.full(self.start.size, stepping.default_atol(state, rtol))
+        atol = np.full(self.start.size, default_atol(state, rtol))
         atol[-1] = rtol * scaled_time
         # A large LU gains from all cores, as a small one loses.
         threads = 1 if self.start.size < 2_000 else os.cpu_count()

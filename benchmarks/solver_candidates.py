@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.linalg import lu_factor, lu_solve
 
 import gflow
-from gflow.dynamics import stepping
+from gflow.dynamics.tolerance import default_atol
 
 GOALS = (-1e2, -1e4, -1e6)
 
@@ -179,7 +179,7 @@ class Flow:
 def follow(work, method, rtol, limit):
     """States at the goals that are reached within the limit, each with the work until there."""
     flow = Flow(work)
-    atol = stepping.default_atol(gflow.FlowState(work.weights, np.zeros(())), rtol)
+    atol = default_atol(gflow.FlowState(work.weights, np.zeros(())), rtol)
     z, h, attempts, rows = flow.start, 1e-3, 0, []
     began = time.perf_counter()
     for goal in GOALS:

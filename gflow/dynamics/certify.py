@@ -63,7 +63,7 @@ two runs that happen to agree."""
 ANGLE = 4e-16
 """The same of an angle between float64 vectors, absolute; split coordinates hold it relatively."""
 
-LINEAR = {"direction_error", "margin_gap", "rank_one_residual"}
+LINEAR = {"direction_error", "margin_gap", "rank_one_residual", "kkt_residual"}
 QUADRATIC = {"misalignment", "rank_one_gap"}
 
 LEMMA = ("frobenius_norm", "spectral_norm", "rank_one_gap", "misalignment")
@@ -162,6 +162,7 @@ def error_estimates(
     """
     found = {}
     angle = np.array([0.0 if point["beyond_hand_over"] else ANGLE for point in points])
+    softmax = np.array([_softmax_round_off(point) for point in points])
     for name in (*CERTIFIED, *names):
         if name not in points[0]:
             continue
@@ -169,8 +170,24 @@ def error_estimates(
         other = np.full_like(value, np.nan)
         for i, point in enumerate(others):
             other[i] = point[name]
-        found[f"{name}_error"] = _error(name, value, other, angle)
+        noise = softmax if name == "kkt_residual" else angle
+        found[f"{name}_error"] = _error(name, value, other, noise)
     return found
+
+
+def _softmax_round_off(point: Mapping[str, Any]) -> float:
+    r"""Round-off of the KKT residual of one layer, where it is no more than the softmax weights'.
+
+    Margins of size s are known to $10^{-16}s$, and so are the weights' logarithms and the direction
+    of $\nabla R$, which the residual sets against that of $W$, times $\lVert\tilde W\rVert =
+    1/\text{margin}$. Of more layers the residual is mostly their misalignment.
+    """
+    if np.size(point.get("frobenius_norm", ())) != 1 or not point["margin"] > 0:
+        return ANGLE
+    far = bool(point["beyond_hand_over"])
+    return (ANGLE if far else EPSILON * max(1.0, -float(point["log_risk"]))) / float(
+        point["margin"]
+    )
 
 
 def _error(name: str, value: np.ndarray, other: np.ndarray, angle: np.ndarray) -> np.ndarray:

@@ -15,8 +15,9 @@ from gflow.dynamics import clocks, stepping
 from gflow.dynamics.checkpoint import End, carry_of
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.progress import Pace
-from gflow.dynamics.stepping import Carry, FunctionTolerance, Limits, Tolerance
+from gflow.dynamics.stepping import Carry, Limits
 from gflow.dynamics.targets import Target, out_of_steps
+from gflow.dynamics.tolerance import FunctionTolerance, Tolerance, default_atol
 from gflow.dynamics.until import AbstractRule, anonymous
 from gflow.problem.network import Array, Weights, as_array, end_to_end
 from gflow.problem.observables import is_deep_linear
@@ -48,7 +49,7 @@ class NearRun:
         self.explicit_evaluations = self.began_at = 0
         self.pace = Pace(ATTEMPTS_AT_FIRST)
         state = FlowState(weights, as_array(np.zeros(())))
-        self.atol = stepping.default_atol(state, rtol) if atol is None else float(atol)
+        self.atol = default_atol(state, rtol) if atol is None else float(atol)
         of_weights = Tolerance(as_array(np.float64(rtol)), as_array(np.float64(self.atol)))
         self.tolerance = (
             FunctionTolerance(of_weights.rtol, problem, of_weights)

@@ -18,7 +18,7 @@ from gflow.dynamics.field import FlowState
 from gflow.dynamics.gauss_newton import DIRECT, GaussNewton
 from gflow.dynamics.members import Member
 from gflow.dynamics.recorder import Recorder, observe_members
-from gflow.dynamics.stepping import default_atol
+from gflow.dynamics.tolerance import default_atol
 from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, as_rules, save_grid
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import is_deep_linear

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gflow.dynamics.field import FlowField, FlowState
+from gflow.dynamics.tolerance import AbstractTolerance
 from gflow.dynamics.until import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, Weights, squared_norm
-from gflow.problem.risk import Problem
 
 RUNNING, LANDED, CROSSED, COUNTED, TIRED, STALLED, STIFF = range(7)
 """Why ``advance`` returned: the clock landed on its target, a watched rule was crossed, the step
@@ -44,72 +44,6 @@ and its error has not fallen by the second; at first order it would fall as much
 STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
 """A run is stiff when step times spectral radius has exceeded the first in so many looks in a row,
 one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
-
-
-class Tolerance(eqx.Module):
-    """The error norm on weights: a step of norm at most one is accepted.
-
-    Weights: root mean square of ``error / (atol + rtol max(|before|, |after|))``. The scaled time
-    $u$ becomes small without being unimportant and is held to ``rtol`` alone.
-    """
-
-    rtol: Array
-    atol: Array
-
-    def norm(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
-        def scaled(e: Array, a: Array, b: Array) -> Array:
-            return jnp.sum((e / (self.atol + self.rtol * jnp.maximum(abs(a), abs(b)))) ** 2)
-
-        leaves = jax.tree.leaves(jax.tree.map(scaled, error[0], before[0], after[0]))
-        size = sum(leaf.size for leaf in jax.tree.leaves(before.weights))
-        weights = jnp.sqrt(sum(leaves) / size)
-        return jnp.maximum(weights, self.norm_of_time(error, before, after))
-
-    def norm_of_time(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
-        """That of the scaled time."""
-        u = jnp.maximum(abs(before.scaled_time), abs(after.scaled_time))
-        return abs(error.scaled_time) / (self.rtol * u + jnp.finfo(u.dtype).tiny)
-
-    @property
-    def at_start(self) -> "Tolerance":
-        """The norm that the first step's length is found by."""
-        return self
-
-
-class FunctionTolerance(eqx.Module):
-    r"""The error norm on what the network computes, for any scale of its layers.
-
-    The error $e$ of a step is pushed through the network, $\delta c = \partial c/\partial W\,e$
-    (for deep linear networks $c = w$, the end-to-end vector) and on to the margins,
-    $\delta q = A\,\delta c$, by one jvp. The norm is the largest of
-    $\lVert\delta c\rVert/\lVert c\rVert$, $\lVert\delta q\rVert/\lVert q\rVert$ and, so that what
-    the function does not show yet is kept too, each layer's $\lVert e_k\rVert/\lVert W_k\rVert$, in
-    units of ``rtol``, each size the larger of before and after the step.
-    """
-
-    rtol: Array
-    problem: Problem
-    at_start: Tolerance
-
-    def norm(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
-        problem = self.problem
-
-        def coordinates(weights: Weights) -> Array:
-            return problem.network.coordinates(weights, problem.data)
-
-        first, pushed = jax.jvp(coordinates, (after.weights,), (error.weights,))
-        other = coordinates(before.weights)
-        tests = [(pushed, other, first)]
-        tests += [(problem.spread(pushed), problem.spread(other), problem.spread(first))]
-        layers = (jax.tree.leaves(state.weights) for state in (error, before, after))
-        tests += zip(*layers, strict=True)
-        norms = [self._relative(*test) for test in tests]
-        time = self.at_start.norm_of_time(error, before, after)
-        return jnp.maximum(jnp.max(jnp.stack(norms)), time)
-
-    def _relative(self, error: Array, before: Array, after: Array) -> Array:
-        size = jnp.sqrt(jnp.maximum(jnp.sum(before**2), jnp.sum(after**2)))
-        return jnp.sqrt(jnp.sum(error**2)) / (self.rtol * size + jnp.finfo(size.dtype).tiny)
 
 
 class Carry(eqx.Module):
@@ -150,7 +84,7 @@ class Limits(NamedTuple):
 def start(
     field: FlowField,
     solver: diffrax.AbstractSolver,
-    tolerance: Tolerance | FunctionTolerance,
+    tolerance: AbstractTolerance,
     s: Array,
     state: FlowState,
 ) -> Carry:
@@ -186,7 +120,7 @@ def observe(
 def advance(
     field: FlowField,
     solver: diffrax.AbstractSolver,
-    tolerance: Tolerance | FunctionTolerance,
+    tolerance: AbstractTolerance,
     rules: tuple[AbstractRule, ...],
     carry: Carry,
     limits: Limits,
@@ -372,12 +306,3 @@ def land(
 def strong(tree: PyTree[Array]) -> PyTree[Array]:
     """The same arrays without JAX's weak types, so that one compilation serves them all."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype), tree)
-
-
-def default_atol(state: FlowState, rtol: float) -> float:
-    """``rtol`` times the typical entry of the smallest layer that is not zero, at most one.
-
-    A start near the saddle at zero is then resolved as well as one of order one.
-    """
-    sizes = [float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(state.weights)]
-    return rtol * min([1.0, *(size for size in sizes if size > 0)])
