@@ -18,20 +18,20 @@ from threadpoolctl import threadpool_limits
 import gflow
 from gflow.dynamics.tolerance import default_atol
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""Okabe and Ito's, its yellow replaced by grey."""
+GREY = "#7F7F7F"
+PALETTE = (*gflow.plot.COLORS[:-1], GREY)
+"""The colours of gflow's own figures, black, which is gflow's where one line is, replaced by grey."""
 
 COLORS = {
-    "GaussNewton, 3 stages": "#56B4E9",
-    "GaussNewton, 5 stages": "#0072B2",
-    "GaussNewton, 7 stages": "#000000",
-    "Dopri8": "#E69F00",
-    "Kvaerno5, as shipped": "#CC79A7",
-    "Kvaerno5, better root finder": "#D55E00",
-    "SciPy LSODA": "#009E73",
-    "SciPy Radau": "#7F7F7F",
+    "GaussNewton, 3 stages": PALETTE[5],
+    "GaussNewton, 5 stages": PALETTE[0],
+    "GaussNewton, 7 stages": "black",
+    "Dopri8": PALETTE[4],
+    "Kvaerno5, as shipped": PALETTE[3],
+    "Kvaerno5, better root finder": PALETTE[1],
+    "SciPy LSODA": PALETTE[2],
+    "SciPy Radau": GREY,
 }
-"""The palette of Okabe and Ito, its yellow replaced by grey."""
 
 MARKERS = dict(zip(COLORS, "v^sDoXP*", strict=True))
 

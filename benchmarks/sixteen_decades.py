@@ -10,11 +10,11 @@ start and data, and its first two terms. One column wide.
 import numpy as np
 from common import Report, begin, parser
 from hand_over import planar
+from peers import PALETTE
 
 import gflow
 
 END = 1e16
-COLORS = ("#0072B2", "#D55E00", "#009E73")
 PANELS = (
     ("misalignment", r"$1 - |\langle v_{k+1}, u_k\rangle|$", "pair"),
     ("rank_one_gap", r"$1 - \|W_k\|_2/\|W_k\|_F$", "layer"),
@@ -46,8 +46,8 @@ def figure(record, law):
         line = leading(law, name, s[shown])
         for k in range(values.shape[1]):
             which = f"{kind} {k + 1}" if kind else "flow"
-            ax.loglog(s[shown], values[shown, k], ".", ms=3, color=COLORS[k], label=which)
-            ax.loglog(s[shown], line[:, k], color=COLORS[k], lw=0.8)
+            ax.loglog(s[shown], values[shown, k], ".", ms=3, color=PALETTE[k], label=which)
+            ax.loglog(s[shown], line[:, k], color=PALETTE[k], lw=0.8)
         ax.set_ylabel(label, fontsize=8)
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7, loc="lower left")
