@@ -20,7 +20,7 @@ from gflow.dynamics.tolerance import default_atol
 
 GREY = "#7F7F7F"
 PALETTE = (*gflow.plot.COLORS[:-1], GREY)
-"""The colours of gflow's own figures, black, which is gflow's where one line is, replaced by grey."""
+"""The colours of gflow's own figures, with grey for black, in which gflow itself is drawn."""
 
 COLORS = {
     "GaussNewton, 3 stages": PALETTE[5],
