@@ -56,14 +56,14 @@ NEIGHBOURS = 2
 """Saved points on either side whose relative error a point may have: an error that changes its sign
 vanishes at one point by chance, and so does the difference of two."""
 
-NOISE = 3e-13
+NOISE = 1e-12
 """Relative error that rounding and the solvers' own iterations leave at any tolerance, unseen by
 two runs that happen to agree."""
 
 ANGLE = 4e-16
 """The same of an angle between float64 vectors, absolute; split coordinates hold it relatively."""
 
-LINEAR = {"direction_error", "margin_gap", "rank_one_residual", "kkt_residual"}
+LINEAR = {"direction_error", "margin_gap", "rank_one_residual"}
 QUADRATIC = {"misalignment", "rank_one_gap"}
 
 LEMMA = ("frobenius_norm", "spectral_norm", "rank_one_gap", "misalignment")
@@ -160,9 +160,7 @@ def error_estimates(
         others: those of the second run at the same points; NaN from where it ended.
         names: further observables that the caller added.
     """
-    found = {}
-    angle = np.array([0.0 if point["beyond_hand_over"] else ANGLE for point in points])
-    softmax = np.array([_softmax_round_off(point) for point in points])
+    found, noise = {}, _round_off(points)
     for name in (*CERTIFIED, *names):
         if name not in points[0]:
             continue
@@ -170,27 +168,13 @@ def error_estimates(
         other = np.full_like(value, np.nan)
         for i, point in enumerate(others):
             other[i] = point[name]
-        noise = softmax if name == "kkt_residual" else angle
-        found[f"{name}_error"] = _error(name, value, other, noise)
+        error = _error(name, value, other) + noise.get(name, 0.0)
+        error[0] = 0.0  # the start is given
+        found[f"{name}_error"] = error
     return found
 
 
-def _softmax_round_off(point: Mapping[str, Any]) -> float:
-    r"""Round-off of the KKT residual of one layer, where it is no more than the softmax weights'.
-
-    Margins of size s are known to $10^{-16}s$, and so are the weights' logarithms and the direction
-    of $\nabla R$, which the residual sets against that of $W$, times $\lVert\tilde W\rVert =
-    1/\text{margin}$. Of more layers the residual is mostly their misalignment.
-    """
-    if np.size(point.get("frobenius_norm", ())) != 1 or not point["margin"] > 0:
-        return ANGLE
-    far = bool(point["beyond_hand_over"])
-    return (ANGLE if far else EPSILON * max(1.0, -float(point["log_risk"]))) / float(
-        point["margin"]
-    )
-
-
-def _error(name: str, value: np.ndarray, other: np.ndarray, angle: np.ndarray) -> np.ndarray:
+def _error(name: str, value: np.ndarray, other: np.ndarray) -> np.ndarray:
     known = np.isfinite(value) & np.isfinite(other)
     size = np.where(known, np.abs(value), 0.0)
     if name == "end_to_end":
@@ -201,13 +185,47 @@ def _error(name: str, value: np.ndarray, other: np.ndarray, angle: np.ndarray) -
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(known & (size > 0), SAFETY * np.abs(value - other) / size, 0.0)
     error = np.maximum(_widest(relative, NEIGHBOURS), NOISE) * size
-    angle = angle.reshape(-1, *[1] * (value.ndim - 1))
-    if name in LINEAR:
-        error = error + angle
-    if name in QUADRATIC:  # half the square of an angle a that is off by e: a e + e^2/2
-        error = error + np.sqrt(2 * size) * angle + angle**2 / 2
-    error[0] = 0.0  # the start is given
     return np.where(known, error, np.where(value == other, 0.0, np.nan))  # log t starts at -inf
+
+
+def _round_off(points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    r"""Round-off, absolute, of the observables that are small differences of large numbers.
+
+    Angles are known to ``ANGLE``, halves of their squares accordingly. Margins of size s are known
+    to $10^{-16}s$, and so, relatively, are the softmax weights $\lambda_i$ and with them the KKT
+    slackness. The KKT residual sets the direction of $\nabla R$ against that of $W$, times
+    $\lVert\tilde W\rVert$: of one layer it is no more than the difference of two weighted means,
+    about $\lVert\tilde W\rVert$ times the direction error; where more layers make it larger, what
+    they add is orthogonal to that part and does not see its round-off.
+    """
+
+    def column(name: str) -> np.ndarray:
+        return np.nan_to_num(np.stack([np.asarray(point[name]) for point in points]))
+
+    far = column("beyond_hand_over").astype(bool)
+    angle = np.where(far, 0.0, ANGLE)
+    found = {}
+    for name in LINEAR & points[0].keys():
+        found[name] = _each(angle, column(name))
+    for name in QUADRATIC & points[0].keys():  # (a + e)^2/2 - a^2/2
+        value = column(name)
+        found[name] = np.sqrt(2 * value) * _each(angle, value) + _each(angle, value) ** 2 / 2
+    if "kkt_residual" not in points[0]:
+        return found
+    frobenius, residual = column("frobenius_norm"), column("kkt_residual")
+    smallest = column("margin") * np.linalg.norm(column("end_to_end"), axis=1)
+    smallest = np.where(smallest > 0, smallest, np.inf)  # before the data are separated
+    size = np.linalg.norm(frobenius, axis=1) / smallest ** (1 / frobenius.shape[1])
+    lost = np.where(far, ANGLE, EPSILON * np.maximum(1.0, -column("log_risk")))
+    seen = size * column("direction_error") / np.where(residual > 0, residual, np.inf)
+    found["kkt_residual"] = lost * size * np.minimum(1.0, seen)
+    found["kkt_slackness"] = lost * column("kkt_slackness")
+    return found
+
+
+def _each(angle: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """An angle a point beside several values a point."""
+    return np.broadcast_to(angle.reshape(-1, *[1] * (value.ndim - 1)), value.shape)
 
 
 def _widest(values: np.ndarray, reach: int) -> np.ndarray:
