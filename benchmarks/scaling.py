@@ -64,6 +64,8 @@ def figure(found):
         ax.loglog(size[-2:], step[-1] * size[-2:] / size[-1], ":", color="0.4", label="slope 1")
         ax.set_xlabel(what if what != "points" else "number of points")
         ax.set_title(f"last slope {slope(rows):.2f}", fontsize=9)
+        ax.set_xticks(size, [f"{each:g}" for each in size])
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("microseconds a step")
     axes[0, 0].legend(fontsize=8, frameon=False)
