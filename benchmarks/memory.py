@@ -96,7 +96,7 @@ def main():
     options = begin(parser(__doc__))
     report = Report(__file__, options)
     rows = []
-    for steps in STEPS[:2] if options.quick else STEPS:
+    for steps in STEPS[:1] if options.quick else STEPS:
         command = [sys.executable, __file__, "--session", str(steps)]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(told))
@@ -104,7 +104,8 @@ def main():
     growth = rows[-1]["peak_mib"] / rows[0]["peak_mib"] - 1
     sizes: list[dict] = []
     for width in WIDTHS[:1] if options.quick else WIDTHS:
-        sizes += beside_weights(width, ("gflow", *DENSE) if width <= MOST_DENSE else ("gflow",))
+        peers = DENSE[-1:] if options.quick else DENSE
+        sizes += beside_weights(width, ("gflow", *peers) if width <= MOST_DENSE else ("gflow",))
     table(sizes, "width:d weights:d method:s peak_mib:.0f why:s")
     per_weight = {name: growth_per_weight(sizes, name) for name in ("gflow", *DENSE)}
     print("bytes a weight:", per_weight)
