@@ -44,11 +44,11 @@ from gflow.problem.losses import (
     AbstractLoss as AbstractLoss,
     Exponential as Exponential,
     Logistic as Logistic,
-    PolynomialTail as PolynomialTail,
 )
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
 from gflow.problem.modified import ModifiedEquation as ModifiedEquation
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
+from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.risk import Problem as Problem
 from gflow.record import load as load, save as save
 from gflow.report import plot as plot

@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from gflow.problem.losses import Exponential, Logistic, PolynomialTail
+from gflow import Exponential, Logistic, PolynomialTail
 
 EPSILON = 2.0**-52
 

@@ -17,7 +17,8 @@ import numpy as np
 from gflow.dynamics import clocks, until as rules
 from gflow.problem import datasets, init
 from gflow.problem.data import Dataset
-from gflow.problem.losses import AbstractLoss, Exponential, Logistic, PolynomialTail
+from gflow.problem.losses import AbstractLoss, Exponential, Logistic
+from gflow.problem.polynomial_tail import PolynomialTail
 from gflow.problem.risk import Problem
 from gflow.report.experiment import Experiment, Run, one_run
 
