@@ -8,7 +8,6 @@ error that lists those that are, so that a misspelled setting is never silently 
 import inspect
 import tomllib
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from gflow.problem.losses import AbstractLoss, Exponential, Logistic
 from gflow.problem.polynomial_tail import PolynomialTail
 from gflow.problem.risk import Problem
 from gflow.report.experiment import Experiment, Run, one_run
+from gflow.report.table import REQUIRED, Table, choose
 
 LOSSES: dict[str, type[AbstractLoss]] = {
     "exponential": Exponential,
@@ -43,6 +43,8 @@ RULES: dict[str, Callable[[Any], rules.AbstractRule]] = {
     "log_time": rules.LogTime,
     "steps": rules.Steps,
     "misalignment": rules.Misalignment,
+    "margin_gap": rules.MarginGap,
+    "kkt": rules.KKT,
 }
 
 CLOCKS: dict[str, Callable[[], clocks.AbstractClock]] = {
@@ -64,8 +66,6 @@ MAKERS: tuple[Callable[..., Dataset], ...] = (
 """Data sets whose arguments a file may set."""
 
 GFLOW_OPTIMIZERS = ("loss_scaled", "polyak", "loss_line_search", "paper_steps")
-
-_REQUIRED = object()
 
 
 def read(path: str | Path) -> Experiment:
@@ -112,7 +112,7 @@ def build(
     """
     top = Table(document, "")
     name = top.get("name", str, name)
-    tables = {key: top.table(key, _REQUIRED) for key in ("data", "network")}
+    tables = {key: top.table(key, REQUIRED) for key in ("data", "network")}
     loss, start = top.table("loss", {}), top.table("start", {})
     flow, descent = top.table("flow", None), top.table("descent", None)
     top.done()
@@ -139,7 +139,7 @@ def build(
     return Experiment(name, problem, runs)
 
 
-def data_of(table: "Table", folder: Path) -> Dataset:
+def data_of(table: Table, folder: Path) -> Dataset:
     """The data that a table describes."""
     file = table.get("file", str, None)
     name = table.get("dataset", str, None)
@@ -168,14 +168,14 @@ def data_of(table: "Table", folder: Path) -> Dataset:
     return data.scaled() if scale else data
 
 
-def _loss(table: "Table") -> AbstractLoss:
+def _loss(table: Table) -> AbstractLoss:
     kind = choose("[loss] name", table.get("name", str, "logistic"), LOSSES)
     options = table.rest(_options(kind.__init__) if kind is PolynomialTail else ())
     table.done()
     return kind(**options)
 
 
-def _widths(network: "Table", data: Dataset) -> tuple[int, ...]:
+def _widths(network: Table, data: Dataset) -> tuple[int, ...]:
     depth, width = network.get("depth", int, None), network.get("width", int, None)
     if depth is not None and width is not None and "widths" not in network.values:
         if depth < 1 or width < 1:
@@ -185,7 +185,7 @@ def _widths(network: "Table", data: Dataset) -> tuple[int, ...]:
         return (data.dim, *[width] * (depth - 1), 1)
     if depth is not None or width is not None:
         raise ValueError("[network] needs either `widths`, or both `depth` and `width`.")
-    widths = network.get("widths", list, _REQUIRED)
+    widths = network.get("widths", list, REQUIRED)
     if not all(isinstance(width, int) and width > 0 for width in widths) or len(widths) < 2:
         raise ValueError(
             f"[network] widths is {widths}; expected positive whole numbers from the dimension of "
@@ -200,7 +200,7 @@ def _widths(network: "Table", data: Dataset) -> tuple[int, ...]:
 
 
 def _start(
-    table: "Table", folder: Path, widths: tuple[int, ...], problem: Problem
+    table: Table, folder: Path, widths: tuple[int, ...], problem: Problem
 ) -> init.LayerWeights:
     file = table.get("file", str, None)
     admissible = table.get("admissible", bool, True)
@@ -235,12 +235,14 @@ def _stored_weights(path: Path, widths: tuple[int, ...]) -> init.LayerWeights:
     return weights
 
 
-def _flow(table: "Table", problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
+def _flow(table: Table, problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
     until = _until(table)
     options = _common(table)
     for key in ("rtol", "atol"):
         options[key] = table.get(key, float, None)
     options["max_steps"] = table.get("max_steps", int, None)
+    for key in ("certify", "function_space"):
+        options[key] = table.get(key, bool, None)
     clock = table.get("clock", str, None)
     options["clock"] = None if clock is None else choose("[flow] clock", clock, CLOCKS)()
     solver = table.get("solver", str, None)
@@ -250,7 +252,7 @@ def _flow(table: "Table", problem: Problem, starts: "list[init.LayerWeights]") -
     return [one_run("flow", weights, until, options=given) for weights in starts]
 
 
-def _descent(table: "Table", problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
+def _descent(table: Table, problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
     from gflow.dynamics.step_sizes import on_log_risk
 
     until = _until(table)
@@ -272,20 +274,20 @@ def _descent(table: "Table", problem: Problem, starts: "list[init.LayerWeights]"
     return [one_run("descent", weights, until, optimizer=made, options=given) for weights in starts]
 
 
-def _common(table: "Table") -> dict[str, Any]:
+def _common(table: Table) -> dict[str, Any]:
     return {
         "save": table.get("save", int, None),
         "keep_weights": table.get("keep_weights", bool, None),
     }
 
 
-def _until(table: "Table") -> Any:
-    wanted = table.table("until", _REQUIRED)
+def _until(table: Table) -> Any:
+    wanted = table.table("until", REQUIRED)
     found = []
     for key in wanted.names():
         rule = choose(f"{wanted.where} until", key, RULES)
         kind = int if key == "steps" else float
-        found.append(rule(wanted.get(key, kind, _REQUIRED)))
+        found.append(rule(wanted.get(key, kind, REQUIRED)))
     if not found:
         raise ValueError(
             f"{wanted.where} is empty; expected one or more of {', '.join(RULES)}, such as "
@@ -325,91 +327,6 @@ def _solver(name: str) -> Any:
     }
     theirs = {key: getattr(diffrax, key) for key in ("Dopri5", "Dopri8", "Tsit5", "Kvaerno5")}
     return choose("[flow] solver", name, ours | theirs)()
-
-
-# -------------------------------------------------------------------------------------------------
-# Tables of the file
-# -------------------------------------------------------------------------------------------------
-
-
-class Table:
-    """A table of a TOML file that knows which of its keys were asked for.
-
-    Args:
-        values: the table.
-        where: its name in messages, such as "[flow]"; empty for the whole file.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values = dict(values)
-        self.where = where
-        self.known: dict[str, None] = {}
-
-    def names(self) -> list[str]:
-        """The keys of the file, in its order."""
-        return list(self.values)
-
-    def get(self, key: str, kind: type, default: Any) -> Any:
-        """The value of a key, checked to be of a kind; ``default`` if it is not there."""
-        self.known[key] = None
-        if key not in self.values:
-            if default is _REQUIRED:
-                raise ValueError(f"{self._path(key)} is missing.")
-            return default
-        value = self.values[key]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        # In Python, not in TOML, true is a whole number.
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ValueError(
-                f"{self._path(key)} is {value!r}; expected {_KINDS.get(kind, kind.__name__)}."
-            )
-        return value
-
-    def table(self, key: str, default: Any) -> Any:
-        """A table inside this one, or None if the default is None and it is not there."""
-        where = f"[{key}]" if not self.where else f"{self.where} {key}"
-        value = self.get(key, dict, default)
-        return None if value is None else Table(value, where)
-
-    def rest(self, options: Mapping[str, Any] | tuple[str, ...]) -> dict[str, Any]:
-        """The keys among ``options`` that are there: keyword arguments of a function."""
-        for key in options:
-            self.known[key] = None
-        return {key: self.values[key] for key in options if key in self.values}
-
-    def done(self) -> None:
-        """Raise if a key is there that nobody asked for."""
-        for key in self.values:
-            if key not in self.known:
-                place = f" in {self.where}" if self.where else ""
-                raise ValueError(f"unknown key `{key}`{place}; {_suggest(key, self.known)}")
-
-    def _path(self, key: str) -> str:
-        return f"{self.where} {key}" if self.where else f"[{key}]"
-
-
-_KINDS = {
-    float: "a number",
-    int: "a whole number",
-    str: "text in quotes",
-    bool: "true or false",
-    dict: "a table",
-    list: "a list",
-}
-
-
-def choose(what: str, name: str, known: Mapping[str, Any]) -> Any:
-    """The entry of a mapping, or an error that lists its keys."""
-    if name not in known:
-        raise ValueError(f"{what} is {name!r}; {_suggest(name, known)}")
-    return known[name]
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"expected one of {', '.join(known)}.{hint}"
 
 
 def _options(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gflow.problem.data import Dataset
-from gflow.report.config import Table, build, data_of, parsed
+from gflow.report.config import build, data_of, parsed
+from gflow.report.table import Table
 
 
 class Variation(NamedTuple):
