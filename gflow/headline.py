@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gflow.record import CERTIFIED
+from gflow.variables import CERTIFIED
 
 ZERO = {
     "misalignment": 1e-14,

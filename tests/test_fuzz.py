@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import gflow
-from gflow.record import CERTIFIED
+from gflow.variables import CERTIFIED
 
 MANY = int(os.environ.get("GFLOW_FUZZ", "0"))
 

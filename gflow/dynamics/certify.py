@@ -31,7 +31,7 @@ from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.targets import Target
 from gflow.problem.observables import lemma_slacks
-from gflow.record import CERTIFIED
+from gflow.variables import CERTIFIED
 
 if TYPE_CHECKING:
     from gflow.dynamics.flow_run import FlowRun
