@@ -75,6 +75,7 @@ def growth_per_weight(rows: list[dict], name: str) -> float | None:
 
 def figure(rows: list[dict]):
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
     from peers import PALETTE
 
     fig, ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
@@ -82,6 +83,9 @@ def figure(rows: list[dict]):
         done = [row for row in rows if row["method"] == name and row["peak_mib"] is not None]
         x, y = [row["weights"] for row in done], [row["peak_mib"] for row in done]
         ax.loglog(x, y, marker=marker, color=color, label=name.removesuffix(reach.LENT))
+    ticks = (400, 600, 1000, 1500)
+    ax.set_yticks(ticks, [str(tick) for tick in ticks])
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("weights")
     ax.set_ylabel("peak memory of the process, MiB")
     ax.grid(alpha=0.3)

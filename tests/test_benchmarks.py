@@ -43,6 +43,33 @@ def test_a_run_leaves_a_figure_and_a_table_of_everything(quick):
     assert "How far does each method get" in table and "[png](reach.png)" in table
 
 
+FOUND = {
+    "work_precision": lambda found: [
+        row["error"] < 1e-3
+        for row in found["panels"][0]["rows"]
+        if row["method"].startswith("GaussNewton")
+    ],
+    "scaling": lambda found: [row["finished"] for row in found["rows"]["width"]],
+    "descent_throughput": lambda found: [row["difference"] <= 1e-12 for row in found["rows"]],
+    "start_up": lambda found: [row["warm_s"] < row["first_call_s"] for row in found["calls"]],
+    "memory": lambda found: [row["peak_mib"] > 0 for row in found["weights"]],
+}
+"""Name of a comparison: what is true of each row of its result, on any machine."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_comparison_has_a_quick_run(name, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["quick"]
+    true = FOUND[name](found)
+    assert true and all(true)
+
+
 def test_the_readme_shows_what_the_benchmark_found():
     readme = imported(ROOT / "docs" / "readme.py")
     table = readme.peers_table(json.loads((RESULTS / "reach.json").read_text()))
