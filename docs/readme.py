@@ -6,9 +6,9 @@ runs; both come from the first experiment of ``gflow reproduce``. The table of p
 its markers.
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,12 @@ def _seconds(value: float | None) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--benchmarks", action="store_true", help="renew the table of peers alone")
+    alone = parser.parse_args().benchmarks
     mpl.use("Agg")
     put("peers", peers_table(json.loads(REACH.read_text(encoding="utf-8"))))
-    if "--benchmarks" in sys.argv[1:]:
-        sys.exit()
-    synthetic = ex.follow(reproduce.experiments()[0])
-    draw(synthetic)
-    fill(synthetic)
+    if not alone:
+        synthetic = ex.follow(reproduce.experiments()[0])
+        draw(synthetic)
+        fill(synthetic)
