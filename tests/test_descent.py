@@ -25,7 +25,7 @@ DATA = gflow.Dataset(
 )
 PROBLEM = gflow.Problem(DATA, loss=gflow.Logistic())
 RATE = 0.5
-SGD = optax.sgd(RATE)  # compiled once: optax's optimisers are told apart by identity
+SGD = optax.sgd(RATE)
 START = gflow.init.admissible(gflow.init.gaussian((2, 3, 2, 1), seed=3), PROBLEM)
 STEPS = 60
 ROUND_OFF = 1e-12

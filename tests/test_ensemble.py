@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import gflow
+from gflow.dynamics.together import Calls
 
 WIDTHS, GOAL, POINTS = (2, 3, 1), -1e3, 4
 SCALES = (0.1, 0.3, 1.0, 2.0, 0.1)
@@ -107,15 +108,24 @@ def test_two_devices_give_what_one_gives_bit_for_bit():
     )
 
 
-def test_descent_members_differ_in_their_optimiser(problem, batch):
-    two = tuple(layer[:2] for layer in batch)
+def test_descents_with_other_rates_are_one_program(problem, batch, monkeypatch):
+    two, kinds = tuple(layer[:2] for layer in batch), set()
+    monkeypatch.setattr(
+        Calls,
+        "_joined",
+        lambda *given, join=Calls._joined: kinds.add(given[1]) or join(*given),
+    )
     optimizers = [optax.sgd(0.1), optax.sgd(0.2)]
     found = gflow.ensemble(problem, two, optimizers, until=gflow.Steps(20), save=3)
+    assert len(kinds) == 1
+    assert found.optimizer.values.tolist() == ["scale(step_size=-0.1)", "scale(step_size=-0.2)"]
     for i, optimizer in enumerate(optimizers):
         single = gflow.gradient_descent(
             problem, tuple(w[i] for w in two), optimizer, until=gflow.Steps(20), save=3
         )
-        np.testing.assert_array_equal(found.sel(member=i).log_risk.values, single.log_risk.values)
+        np.testing.assert_allclose(
+            found.sel(member=i).log_risk.values, single.log_risk.values, rtol=1e-12
+        )
 
 
 def test_sweep_follows_flows_in_lanes_whatever_differs(problem, starts, together):
@@ -150,11 +160,11 @@ def test_descents_by_one_optimiser_make_their_steps_together(problem, batch, mon
         )
         for i in range(4)
     ]
-    joined, together = [], gflow.dynamics.together
+    joined = []
     monkeypatch.setattr(
-        together.Calls,
+        Calls,
         "_joined",
-        lambda *given, join=together.Calls._joined: joined.append(len(given[2])) or join(*given),
+        lambda *given, join=Calls._joined: joined.append(len(given[2])) or join(*given),
     )
     four = tuple(layer[:4] for layer in batch)
     found = gflow.ensemble(problem, four, optimizer, until=until, save=POINTS, lanes=3)

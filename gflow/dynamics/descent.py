@@ -56,7 +56,7 @@ def gradient_descent(
             pytree of arrays for a ``gflow.Network``.
         optimizer: any optax optimiser. Every optax extra argument is provided: ``value``, ``grad``
             and ``value_fn``, and for rules of one's own ``log_risk``, ``log_gradient`` and
-            ``log_risk_fn``. The same object used twice is compiled once.
+            ``log_risk_fn``. Optimisers that differ in numbers only are compiled once.
         until: a stopping rule, or several joined with ``|``; the first written is the leading one.
             Rules are tested at every iterate; `Misalignment` at every 100th, and with mini-batches
             `LogRisk`, which is the risk on all points, once an epoch.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -27,7 +28,7 @@ from gflow.dynamics.iterating import (
 from gflow.dynamics.progress import Pace
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.step_meter import StepMeter
-from gflow.dynamics.step_sizes import describe, with_extra_arguments
+from gflow.dynamics.step_sizes import describe, opened, with_extra_arguments
 from gflow.dynamics.together import advance
 from gflow.dynamics.until import AbstractRule, LogRisk, LogTime, Steps, Time, anonymous
 from gflow.problem.network import Weights
@@ -77,35 +78,17 @@ class DescentRun:
                 f"`optimizer` is a {type(optimizer).__name__}; expected an optax optimiser such as "
                 "optax.sgd(0.1), or one of gflow's rules such as gflow.loss_scaled(0.1)."
             )
-        self.descent = Descent(
-            problem,
-            with_extra_arguments(optimizer),
-            StepMeter.of(optimizer, weights),
-            None if batch_size is None else Sampler(jax.random.key(seed), batch_size),
-        )
+        sampler = None if batch_size is None else Sampler(jax.random.key(seed), batch_size)
+        self.descent, self.carry = _started(problem, weights, optimizer, sampler)
         self.seed = None if batch_size is None else seed
         self.max_steps = max_steps
-        self.carry: Carry = self.descent.start(weights)
         self.rested: Weights = self.carry.weights
         """The weights at the last multiple of ``STALL_LOOK`` steps."""
         self.pace = Pace(STEPS_AT_FIRST)
-        self._try_optimizer()
+        self._check_first_step()
 
-    def _try_optimizer(self) -> None:
-        """Trace one step, so that an optimiser that cannot run says so in plain words."""
+    def _check_first_step(self) -> None:
         descent = self.descent
-        try:
-            after = jax.eval_shape(descent.step, self.carry)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`optimizer` cannot make a step: {error}. gradient_descent provides the extra "
-                "arguments value, grad, value_fn, log_risk, log_gradient and log_risk_fn."
-            ) from error
-        if jax.tree.structure(after) != jax.tree.structure(self.carry):
-            raise ValueError(
-                "`optimizer` changes the structure of its state in a step; expected the structure "
-                "that its `init` returns."
-            )
         if descent.meter.nominal:
             first = descent.meter.nominal_answer(descent.meter.start())
             if not float(first) <= 0:
@@ -286,6 +269,45 @@ class DescentRun:
             batch_size=descent.sampler and descent.sampler.size,
             seed=self.seed,
         )
+
+
+def _started(
+    problem: Problem,
+    weights: Weights,
+    optimizer: optax.GradientTransformation,
+    sampler: Sampler | None,
+) -> tuple[Descent, Carry]:
+    """A descent at its start, with the optimiser's numbers as arguments of the program if it can.
+
+    One step is traced, so that an optimiser that cannot run says so in plain words.
+    """
+    for each in (opened(optimizer), with_extra_arguments(optimizer)):
+        descent = Descent(problem, each, StepMeter.of(each, weights), sampler)
+        carry = descent.start(weights)
+        try:
+            arrays, rest = eqx.partition((descent, carry), eqx.is_array)
+            leaves, structure = jax.tree.flatten(rest)
+            after = _step.eval_shape(structure, tuple(leaves), arrays)
+            break
+        except (TypeError, ValueError) as error:
+            failure = error
+    else:
+        raise ValueError(
+            f"`optimizer` cannot make a step: {failure}. gradient_descent provides the extra "
+            "arguments value, grad, value_fn, log_risk, log_gradient and log_risk_fn."
+        ) from failure
+    if jax.tree.structure(after) != jax.tree.structure(carry):
+        raise ValueError(
+            "`optimizer` changes the structure of its state in a step; expected the structure "
+            "that its `init` returns."
+        )
+    return descent, carry
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # for its cache: it is traced once and never run
+def _step(structure: Any, leaves: tuple[Any, ...], arrays: Any) -> Carry:
+    descent, carry = eqx.combine(arrays, jax.tree.unflatten(structure, leaves))
+    return descent.step(carry)
 
 
 class Place(eqx.Module):

@@ -51,9 +51,10 @@ def ensemble(
     Members share shapes and differ in start, data, loss, tolerance or optimiser. Flows of small
     deep linear networks to a ``LogRisk`` of at least -1e6 run side by side (``lanes.py``): one
     compiled program, in which a member that is done makes room for the next, on all devices.
-    Descents by one optimiser, the same object, make their steps in one vmapped call. All other
-    members, and those that a lane gives up, run one after the other. Where and beside what a member
-    runs does not change its result beyond round-off. One that fails says so and touches no other.
+    Descents make their steps in one vmapped call, if their optimisers differ in numbers such as the
+    learning rate only. All other members, and those that a lane gives up, run one after the other.
+    Where and beside what a member runs does not change its result beyond round-off. One that fails
+    says so and touches no other.
 
     Args:
         problem: one for all, or one a member, of equal shapes.

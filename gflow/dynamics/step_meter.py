@@ -150,7 +150,7 @@ class StepMeter(eqx.Module):
         stop = reached or (lambda at: [])
         return jax.lax.while_loop(
             lambda at: (at.num_steps < num_steps) & ~jnp.any(jnp.array([False, *stop(at)])),
-            self.nominal_step,
+            lambda at: self.nominal_step(at),  # JAX hashes it, and the method holds arrays
             elapsed,
         )
 

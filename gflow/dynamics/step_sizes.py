@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gflow.dynamics.closures import open_function
 from gflow.problem.network import Array, DeepLinear, inner_product
 from gflow.problem.risk import Problem
 
@@ -201,6 +202,45 @@ class PlainOptimizer(eqx.Module):
         return describe(self.inner)
 
 
+def opened(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser with its numbers as arrays, equal for equal calls (see ``closures.py``).
+
+    It cannot be traced if the optimiser decides by its numbers what to do.
+    """
+    rule = getattr(optimizer.update, "__self__", None)
+    if isinstance(rule, OnLogRisk):
+        return _transformation(OnLogRisk(opened(rule.inner)))
+    if isinstance(rule, PlainOptimizer):
+        return opened(rule.inner)
+    if isinstance(rule, eqx.Module):  # one of ours
+        return with_extra_arguments(optimizer)
+    extra = isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    functions = open_function(optimizer.init), open_function(optimizer.update)
+    return _transformation(OpenOptimizer(*functions, extra))
+
+
+class OpenOptimizer(eqx.Module):
+    """An optimiser whose numbers are leaves."""
+
+    start: Callable
+    move: Callable
+    extra: bool = eqx.field(static=True)
+    """Whether it takes extra arguments."""
+
+    def init(self, params: Any) -> Any:
+        return self.start(params)
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        # Numbers that were weakly typed are not any more.
+        with jax.numpy_dtype_promotion("standard"):
+            return self.move(updates, state, params, **(extra if self.extra else {}))
+
+    def __repr__(self) -> str:
+        return _describe(getattr(self.move, "closed", lambda: self.move)())
+
+
 class OnLogRisk(eqx.Module):
     """The rule behind `on_log_risk`."""
 
@@ -239,7 +279,7 @@ class OnLogRisk(eqx.Module):
 
     def __repr__(self) -> str:
         owner = getattr(self.inner.update, "__self__", None)
-        own = owner is not None and not isinstance(owner, PlainOptimizer)
+        own = owner is not None and not isinstance(owner, PlainOptimizer | OpenOptimizer)
         return repr(owner) if own else f"on_log_risk({describe(self.inner)})"
 
 

@@ -2,9 +2,9 @@
 
 A worker thread follows one member after the other by ``gradient_descent``. When all workers wait
 for steps, their calls are made as one, under ``vmap``; so stopping rules, saved points and statuses
-of a member are those of a run by itself. Members of one call share the optimiser, object for
-object, and the shapes; what cannot be joined is called alone. In a joined call the members that are
-done wait for the others, which is why workers ask for at most a quarter of a second of steps.
+of a member are those of a run by itself. Members of one call share the shapes, and all of the
+optimiser but its numbers; what cannot be joined is called alone. In a joined call the members that
+are done wait for the others, which is why workers ask for at most a quarter of a second of steps.
 """
 
 import threading
