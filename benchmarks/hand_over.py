@@ -20,8 +20,8 @@ from common import Report, begin, parser, seconds, table
 
 import gflow
 from gflow.dynamics.far import hand_over_error
-from gflow.dynamics.slow_manifold import difference
-from gflow.dynamics.split_observables import observables
+from gflow.dynamics.split.observables import observables
+from gflow.dynamics.split.slow_manifold import difference
 
 WIDTHS = (2, 10, 10, 10, 1)
 QUANTITIES = ("direction_error", "misalignment", "rank_one_gap", "frobenius_norm")

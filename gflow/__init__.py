@@ -20,7 +20,7 @@ from gflow.dynamics.ensemble import ensemble as ensemble
 from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
 from gflow.dynamics.flow import gradient_flow as gradient_flow
 from gflow.dynamics.gauss_newton import GaussNewton as GaussNewton
-from gflow.dynamics.slow_manifold import SlowManifold as SlowManifold
+from gflow.dynamics.split.slow_manifold import SlowManifold as SlowManifold
 from gflow.dynamics.step_sizes import (
     ball_smoothness as ball_smoothness,
     loss_line_search as loss_line_search,

@@ -5,8 +5,8 @@ import pytest
 from test_slow_manifold import early, gaussian, problem_of, reference_flow, separable
 
 from gflow.analysis.limits import limits
-from gflow.dynamics.slow_manifold import SlowManifold
-from gflow.dynamics.split_observables import observables
+from gflow.dynamics.split.observables import observables
+from gflow.dynamics.split.slow_manifold import SlowManifold
 
 FAR = 1e-6  # at s = 1e16 the next order is below this for up to four layers
 LAWS = ("rank_one_gap", "misalignment", "direction_error", "margin_gap", "frobenius_norm")

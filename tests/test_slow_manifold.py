@@ -7,13 +7,13 @@ import pytest
 from scipy.integrate import solve_ivp
 
 import gflow
-from gflow.dynamics.slow_manifold import (
+from gflow.dynamics.split.observables import bounded_drift, observables
+from gflow.dynamics.split.slow_manifold import (
     ManifoldError,
     SlowManifold,
     continue_on_manifold,
     difference,
 )
-from gflow.dynamics.split_observables import bounded_drift, observables
 from gflow.problem import observables as plain
 
 LSODA = 1e-8  # what LSODA at rtol 1e-11 and the split coordinates at 1e-9 agree to

@@ -3,7 +3,7 @@ r"""The asymptotic laws of one flow: every limit with its rate, its constant and
 With $s = -\log R \to \infty$, $\gamma$ the margin, $\bar u$ its direction, exponential tails, and
 the conserved $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$ (derived in ``docs/asymptotics.md``):
 
-1. In the chain frame (``gflow.dynamics.split``) $\dot e_k = O(s^{-1-2/L})$ and
+1. In the chain frame (``gflow.dynamics.split.state``) $\dot e_k = O(s^{-1-2/L})$ and
    $\dot C_k = O(s^{-1-3/L})$: $e_k \to u_k$ and $C_k$ converge, $\sigma_k \to \infty$. So do the
    singular vectors of $W_k$, to $u_k$ and $u_{k-1}$, where $u_L = 1$, $u_0 = \bar u$. The middle
    of the two vectors between layers k and k+1 is $u_k$ up to $O(s^{-3/L})$, except $k = 1$ where

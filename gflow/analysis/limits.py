@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gflow.analysis.laws import Conserved, Limits
-from gflow.dynamics.slow_manifold import SlowManifold
-from gflow.dynamics.split import Geometry, SplitState, split
+from gflow.dynamics.split.geometry import Geometry
+from gflow.dynamics.split.slow_manifold import SlowManifold
+from gflow.dynamics.split.state import SplitState, split
 from gflow.problem.data import Dataset
 from gflow.problem.network import Weights, check_weights
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from gflow.dynamics.checkpoint import End
-from gflow.dynamics.slow_manifold import ManifoldError, SlowManifold, difference, geometry
-from gflow.dynamics.split import SplitState
-from gflow.dynamics.split_observables import observables
+from gflow.dynamics.split.observables import observables
+from gflow.dynamics.split.slow_manifold import ManifoldError, SlowManifold, difference, geometry
+from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.targets import Target, out_of_steps
 from gflow.dynamics.until import AbstractRule, Coordinates, LogRisk, Steps
 from gflow.problem.network import Weights, as_array

@@ -14,7 +14,7 @@ from gflow.dynamics.flow_run import FlowRun, Solver
 from gflow.dynamics.following import follow
 from gflow.dynamics.gauss_newton import GaussNewton
 from gflow.dynamics.recorder import Observable, Recorder
-from gflow.dynamics.slow_manifold import SlowManifold
+from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.until import (
     AbstractRule,
     AnyOf,

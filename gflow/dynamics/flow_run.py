@@ -16,7 +16,7 @@ from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.following import Stop
 from gflow.dynamics.near import NearRun
 from gflow.dynamics.recorder import Recorder
-from gflow.dynamics.slow_manifold import SlowManifold
+from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.targets import Target
 from gflow.dynamics.until import AbstractRule, LogRisk
 from gflow.problem.network import Weights, as_array

@@ -4,7 +4,7 @@ With $p_i \propto e^{-q_i}$, $\bar z = \sum_i p_i z_i$ and $K = \sum_k
 \frac{\partial w}{\partial W_k}\frac{\partial w}{\partial W_k}^\top$ the flow in the clock
 $s = -\log R$ is $W' = v/\lVert v\rVert^2$ with $v = \sum_i p_i\nabla q_i$. Hence
 $w' = K\bar z/\kappa$, $\kappa = \bar z^\top K\bar z$, and in the notation of
-``gflow.dynamics.split``
+``gflow.dynamics.split.state``
 
 $$K\bar z = \rho^2\bar z + V^\top Y_1 + \tfrac{\dot\rho}{\rho} w, \qquad
 Y_{k-1} = \lVert a_k\rVert^2 y_{k-1} + C_k^\top Y_k, \quad \omega_k = Y_k/\lVert a_k\rVert.$$
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gflow.dynamics.split import SplitState
+from gflow.dynamics.split.state import SplitState
 
 NEWTON_STEPS = 60
 LARGEST_CHANGE = 3.0

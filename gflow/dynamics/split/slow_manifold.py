@@ -2,7 +2,7 @@ r"""The flow past the wall of float64, to any horizon: ``SlowManifold``.
 
 Margins of size $s = -\log R$ carry an absolute error of $10^{-16}s$, while the softmax weights
 need their differences to order one, so that near $s = 10^{10}$ no solver that works on $W_k$ itself
-can go on. In split coordinates (``gflow.dynamics.split``) that wall does not exist. For losses with
+can go on. In split coordinates (``split.state``) that wall does not exist. For losses with
 an exponential tail ($-\log\ell(q) = q$ to round-off once all margins exceed 40):
 
 1. $p_i \propto e^{-q_i}$, and $s = m - \operatorname{LSE}_i(-(m\delta_i + \langle b, z_i\rangle))
@@ -35,10 +35,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import equinox as eqx
 import numpy as np
 
-from gflow.dynamics.split import Geometry, SplitState, split
-from gflow.dynamics.split_field import SplitField
-from gflow.dynamics.split_observables import observables
-from gflow.dynamics.split_walk import Walk
+from gflow.dynamics.split.field import SplitField
+from gflow.dynamics.split.geometry import Geometry
+from gflow.dynamics.split.observables import observables
+from gflow.dynamics.split.state import SplitState, split
+from gflow.dynamics.split.walk import Walk
 from gflow.problem.losses import Exponential
 from gflow.problem.network import DeepLinear, Weights
 

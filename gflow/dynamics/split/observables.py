@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gflow.dynamics.split import Layer, SplitState
-from gflow.dynamics.split_field import SplitField, Weighed
+from gflow.dynamics.split.field import SplitField, Weighed
+from gflow.dynamics.split.state import Layer, SplitState
 
 DOMINANCE = 4.0
 r"""$\sigma^2/\lVert C\rVert_2^2$ from which on the secular equation is used."""

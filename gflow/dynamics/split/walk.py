@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gflow.dynamics.split import Momentum, SplitState
-from gflow.dynamics.split_field import Chain, Motion, Solved, SplitField
+from gflow.dynamics.split.field import Chain, Motion, Solved, SplitField
+from gflow.dynamics.split.state import Momentum, SplitState
 
 TIME_SLACK = 100.0
 r"""The tolerance of $u = tR$ in those of the rest: $\log t = \log u + s$ is of size s."""
