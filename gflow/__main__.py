@@ -153,12 +153,15 @@ def _sweep(options: argparse.Namespace) -> int:
     found = gflow.sweep(options.config, folder=folder / "groups", progress=progress)
     gflow.save(found, folder / "sweep.nc")
     written = ["sweep.nc"]
-    if len(gflow.plot.swept(found)) >= 2:
+    ends = found.status.values.ravel().tolist()
+    interrupted = "interrupted" in ends
+    if len(gflow.plot.swept(found)) >= 2 and not interrupted:
         gflow.plot.save_figure(gflow.plot.phase_diagram(found), folder / "phase_diagram.png")
         written.append("phase_diagram.png")
-    ends = found.status.values.ravel().tolist()
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
     print(f"{len(ends)} runs: {counts}; wrote {' and '.join(written)} in {folder}")
+    if interrupted:
+        return INTERRUPTED
     return 0 if set(ends) == {"reached"} else FAILED
 
 

@@ -1,14 +1,19 @@
 """Members side by side against the same runs one after the other."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import optax
 import pytest
 
 import gflow
+from gflow.dynamics.pool import Pool
+from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.together import Calls
 
 WIDTHS, GOAL, POINTS = (2, 3, 1), -1e3, 4
@@ -176,6 +181,43 @@ def test_descents_by_one_optimiser_make_their_steps_together(problem, batch, mon
             np.testing.assert_allclose(
                 member[name].values[: single.sizes["point"]], single[name].values, rtol=1e-11
             )
+
+
+def test_ctrl_c_keeps_the_members_that_are_done(problem, batch):
+    def interrupt(bar, done, words):
+        if done >= 2:
+            monkey.undo()  # one Ctrl-C
+            signal.pthread_kill(main, signal.SIGINT)
+
+    main = threading.get_ident()
+    four = tuple(layer[:4] for layer in batch)
+    steps = [optax.sgd(rate) for rate in (1e-9, 0.3, 1e-9, 0.3)]  # two that never arrive
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(ProgressBar, "update", interrupt)
+        found = gflow.ensemble(problem, four, steps, until=gflow.LogRisk(-2), save=3, lanes=4)
+    assert found.status.values.tolist() == ["interrupted", "reached"] * 2
+    assert np.isfinite(found.log_risk.values[:, 0]).all()
+    assert (found.num_steps.max("point").values > 0).all()  # those on their way as far as they are
+
+
+def test_ctrl_c_keeps_what_lanes_have_finished(problem, starts, monkeypatch):
+    many = [starts[i % 4] for i in range(36)]
+    batch = tuple(np.stack(layer) for layer in zip(*many, strict=True))
+    observe, main = Pool._observe, threading.get_ident()
+
+    def once(pool, rows):
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        return observe(pool, rows)
+
+    monkeypatch.setattr(Pool, "_observe", once)
+    monkeypatch.setattr("gflow.dynamics.pool.CHUNK", 4)
+    found = gflow.ensemble(problem, batch, until=gflow.LogRisk(GOAL), save=POINTS, lanes=2)
+    ends = found.status.values.tolist()
+    assert set(ends) == {"reached", "interrupted"}
+    assert (found.in_lanes.values == (found.status.values == "reached")).all()
+    assert np.isfinite(found.log_risk.values[found.in_lanes.values]).all()
+    assert "keyboard" in str(found.message.values[ends.index("interrupted")])
 
 
 def test_wrong_counts_are_refused(problem, batch):

@@ -12,6 +12,8 @@ import pytest
 
 import gflow
 from gflow.__main__ import main
+from gflow.dynamics import ensemble
+from gflow.dynamics.members import Unfinished
 
 GOAL = gflow.Steps(50)
 STEPS = optax.sgd(0.3)
@@ -95,6 +97,26 @@ def test_a_finished_sweep_computes_nothing_and_another_is_refused(found, folder,
     assert not list((folder / "groups").glob(".*.lock"))
     with pytest.raises(ValueError, match="holds another sweep"):
         gflow.sweep(start, GRID, until=GOAL, save=4, **given)
+
+
+def test_ctrl_c_returns_what_is_done_and_the_next_call_the_rest(found, tmp_path, monkeypatch):
+    given = {"optimizer": STEPS, "folder": tmp_path / "groups", "group_size": 2}
+    calls, alone = [], ensemble._alone
+
+    def interrupted(work, i):
+        calls.append(i)
+        return Unfinished() if len(calls) > 2 else alone(work, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble, "_alone", interrupted)
+        part = gflow.sweep(start, GRID, until=GOAL, save=3, **given)
+    ends = part.status.values.ravel().tolist()
+    assert [ends.count(end) for end in ("reached", "interrupted", "refused")] == [2, 5, 1]
+    assert len(list((tmp_path / "groups").glob("group-*.nc"))) == 1
+    done = part.status == "reached"
+    assert part.log_risk.where(done).equals(found.log_risk.where(done))
+    whole = gflow.sweep(start, GRID, until=GOAL, save=3, **given)
+    assert whole.log_risk.equals(found.log_risk)
 
 
 def test_phase_diagram_shows_the_medians(found):

@@ -1,5 +1,6 @@
 """Many trajectories at once: one labelled record with a dimension ``member``."""
 
+import contextlib
 import functools
 import inspect
 import time
@@ -15,7 +16,7 @@ from gflow.dynamics import pool, together
 from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.flow_run import HAND_OVER_AT
-from gflow.dynamics.members import Member, joined
+from gflow.dynamics.members import Member, Unfinished, joined
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.until import AbstractRule, AnyOf
 from gflow.problem.network import Weights
@@ -81,6 +82,8 @@ def ensemble(
     Raises:
         ValueError: when there are no members, as many problems, tolerances, optimisers or labels as
             members are expected and are not there, an option is unknown, or no member can start.
+        KeyboardInterrupt: by Ctrl-C before any member is done. Later, the record has what is done,
+            and "interrupted" as the status of all other members.
 
     Warns:
         UserWarning: when members start with $R(W(0)) > R(0)$.
@@ -117,6 +120,8 @@ def ensemble(
 
         found = follow(work, labels, lanes=lanes, devices=devices, tell=tell)
     if "log_risk" not in found:
+        if "interrupted" in found.status.values:
+            raise KeyboardInterrupt
         raise ValueError(f"no member can start; the first says: {found.message.values[0]}")
     return found
 
@@ -143,43 +148,12 @@ def follow(
 ) -> "xr.Dataset":
     """The record of all members; ``tell`` is told how many are done."""
     count, began = len(work.starts), time.perf_counter()
-    members: list[Any] = [None] * count
-    spent, done = np.zeros(2), 0
-    with warnings.catch_warnings():
+    got = Got([None] * count, np.zeros(count, dtype=bool), np.zeros(2))
+    with warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
         warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told below, once
-        for group in _side_by_side(work):
-            chosen = pool.Pool(
-                [work.problems[i] for i in group],
-                [work.starts[i] for i in group],
-                [work.rtol[i] for i in group],
-                until=work.until,
-                save=work.save,
-                lanes=lanes,
-                devices=list(devices or jax.local_devices()),
-                options=work.options,
-                tell=lambda landed, before=done: tell(before + landed),
-            )
-            for k, member in chosen.run().items():
-                members[group[k]] = member
-            spent += chosen.work
-            done = sum(member is not None for member in members)
-        in_lanes = [member is not None for member in members]
-        rest = [i for i in range(count) if members[i] is None]
-
-        def alone(i: int) -> Member | Exception:
-            member = _alone(work, i)
-            tell(done + sum(members[k] is not None for k in rest) + 1)
-            return member
-
-        descents = [i for i in rest if work.optimizers[i] is not None]
-        for problem in {id(p): p for p in work.problems}.values():
-            problem.data.max_margin()  # once, not in every thread
-        runs = [functools.partial(alone, i) for i in descents]
-        for i, member in zip(descents, together.side_by_side(runs, lanes), strict=True):
-            members[i] = member
-        for i in rest:
-            if members[i] is None:
-                members[i] = alone(i)
+        _through_lanes(work, got, lanes, devices or jax.local_devices(), tell)
+        _by_themselves(work, got, lanes, tell)
+    members = [Unfinished() if member is None else member for member in got.members]
     admissible = [_admissible(member) for member in members]
     if not all(admissible):
         warnings.warn(
@@ -189,14 +163,69 @@ def follow(
             UserWarning,
             stacklevel=3,
         )
-    used = {"utilisation": float(spent[0] / spent[1])} if spent[1] else {}
+    spent, all_trips = got.trips
+    used = {"utilisation": float(spent / all_trips)} if all_trips else {}
     return joined(
         members,
-        more={"in_lanes": in_lanes, "admissible": admissible},
+        more={"in_lanes": got.in_lanes, "admissible": admissible},
         coordinates=labels,
         wall_time=time.perf_counter() - began,
         **used,
     )
+
+
+class Got(NamedTuple):
+    """What the members gave so far."""
+
+    members: list[Member | Exception | None]
+    in_lanes: np.ndarray
+    trips: np.ndarray
+    """Trips of lanes spent on members, and all."""
+
+
+def _through_lanes(
+    work: Work, got: Got, lanes: int, devices: Sequence[Any], tell: Callable[[float], None]
+) -> None:
+    """Follow side by side the members that can be."""
+    for group in _side_by_side(work):
+        before = int(np.sum(got.in_lanes))
+        chosen = pool.Pool(
+            [work.problems[i] for i in group],
+            [work.starts[i] for i in group],
+            [work.rtol[i] for i in group],
+            until=work.until,
+            save=work.save,
+            lanes=lanes,
+            devices=list(devices),
+            options=work.options,
+            tell=lambda landed, before=before: tell(before + landed),
+        )
+        try:
+            chosen.run()
+        finally:  # after Ctrl-C too
+            for k, member in chosen.found.items():
+                got.members[group[k]], got.in_lanes[group[k]] = member, True
+            got.trips[:] += chosen.work
+
+
+def _by_themselves(work: Work, got: Got, lanes: int, tell: Callable[[float], None]) -> None:
+    """Follow the other members; descents make their steps together."""
+    rest = [i for i, member in enumerate(got.members) if member is None]
+
+    def alone(i: int) -> None:
+        got.members[i] = _alone(work, i)
+        tell(float(sum(member is not None for member in got.members)))
+
+    for problem in {id(p): p for p in work.problems}.values():
+        problem.data.max_margin()  # once, not in every thread
+    descents = [i for i in rest if work.optimizers[i] is not None]
+    together.side_by_side([functools.partial(alone, i) for i in descents], lanes)
+    for i in rest:
+        if work.optimizers[i] is None:
+            alone(i)
+            member = got.members[i]
+            if isinstance(member, Member) and member.attrs["status"] == "interrupted":
+                break
 
 
 def check_options(options: Mapping[str, Any], *, descent: bool) -> Mapping[str, Any]:
@@ -221,14 +250,17 @@ def _side_by_side(work: Work) -> list[list[int]]:
     if set(work.options) - IN_LANES:
         return []
     groups: dict[Any, list[int]] = {}
+    different = {id(problem): problem for problem in work.problems}.items()
+    fit = {key for key, problem in different if pool.fits(problem, work.until, HAND_OVER_AT)}
+    losses = {key: repr(problem.loss) for key, problem in different}
     for i, problem in enumerate(work.problems):
-        if work.optimizers[i] is not None or not pool.fits(problem, work.until, HAND_OVER_AT):
+        if work.optimizers[i] is not None or id(problem) not in fit:
             continue
         try:
             problem.network.check(work.starts[i], problem.data)
         except ValueError:
             continue
-        groups.setdefault((repr(problem.loss), problem.data.inputs.shape), []).append(i)
+        groups.setdefault((losses[id(problem)], problem.data.inputs.shape), []).append(i)
     return list(groups.values())
 
 
@@ -241,8 +273,6 @@ def _alone(work: Work, i: int) -> Member | Exception:
             found = gradient_flow(problem, start, rtol=work.rtol[i], **given)
         else:
             found = gradient_descent(problem, start, optimizer, **given)
-        if found.attrs["status"] == "interrupted":
-            raise KeyboardInterrupt
         return Member.of(found)
     except Exception as error:  # whatever it is, the other members are not to suffer
         return error

@@ -102,28 +102,49 @@ def agreed(attrs: Sequence[Mapping[str, Any]], *, but: Container[str]) -> dict[s
 
 
 def padded(column: Sequence[Variable | None]) -> Variable:
-    """Values stacked on an axis ``member``, with NaN where a member has none or fewer.
+    """Values stacked on an axis ``member``, filled up where a member has none or fewer."""
+    there = [(i, variable) for i, variable in enumerate(column) if variable is not None]
+    dims, _, told = there[0][1]
+    parts = [(np.array([i]), np.asarray(values)[None]) for i, (_, values, _) in there]
+    return ("member", *dims), filled(parts, len(column)), dict(told)
 
-    Where nothing is missing the type of the values is kept.
+
+def filled(parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+    """Values in ``count`` places along the first axis.
+
+    Where nothing is known numbers are NaN, text is empty and booleans are false. Where nothing is
+    missing the type of the values is kept.
+
+    Args:
+        parts: places, and as many values on a leading axis; other axes may differ in length.
+        count: how many places there are.
     """
-    there = [variable for variable in column if variable is not None]
-    dims, _, told = there[0]
-    shapes = [np.shape(values) for _, values, _ in there]
-    shape = tuple(map(max, zip(*shapes, strict=True)))
-    complete = len(there) == len(column) and all(each == shape for each in shapes)
-    if complete:
-        return ("member", *dims), np.stack([values for _, values, _ in there]), dict(told)
-    out = np.full((len(column), *shape), np.nan)
-    for row, variable in zip(out, column, strict=True):
-        if variable is not None:
-            row[tuple(slice(size) for size in np.shape(variable[1]))] = variable[1]
-    return ("member", *dims), out, dict(told)
+    sizes = tuple(map(max, zip(*(values.shape[1:] for _, values in parts), strict=True)))
+    kind = parts[0][1].dtype
+    whole = all(values.shape[1:] == sizes for _, values in parts)
+    whole &= sum(len(where) for where, _ in parts) == count
+    if kind.kind in "OUST":
+        out = np.full((count, *sizes), "", dtype=object)
+    else:
+        keeps = whole or kind.kind == "b"
+        out = np.full((count, *sizes), 0 if keeps else np.nan, dtype=kind if keeps else np.float64)
+    for where, values in parts:
+        out[(where, *map(slice, values.shape[1:]))] = values
+    return out
+
+
+class Unfinished(Exception):
+    """In the place of a member that was on its way, or waited, when the call was interrupted."""
+
+    def __str__(self) -> str:
+        return "stopped by the keyboard before it was done"
 
 
 def _told(one: Member | Exception, name: str) -> Any:
     if isinstance(one, Exception):
-        kind = "refused" if isinstance(one, ValueError) else "failed"
-        message = str(one) if kind == "refused" else f"{type(one).__name__}: {one}"
+        kinds = {ValueError: "refused", Unfinished: "interrupted"}
+        kind = next((kinds[each] for each in kinds if isinstance(one, each)), "failed")
+        message = f"{type(one).__name__}: {one}" if kind == "failed" else str(one)
         return {"status": kind, "message": message}.get(name)
     return one.attrs.get(name)
 

@@ -84,10 +84,12 @@ class Pool:
         self.designs = designs[:1] if self.shared else designs
         self.work = np.zeros(2)
         """Lane trips spent on members, and all."""
-        self.landed = 0
+        self.landed, self.stopped = 0, False
+        self.found: dict[int, Member] = {}
+        """What the members that reached their goal gave; the others are left to the caller."""
 
     def run(self) -> dict[int, Member]:
-        """What the members that reached their goal gave; the others are left to the caller."""
+        """Follow the members; after Ctrl-C ``found`` has those that were done."""
         with jax.enable_x64(True):
             members = self._ready()
         if not members:
@@ -95,13 +97,16 @@ class Pool:
         self.waiting = deque(members)
         devices = self.devices[: len(members)]
         width = min(self.lanes, -(-len(members) // len(devices)))
-        if len(devices) == 1:
-            return self._drive(devices[0], width)
-        found: dict[int, Member] = {}
+        # In threads, for one device too: Ctrl-C reaches this one and leaves no record half made.
         with ThreadPoolExecutor(len(devices)) as threads:
-            for part in threads.map(lambda device: self._drive(device, width), devices):
-                found |= part
-        return found
+            parts = [threads.submit(self._drive, device, width) for device in devices]
+            try:
+                for part in parts:
+                    part.result()
+            except BaseException:
+                self.stopped = True
+                raise
+        return self.found
 
     def _ready(self) -> list[int]:
         """The members whose start a lane can take, those that take longest first."""
@@ -142,9 +147,8 @@ class Pool:
         size = [sum(np.log(np.linalg.norm(w) + 1e-300) for w in start) for start in self.starts]
         return sorted(grids, key=lambda i: size[i])
 
-    def _drive(self, device: Any, width: int) -> dict[int, Member]:
+    def _drive(self, device: Any, width: int) -> None:
         """Run the lanes of one device until no member waits and none is on its way."""
-        found: dict[int, Member] = {}
         rows: list[tuple[int, lane.Saved, int, int]] = []
         # What a lane has one of meets what it has many of: ranks differ on purpose.
         allow = jax.numpy_rank_promotion("allow")
@@ -152,7 +156,7 @@ class Pool:
             holds = self._take([None] * width)
             members, fresh = self._seat(holds)
             now, saved = self.machine.start(*fresh, members)
-            while any(i is not None for i in holds):
+            while any(i is not None for i in holds) and not self.stopped:
                 idle = sum(i is None for i in holds)
                 enough = width if not self.waiting else min(width, idle + max(1, width // 16))
                 now, saved, trips, busy = self.machine.run(
@@ -160,12 +164,15 @@ class Pool:
                 )
                 status, on_way = np.asarray(now.status), np.asarray(now.saved)
                 done = [k for k in range(width) if holds[k] is not None and status[k]]
-                there = jax.device_get(saved) if done else saved
+                counts, there = (), saved
+                if done:
+                    counts = jax.device_get((now.num_rejected, now.num_iterations))
+                    there = jax.device_get(saved)
                 for k in done:
                     if status[k] == lane.LANDED:
                         own = jax.tree.map(lambda leaf, k=k: leaf[k], there)
-                        counts = int(now.num_rejected[k]), int(now.num_iterations[k])
-                        rows.append((holds[k], own, *counts))  # pyright: ignore
+                        rejected, iterations = (int(each[k]) for each in counts)
+                        rows.append((holds[k], own, rejected, iterations))  # pyright: ignore
                     holds[k] = None
                 with self.lock:
                     self.work += int(busy), int(trips) * width
@@ -179,10 +186,11 @@ class Pool:
                     members, fresh = self._seat(holds)
                     begun, _ = self.machine.start(*fresh, members)
                     now = self.machine.put(now, begun, as_array(new))
-                while len(rows) >= CHUNK or (rows and not any(i is not None for i in holds)):
-                    found |= self._observe(rows[:CHUNK])
+                while len(rows) >= CHUNK:
+                    self.found |= self._observe(rows[:CHUNK])
                     rows = rows[CHUNK:]
-        return found
+            if rows:
+                self.found |= self._observe(rows)
 
     def _take(self, holds: list[int | None]) -> list[int | None]:
         """Fill empty lanes with waiting members."""

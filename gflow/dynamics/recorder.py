@@ -1,5 +1,6 @@
 """From saved weights to a record: the part of a run that flow and descent share."""
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -174,29 +175,47 @@ class Recorder:
         }
 
     def _provenance(self) -> dict[str, Any]:
-        problem, data = self.problem, self.problem.data
         digest = hashlib.sha256()
         for _, leaf in _named(self.start):
             digest.update(np.ascontiguousarray(leaf, dtype=np.float64).tobytes())
-        facts: dict[str, Any] = {
-            "dataset": data.name,
-            "num_points": data.num_points,
-            "network": type(problem.network).__name__,
-            "loss": repr(problem.loss),
-            "exponential_tail": problem.loss.exponential_tail,
-            "log_risk_at_zero": float(problem.log_risk_at_zero()),
-            "start_sha256": digest.hexdigest(),
+        facts = {**_facts(Itself(self.problem)), "start_sha256": digest.hexdigest()}
+        return facts | ({"widths": widths(self.start)} if self.deep_linear else {})
+
+
+class Itself:
+    """A problem, equal to itself only: a key of a cache."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Itself) and self.problem is other.problem
+
+    def __hash__(self) -> int:
+        return id(self.problem)
+
+
+@functools.lru_cache(maxsize=4)  # an ensemble asks for every member
+def _facts(of: Itself) -> dict[str, Any]:
+    """What a record says about its problem."""
+    problem, data = of.problem, of.problem.data
+    facts: dict[str, Any] = {
+        "dataset": data.name,
+        "num_points": data.num_points,
+        "network": type(problem.network).__name__,
+        "loss": repr(problem.loss),
+        "exponential_tail": problem.loss.exponential_tail,
+        "log_risk_at_zero": float(problem.log_risk_at_zero()),
+    }
+    if obs.is_deep_linear(problem):
+        solution = data.max_margin()
+        facts |= {
+            "separable": solution.separable,
+            "max_margin": solution.margin if solution.separable else None,
+            "margin_upper_bound": solution.margin_upper,
+            "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
         }
-        if self.deep_linear:
-            solution = data.max_margin()
-            facts |= {
-                "widths": widths(self.start),
-                "separable": solution.separable,
-                "max_margin": solution.margin if solution.separable else None,
-                "margin_upper_bound": solution.margin_upper,
-                "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
-            }
-        return facts
+    return facts
 
 
 def _next_gap(signed_inputs: np.ndarray, solution: MaxMargin) -> float | None:

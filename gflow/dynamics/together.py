@@ -36,21 +36,20 @@ def advance(
     return calls.make(request)
 
 
-def side_by_side(runs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
-    """What each of ``runs``, which raise nothing, gives."""
+def side_by_side(runs: Sequence[Callable[[], None]], workers: int) -> None:
+    """Make all ``runs``, which raise nothing; Ctrl-C interrupts those that are on their way."""
     workers = min(workers, len(runs))
-    calls, waiting = Calls(workers), deque(range(len(runs)))
-    found: list[Any] = [None] * len(runs)
+    calls, waiting = Calls(workers), deque(runs)
 
     def work() -> None:
         _CALLS.set(calls)
         try:
             while waiting:
                 try:
-                    i = waiting.popleft()
+                    run = waiting.popleft()
                 except IndexError:
                     break
-                found[i] = runs[i]()
+                run()
         except KeyboardInterrupt:  # by `stop`
             pass
         finally:
@@ -65,8 +64,9 @@ def side_by_side(runs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
     except KeyboardInterrupt:
         waiting.clear()
         calls.stop()
+        for thread in threads:
+            thread.join()
         raise
-    return found
 
 
 class Calls:

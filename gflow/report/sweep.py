@@ -14,7 +14,7 @@ import numpy as np
 
 from gflow import record
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
-from gflow.dynamics.members import agreed
+from gflow.dynamics.members import Unfinished, agreed, filled
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.step_sizes import describe
 from gflow.problem.network import Weights
@@ -52,7 +52,8 @@ def sweep(
     Points that share shapes are followed together as one ``gflow.ensemble``, whatever differs
     between them. With ``folder`` each such group is saved as it ends: after a kill, or Ctrl-C, the
     same call does what is missing, and any number of processes that call it with the same folder
-    share the groups (see ``docs/scaling.md``). A point whose function raises an error, or whose
+    share the groups (see ``docs/scaling.md``). Ctrl-C returns what is done, and "interrupted" as
+    the status of all other points. A point whose function raises an error, or whose
     run fails, says so in ``status`` and ``message``, and the others are as they would be without.
 
     Args:
@@ -120,19 +121,36 @@ def sweep(
         def tell(now: float) -> None:
             bar.update(done + now, f"{int(done + now)} of {total} runs")
 
-        for wait in (False, True):  # at first what nobody works on, then what nobody finished
-            for group in missing:
-                if kept.has(group.name):
-                    continue
-                with kept.claim(group.name, wait=wait) as mine:
-                    if mine and not kept.has(group.name):
-                        kept.keep(group.name, _follow(group, trials, labels, lanes, devices, tell))
-                if kept.has(group.name):
-                    done += len(group.indices)
-                    tell(0.0)
-    kept.tidy([group.name for group in groups])
-    errors = {i: trial for i, trial in enumerate(trials) if isinstance(trial, Exception)}
-    return _assembled((kept.load(group.name) for group in groups), labels, errors)
+        stopped = None
+        # At first what nobody works on, then what nobody finished.
+        for wait, group in itertools.product((False, True), missing):
+            if kept.has(group.name):
+                continue
+            with kept.claim(group.name, wait=wait) as mine:
+                if mine and not kept.has(group.name):
+                    found = _follow(group, trials, labels, lanes, devices, tell)
+                    if "interrupted" in found.status.values:
+                        stopped = found
+                        break
+                    kept.keep(group.name, found)
+            if kept.has(group.name):
+                done += len(group.indices)
+                tell(0.0)
+    ends = {
+        i: ("refused", f"{type(trial).__name__}: {trial}")
+        for i, trial in enumerate(trials)
+        if isinstance(trial, Exception)
+    }
+    if stopped is None:
+        kept.tidy([group.name for group in groups])
+        return _assembled((kept.load(group.name) for group in groups), labels, ends)
+    there = [group for group in groups if kept.has(group.name)]
+    known = {i for group in there for i in group.indices} | set(stopped[INDEX].values) | set(ends)
+    ends |= {i: ("interrupted", str(Unfinished())) for i in range(total) if i not in known}
+    parts = (*(kept.load(group.name) for group in there), stopped)
+    if not any("log_risk" in part for part in parts):
+        raise KeyboardInterrupt
+    return _assembled(iter(parts), labels, ends)
 
 
 class Trial(NamedTuple):
@@ -309,7 +327,9 @@ class Part(NamedTuple):
 
 
 def _assembled(
-    groups: "Iterator[xr.Dataset]", labels: Mapping[str, list[Any]], errors: Mapping[int, Exception]
+    groups: "Iterator[xr.Dataset]",
+    labels: Mapping[str, list[Any]],
+    ends: Mapping[int, tuple[str, str]],
 ) -> "xr.Dataset":
     """All groups on the grid."""
     shape = tuple(len(each) for each in labels.values())
@@ -327,30 +347,12 @@ def _assembled(
         if len(rows) == len(parts) and all(np.array_equal(row, rows[0]) for row in rows):
             found[name] = (first.dims, rows[0][0], first.told)
             continue
-        out = _filled(parts, int(np.prod(shape)))
+        out = filled([(part.where, part.values) for part in parts], int(np.prod(shape)))
         if name in ("status", "message"):
-            for i, error in errors.items():
-                message = f"{type(error).__name__}: {error}"
-                out[i] = "refused" if name == "status" else message
+            for i, told in ends.items():
+                out[i] = told[name == "message"]
         out = out.astype(str) if out.dtype == object else out
         found[name] = ((*labels, *first.dims), out.reshape(*shape, *out.shape[1:]), first.told)
     common = agreed(attrs, but=("num_members", "utilisation", "wall_time"))
     one = record.assemble(found, {**common, "num_members": int(np.prod(shape))})
     return one.assign_coords({name: (name, each) for name, each in labels.items()})
-
-
-def _filled(parts: Sequence[Part], count: int) -> np.ndarray:
-    """The values of all parts by place; where nothing is known text is empty, numbers are NaN."""
-    sizes = tuple(map(max, zip(*(part.values.shape[1:] for part in parts), strict=True)))
-    kind = parts[0].values.dtype
-    whole = all(part.values.shape[1:] == sizes for part in parts)
-    whole &= sum(len(part.where) for part in parts) == count
-    if kind.kind in "OUST":
-        out = np.full((count, *sizes), "", dtype=object)
-    else:
-        keeps = whole or kind.kind == "b"
-        out = np.full((count, *sizes), 0 if keeps else np.nan, dtype=kind if keeps else np.float64)
-    for part in parts:
-        inside = tuple(slice(size) for size in part.values.shape[1:])
-        out[(part.where, *inside)] = part.values
-    return out
