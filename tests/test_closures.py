@@ -9,7 +9,7 @@ import pytest
 
 import gflow
 from gflow.dynamics.closures import open_function
-from gflow.dynamics.step_sizes import opened
+from gflow.dynamics.optimizers import opened
 
 MAKERS = {
     "sgd": optax.sgd,

@@ -7,16 +7,9 @@ import optax
 import pytest
 
 import gflow
+from gflow import gradient_descent, loss_line_search, loss_scaled, on_log_risk, paper_steps, polyak
 from gflow.dynamics import descent_run as module
-from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.iterating import Sampler
-from gflow.dynamics.step_sizes import (
-    loss_line_search,
-    loss_scaled,
-    on_log_risk,
-    paper_steps,
-    polyak,
-)
 
 # One set of shapes for most tests, so that most of what they need is compiled once.
 DATA = gflow.Dataset(

@@ -12,7 +12,7 @@ from gflow.analysis.theorems.facts import Facts, has_bounded_slope
 from gflow.analysis.theorems.rates import limit_vector
 from gflow.analysis.theorems.trend import log_trend, stays_bounded, trend
 from gflow.dynamics.descent import gradient_descent
-from gflow.dynamics.step_sizes import describe
+from gflow.dynamics.optimizers import describe
 from gflow.problem.data import Dataset
 
 # Two points off the axes and with unequal dual weights: the generic case, margin 0.5.
@@ -237,11 +237,11 @@ def test_a_flow_above_the_risk_at_zero_may_end_at_a_saddle(flow):
     [
         (optax.sgd(0.1), True),
         (optax.sgd(optax.linear_schedule(0.1, 0.01, 10)), True),
-        (gflow.dynamics.step_sizes.loss_scaled(1e-6), True),
-        (gflow.dynamics.step_sizes.polyak(), True),
+        (gflow.loss_scaled(1e-6), True),
+        (gflow.polyak(), True),
         (optax.sgd(0.1, momentum=0.9), False),
         (optax.adam(1e-6), False),
-        (gflow.dynamics.step_sizes.on_log_risk(optax.adam(0.1)), False),
+        (gflow.on_log_risk(optax.adam(0.1)), False),
         (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), False),
     ],
 )

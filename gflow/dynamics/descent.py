@@ -11,8 +11,8 @@ import optax
 from gflow.dynamics.descent_run import DescentRun
 from gflow.dynamics.following import follow
 from gflow.dynamics.iterating import misaligning
+from gflow.dynamics.optimizers import describe
 from gflow.dynamics.recorder import Observable, Recorder
-from gflow.dynamics.step_sizes import describe
 from gflow.dynamics.until import AbstractRule, AnyOf, as_rules, positive_count
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem

@@ -25,10 +25,10 @@ from gflow.dynamics.iterating import (
     look,
     same_weights,
 )
+from gflow.dynamics.optimizers import describe, opened, with_extra_arguments
 from gflow.dynamics.progress import Pace
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.step_meter import StepMeter
-from gflow.dynamics.step_sizes import describe, opened, with_extra_arguments
 from gflow.dynamics.together import advance
 from gflow.dynamics.until import AbstractRule, LogRisk, LogTime, Steps, Time, anonymous
 from gflow.problem.network import Weights

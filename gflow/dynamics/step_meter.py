@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.dynamics.step_sizes import OnLogRisk, with_extra_arguments
+from gflow.dynamics.optimizers import with_extra_arguments
+from gflow.dynamics.step_sizes import OnLogRisk
 from gflow.problem.network import Array, Weights, inner_product
 
 

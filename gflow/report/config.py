@@ -300,9 +300,9 @@ def _until(table: Table) -> Any:
 
 
 def _optimizer(name: str) -> Callable[..., Any]:
-    from gflow.dynamics import step_sizes
+    import gflow
 
-    ours = {key: getattr(step_sizes, key) for key in GFLOW_OPTIMIZERS}
+    ours = {key: getattr(gflow, key) for key in GFLOW_OPTIMIZERS}
     if name in ours:
         return ours[name]
     import optax

@@ -15,8 +15,8 @@ import numpy as np
 from gflow import record
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
 from gflow.dynamics.members import Unfinished, agreed, filled
+from gflow.dynamics.optimizers import describe
 from gflow.dynamics.progress import ProgressBar
-from gflow.dynamics.step_sizes import describe
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 from gflow.report.groups import Folder

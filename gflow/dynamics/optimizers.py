@@ -1,0 +1,130 @@
+"""How gflow holds an optax optimiser: with extra arguments, comparable, and described in words."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import optax
+
+from gflow.dynamics.closures import open_function
+
+
+def transformation(rule: Any) -> optax.GradientTransformationExtraArgs:
+    """The optax transformation of a rule, an ``equinox`` module with `init` and `update`."""
+    # Bound methods of equinox modules are pytrees that compare by value: a rule built twice with
+    # the same settings is compiled once, and so are those that differ in an array only.
+    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
+
+
+def with_extra_arguments(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, taking extra arguments and ignoring them if it knows none.
+
+    As ``optax.with_extra_args_support``, but equal for equal optimisers: nothing is compiled twice.
+    """
+    if isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return optimizer
+    return transformation(PlainOptimizer(optimizer))
+
+
+class PlainOptimizer(eqx.Module):
+    """An optimiser that ignores extra arguments."""
+
+    inner: optax.GradientTransformation
+
+    def init(self, params: Any) -> Any:
+        return self.inner.init(params)
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return self.inner.update(updates, state, params)
+
+    def __repr__(self) -> str:
+        return describe(self.inner)
+
+
+class AroundOptimizer(eqx.Module):
+    """A rule that hands its own gradients to an optimiser."""
+
+    inner: optax.GradientTransformationExtraArgs
+
+
+def opened(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser with its numbers as arrays, equal for equal calls (see ``closures.py``).
+
+    It cannot be traced if the optimiser decides by its numbers what to do.
+    """
+    rule = getattr(optimizer.update, "__self__", None)
+    if isinstance(rule, PlainOptimizer):
+        return opened(rule.inner)
+    if isinstance(rule, AroundOptimizer):
+        return transformation(dataclasses.replace(rule, inner=opened(rule.inner)))
+    if isinstance(rule, eqx.Module):  # one of ours
+        return with_extra_arguments(optimizer)
+    extra = isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    functions = open_function(optimizer.init), open_function(optimizer.update)
+    return transformation(OpenOptimizer(*functions, extra))
+
+
+class OpenOptimizer(eqx.Module):
+    """An optimiser whose numbers are leaves."""
+
+    start: Callable
+    move: Callable
+    extra: bool = eqx.field(static=True)
+    """Whether it takes extra arguments."""
+
+    def init(self, params: Any) -> Any:
+        return self.start(params)
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        # Numbers that were weakly typed are not any more.
+        with jax.numpy_dtype_promotion("standard"):
+            return self.move(updates, state, params, **(extra if self.extra else {}))
+
+    def __repr__(self) -> str:
+        return _describe(getattr(self.move, "closed", lambda: self.move)())
+
+
+def describe(optimizer: optax.GradientTransformation) -> str:
+    """What an optimiser is made of, as far as it can be seen from outside.
+
+    >>> describe(optax.sgd(0.5, momentum=0.9))
+    'chain(trace(decay=0.9, nesterov=False), scale(step_size=-0.5))'
+    """
+    return _describe(optimizer.update)
+
+
+def _describe(update: Callable) -> str:
+    owner = getattr(update, "__self__", None)
+    if owner is not None:
+        return repr(owner)
+    # optax's transformations are closures: their settings and parts are what they close over.
+    names: Any = getattr(getattr(update, "__code__", None), "co_freevars", ())
+    cells: Any = getattr(update, "__closure__", None) or ()
+    parts = []
+    for name, cell in zip(names, cells, strict=False):
+        value = cell.cell_contents
+        if name == "update_fns":
+            parts.extend(_describe(part) for part in value)
+        elif isinstance(value, float):
+            parts.append(f"{name}={value:g}")
+        elif isinstance(value, bool | int):
+            parts.append(f"{name}={value}")
+        elif isinstance(value, optax.GradientTransformation):
+            parts.append(describe(value))
+        elif "step_size" in name and callable(value):
+            parts.append(f"{name}={_head(value)}")
+    head = _head(update)
+    parts = [part for part in parts if part != "identity"] or parts
+    if head in ("with_extra_args_support", "chain") and len(parts) == 1:
+        return parts[0]
+    return f"{head}({', '.join(parts)})" if parts else head
+
+
+def _head(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
