@@ -183,18 +183,17 @@ def test_descents_by_one_optimiser_make_their_steps_together(problem, batch, mon
             )
 
 
-def test_ctrl_c_keeps_the_members_that_are_done(problem, batch):
+def test_ctrl_c_keeps_the_members_that_are_done(problem, batch, monkeypatch):
+    main, first = threading.get_ident(), threading.Lock()
+
     def interrupt(bar, done, words):
-        if done >= 2:
-            monkey.undo()  # one Ctrl-C
+        if done >= 2 and first.acquire(blocking=False):  # one Ctrl-C
             signal.pthread_kill(main, signal.SIGINT)
 
-    main = threading.get_ident()
+    monkeypatch.setattr(ProgressBar, "update", interrupt)
     four = tuple(layer[:4] for layer in batch)
     steps = [optax.sgd(rate) for rate in (1e-9, 0.3, 1e-9, 0.3)]  # two that never arrive
-    with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(ProgressBar, "update", interrupt)
-        found = gflow.ensemble(problem, four, steps, until=gflow.LogRisk(-2), save=3, lanes=4)
+    found = gflow.ensemble(problem, four, steps, until=gflow.LogRisk(-2), save=3, lanes=4)
     assert found.status.values.tolist() == ["interrupted", "reached"] * 2
     assert np.isfinite(found.log_risk.values[:, 0]).all()
     assert (found.num_steps.max("point").values[::2] > 0).all()  # as far as they came

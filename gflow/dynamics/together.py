@@ -10,6 +10,7 @@ are done wait for the others, which is why workers ask for at most a quarter of 
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -55,18 +56,15 @@ def side_by_side(runs: Sequence[Callable[[], None]], workers: int) -> None:
         finally:
             calls.leave()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
-        waiting.clear()
-        calls.stop()
-        for thread in threads:
-            thread.join()
-        raise
+    with ThreadPoolExecutor(max(workers, 1)) as threads:
+        parts = [threads.submit(work) for _ in range(workers)]
+        try:
+            for part in parts:
+                part.result()
+        except KeyboardInterrupt:
+            waiting.clear()
+            calls.stop()
+            raise
 
 
 class Calls:
