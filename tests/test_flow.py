@@ -280,13 +280,26 @@ def test_a_general_network_walks_the_same_path(flow):
         ({"rtol": 2.0}, "`rtol` is 2.0"),
         ({"atol": -1.0}, "`atol` is -1.0"),
         ({"max_steps": 0}, "`max_steps` is 0"),
+        ({"max_steps": "many"}, "`max_steps` is 'many'"),
         ({"save": 1}, "`save` is 1"),
+        ({"save": "all"}, "`save` is 'all'"),
+        ({"solver": "Tsit5"}, "`solver` is a str; expected an adaptive solver"),
+        ({"solver": gflow.GaussNewton}, "`solver` is the class GaussNewton"),
+        ({"clock": gflow.clocks.Time}, "`clock` is the class Time; expected a clock"),
         ({"observables": {"margin": lambda problem, weights: 0.0}}, "does not use already"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_impossible_options_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         gflow.gradient_flow(gflow.Problem(DATA), WEIGHTS, until=gflow.LogRisk(-2), **arguments)
+
+
+@pytest.mark.parametrize("verb", [gflow.gradient_flow, gflow.gradient_descent])
+@pytest.mark.usefixtures("unchecked")
+def test_data_in_the_place_of_a_problem_are_told_what_to_do(verb):
+    with pytest.raises(ValueError, match=r"`problem` is a Dataset; .* `gflow.Problem\(data"):
+        verb(DATA, WEIGHTS, *[None] * (verb is gflow.gradient_descent), until=gflow.Steps(2))
 
 
 def test_the_verbs_compute_in_float64_and_leave_the_global_setting_alone():

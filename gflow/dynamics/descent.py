@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import optax
 
+from gflow.dynamics.arguments import A_PROBLEM, expect, positive_count
 from gflow.dynamics.descent_run import DescentRun
 from gflow.dynamics.following import follow
 from gflow.dynamics.iterating import misaligning
 from gflow.dynamics.optimizers import describe
 from gflow.dynamics.recorder import Observable, Recorder
-from gflow.dynamics.until import AbstractRule, AnyOf, as_rules, positive_count
+from gflow.dynamics.until import AbstractRule, AnyOf, as_rules
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 
@@ -92,6 +93,7 @@ def gradient_descent(
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
+    expect("problem", problem, Problem, A_PROBLEM)
     rules = tuple(rule.on(problem) for rule in as_rules(until))
     max_steps = positive_count("max_steps", max_steps)
     size = _batch_size(batch_size, problem.data.num_points)

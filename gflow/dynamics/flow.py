@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from gflow.dynamics import clocks
+from gflow.dynamics.arguments import A_PROBLEM, expect, positive_count
 from gflow.dynamics.certify import certify_by, evidence, second_tolerance
 from gflow.dynamics.flow_run import FlowRun, Solver
 from gflow.dynamics.following import follow
@@ -21,7 +22,6 @@ from gflow.dynamics.until import (
     LogTime,
     Time,
     as_rules,
-    positive_count,
 )
 from gflow.problem.modified import (
     ModifiedEquation,
@@ -120,6 +120,10 @@ def gradient_flow(
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
+    expect("problem", problem, Problem, A_PROBLEM)
+    expect("clock", clock, clocks.AbstractClock | None, "a clock, as `gflow.clocks.LogTime()`")
+    solvers = "an adaptive solver, as `diffrax.Tsit5()` or `gflow.GaussNewton()`"
+    expect("solver", solver, diffrax.AbstractAdaptiveSolver | SlowManifold | None, solvers)
     rtol, atol = _tolerances(rtol, atol, function_space)
     max_steps = positive_count("max_steps", max_steps)
     rules = tuple(rule.on(problem) for rule in as_rules(until))

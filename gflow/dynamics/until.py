@@ -14,6 +14,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.dynamics.arguments import whole
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.network import Array, Weights
@@ -283,10 +284,10 @@ def save_grid(
     """
     goal = rule.goal
     if np.ndim(save) == 0:
-        count = int(save)  # pyright: ignore
-        if count != save or count < 2:
+        count = int(save) if whole(save) else 0  # pyright: ignore
+        if count < 2:
             raise ValueError(
-                f"`save` is {save}; expected at least 2 points (both ends are always saved), or "
+                f"`save` is {save!r}; expected at least 2 points (both ends are always saved), or "
                 "an array of values of the stopping rule's coordinate."
             )
         if not math.isfinite(start):
@@ -312,13 +313,6 @@ def save_grid(
             "values between the start and the end of the run."
         )
     return np.append(inside, goal)
-
-
-def positive_count(name: str, value: int) -> int:
-    """``value`` of an argument that counts something, or a ValueError that names it."""
-    if int(value) != value or value < 1:
-        raise ValueError(f"`{name}` is {value}; expected a positive whole number.")
-    return int(value)
 
 
 def _finite(name: str, value: float) -> float:

@@ -151,7 +151,7 @@ def _random(
 
 
 def _shapes(widths: Sequence[int]) -> list[tuple[int, int]]:
-    widths = list(widths)
+    widths = list(widths) if np.ndim(widths) else [widths]  # pyright: ignore
     bad = [width for width in widths if int(width) != width or width < 1]
     if len(widths) < 2 or bad or widths[-1] != 1:
         raise ValueError(
