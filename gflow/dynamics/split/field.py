@@ -17,8 +17,11 @@ makes matrices that serve every evaluation of an implicit stage.
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import get_lapack_funcs
 
 from gflow.dynamics.split.state import SplitState
+
+(GESV,) = get_lapack_funcs(("gesv",), dtype=np.float64)
 
 NEWTON_STEPS = 60
 LARGEST_CHANGE = 3.0
@@ -71,6 +74,19 @@ class Solved(NamedTuple):
     motion: Motion
 
 
+def joined(first: float, rest: np.ndarray) -> np.ndarray:
+    """A number before a vector: ``np.append`` costs more than a small product."""
+    out = np.empty(len(rest) + 1)
+    out[0], out[1:] = first, rest
+    return out
+
+
+def solve(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """The solution of a small linear system, by LAPACK without checks; NaN if it is singular."""
+    _, _, found, info = GESV(matrix, rhs)
+    return found if info == 0 else np.full_like(rhs, np.nan)
+
+
 class SplitField:
     """The field of one network on one data set in split coordinates."""
 
@@ -86,6 +102,7 @@ class SplitField:
         self.power = np.where(free, 1 - 1 / self.depth, 0.0)
         self.time_power = 2 - 2 / self.depth
         self.log_points = np.log(state.geometry.num_points)
+        self.eye = np.eye(width)
 
     def weigh(self, state: SplitState) -> Weighed:
         """The softmax weights at a state."""
@@ -105,7 +122,7 @@ class SplitField:
             along -= step
             if abs(step) <= 1e-15 * abs(along) + 1e-13:
                 break
-        zbar = np.append(self.margin * (1 + gap), weights @ self.points)
+        zbar = joined(self.margin * (1 + gap), weights @ self.points)
         return Weighed(float(along), weights, zbar)
 
     def chain(self, slow: np.ndarray, s: float) -> Chain:
@@ -144,7 +161,8 @@ class SplitField:
     ) -> tuple[Motion, float, np.ndarray]:
         r"""The motion for a given $\bar z$, $\dot\rho/\rho$, and $K\bar z$."""
         rho = chain.size[1]
-        q = np.append(zbar, w @ zbar / rho)
+        q = np.empty(len(zbar) + 1)
+        q[:-1], q[-1] = zbar, w @ zbar / rho
         rate = float(chain.rate @ q)
         pushed = rho**2 * zbar + chain.metric @ q + rate * w
         return Motion(q, w, float(zbar @ pushed)), rate, pushed
@@ -155,7 +173,7 @@ class SplitField:
         """The derivative of the scaled b, evaluated as it stands: for the very first step."""
         scale = chain.s**self.power
         found = self.softmax(chain.s, scaled * scale, along)
-        w = np.append(found.along / self.margin, scaled * scale)
+        w = joined(found.along / self.margin, scaled * scale)
         motion, _, pushed = self.move(chain, found.zbar, w)
         slope = chain.s * pushed[1:] / (motion.kappa * scale) - self.power * scaled
         return slope, motion, found.along
@@ -166,14 +184,15 @@ class SplitField:
         """Solve scaled = base + step * derivative(scaled); None if Newton's iteration fails."""
         s, scale, size = chain.s, chain.s**self.power, len(base)
         rho = chain.size[1]
-        eye = np.eye(size)
+        eye = self.eye
         metric = rho**2 * eye + chain.metric[1:, 1:-1]
-        matrix = np.eye(size)
+        ratio = scale / scale[:, None]
+        matrix = eye
         previous = np.inf
         for _ in range(NEWTON_STEPS):
             found = self.softmax(s, scaled * scale, along)
             along = found.along
-            w = np.append(along / self.margin, scaled * scale)
+            w = joined(along / self.margin, scaled * scale)
             motion, rate, pushed = self.move(chain, found.zbar, w)
             if size == 0:
                 return Solved(scaled, base, along, matrix, motion)
@@ -181,14 +200,14 @@ class SplitField:
             residual += step * (s * pushed[1:] / (motion.kappa * scale) - self.power * scaled)
             centred = self.points - found.zbar[1:]
             covariance = (centred.T * found.weights) @ centred
-            stiff = (metric @ covariance - rate * eye) * (scale / scale[:, None])
+            stiff = (metric @ covariance - rate * eye) * ratio
             matrix = eye * (1 + step * self.power) + step * s / motion.kappa * stiff
-            change = np.linalg.solve(matrix, residual)
+            change = solve(matrix, residual)
             heavy = found.weights > 1e-12
             largest = np.max(np.abs(self.points[heavy] @ (change * scale)), initial=0.0)
             factor = min(1.0, LARGEST_CHANGE / largest) if largest > 0 else 1.0
             scaled = scaled + factor * change
-            error = np.max(np.abs(change)) / (1 + np.max(np.abs(scaled)))
+            error = np.abs(change).max() / (1 + np.abs(scaled).max())
             if not np.isfinite(error):
                 return None
             coming = error * min(1.0, error / previous) if np.isfinite(previous) else error
@@ -212,16 +231,16 @@ class SplitField:
         scale, rho = chain.s**self.power, chain.size[1]
         slope = (scaled - base) / step
         across = scaled * scale
-        w = np.append(along / self.margin, across)
+        w = joined(along / self.margin, across)
         motion, _, _ = self.move(chain, zbar, w)
         by_last = chain.metric[1:, -1] + chain.rate[-1] * across
         by_up = chain.metric[1:, 0] + chain.rate[0] * across + by_last * w[0] / rho
-        by_across = rho**2 * np.eye(len(across)) + chain.metric[1:, 1:-1]
+        by_across = rho**2 * self.eye + chain.metric[1:, 1:-1]
         by_across += np.outer(across, chain.rate[1:-1]) + np.outer(by_last, across) / rho
         # kappa barely depends on zbar across, and zbar is known to round-off: once is enough.
         wanted = motion.kappa * scale * (slope + self.power * scaled) / chain.s
-        across_part = np.linalg.solve(by_across, wanted - by_up * zbar[0])
-        motion, _, _ = self.move(chain, np.append(zbar[0], across_part), w)
+        across_part = solve(by_across, wanted - by_up * zbar[0])
+        motion, _, _ = self.move(chain, joined(zbar[0], across_part), w)
         return Solved(scaled, slope, along, matrix, motion)
 
     def slow(self, chain: Chain, motion: Motion) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gflow.dynamics.split.field import Chain, Motion, Solved, SplitField
+from gflow.dynamics.split.field import Chain, Motion, Solved, SplitField, solve
 from gflow.dynamics.split.state import Momentum, SplitState
 
 TIME_SLACK = 100.0
@@ -118,7 +118,7 @@ class Walk:
             return self._reject(size, 0.25)
         moved = again.scaled - solved.scaled
         if len(moved):
-            moved = moved - np.linalg.solve(again.matrix, moved)
+            moved = moved - solve(again.matrix, moved)
         self.slow, self.scaled, self.along = after, solved.scaled + moved, again.along
         self.time = self._time(chain, again.motion, time_base, implicit)
         self.tau = end if last else self.tau + size
@@ -159,7 +159,7 @@ class Walk:
                 scale = max(scale, 1.0)
             worst = max(worst, float(np.linalg.norm(error[part])) / scale)
         if len(solved.scaled):
-            across = np.linalg.solve(solved.matrix, size * (table.error @ slopes))
+            across = solve(solved.matrix, size * (table.error @ slopes))
             scale = max(1.0, float(np.linalg.norm(solved.scaled)))
             worst = max(worst, float(np.max(np.abs(across))) / scale)
         elapsed = size * (table.error @ times) / (1 + size * table.diagonal * s)
