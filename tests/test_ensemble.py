@@ -228,3 +228,11 @@ def test_wrong_counts_are_refused(problem, batch):
         gflow.ensemble(problem, batch, until=gflow.LogRisk(-10), rtol=[1e-8, 1e-9])
     with pytest.raises(ValueError, match="`weights_batch` has arrays"):
         gflow.ensemble(problem, (batch[0], batch[1][:2]), until=gflow.LogRisk(-10))
+    with pytest.raises(ValueError, match="`lanes` is 0"):
+        gflow.ensemble(problem, batch, until=gflow.LogRisk(-10), lanes=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_data_in_the_place_of_problems_are_told_what_to_do(problem, batch):
+    with pytest.raises(ValueError, match="`problem` is a Dataset; expected a problem"):
+        gflow.ensemble(problem.data, batch, until=gflow.LogRisk(-10))

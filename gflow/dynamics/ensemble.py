@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from gflow.dynamics import pool, together
+from gflow.dynamics.arguments import A_PROBLEM, expect, positive_count
 from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.flow_run import HAND_OVER_AT
@@ -104,8 +105,12 @@ def ensemble(
                 f"`coordinates[{name!r}]` has {len(values)} entries; expected {count}, one a "
                 "member."
             )
+    problems = _each("problem", problem, count, Problem)
+    for one in problems:
+        expect("problem", one, Problem, f"{A_PROBLEM}, or one a member")
+    lanes = positive_count("lanes", lanes)
     work = Work(
-        _each("problem", problem, count, Problem),
+        problems,
         [jax.tree.unflatten(structure, [leaf[i] for leaf in leaves]) for i in range(count)],
         _each("optimizer", optimizer, count, tuple | type(None)),
         _each("rtol", rtol, count, float | int),
