@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -103,10 +104,19 @@ assert len(jax.devices()) == 2 and one.in_lanes.all() and two.in_lanes.all()
 assert (one.status == "reached").all()
 np.testing.assert_array_equal(one.end_to_end.values, two.end_to_end.values)
 np.testing.assert_array_equal(one.log_time.values, two.log_time.values)
+
+# The points of one problem on two devices.
+shared = problem.sharded()
+assert len(shared.design.sharding.device_set) == 2
+assert shared.design.addressable_shards[0].data.shape == (10, 2)
+flow = gflow.gradient_flow(shared, (batch[0][0],), until=gflow.LogRisk(-20), save=3)
+assert flow.attrs["status"] == "reached"
+for name in ("end_to_end", "log_time", "margin", "direction_error"):
+    np.testing.assert_allclose(flow[name].values, one[name].values[0], rtol=1e-7)
 """
 
 
-def test_two_devices_give_what_one_gives_bit_for_bit():
+def test_two_devices_give_what_one_gives_with_members_or_points_spread_over_them():
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     subprocess.run(
         [sys.executable, "-c", DEVICES], env={**os.environ, "XLA_FLAGS": flags}, check=True
@@ -217,6 +227,14 @@ def test_ctrl_c_keeps_what_lanes_have_finished(problem, starts, monkeypatch):
     assert (found.in_lanes.values == (found.status.values == "reached")).all()
     assert np.isfinite(found.log_risk.values[found.in_lanes.values]).all()
     assert "keyboard" in str(found.message.values[ends.index("interrupted")])
+
+
+def test_points_that_devices_cannot_share_are_refused(problem):
+    with pytest.raises(ValueError, match="`devices` are 3 and there are 20 points"):
+        problem.sharded(jax.devices()[:1] * 3)
+    network = gflow.Network(lambda weights, x: weights[0] @ x, homogeneity=1.0)
+    with pytest.raises(ValueError, match="expected a DeepLinear network"):
+        gflow.Problem(problem.data, network).sharded()
 
 
 def test_wrong_counts_are_refused(problem, batch):

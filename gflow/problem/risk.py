@@ -10,13 +10,15 @@ s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 """
 
 import warnings
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Logistic
@@ -62,6 +64,36 @@ class Problem(eqx.Module):
         self.network = _expect("network", network or DeepLinear(), AbstractNetwork)
         self.loss = _expect("loss", loss or Logistic(), AbstractLoss)
         self.design = self.network.design(self.data)
+
+    def sharded(self, devices: Sequence[Any] | None = None) -> "Problem":
+        """The same problem with its points spread over devices, each of which does its share.
+
+        For many points: margins, losses and sums over points are computed where the points are, and
+        what they give, a vector as long as an input, is added up. Weights are on every device.
+        Results are those of one device up to the order in which sums are taken.
+
+        Args:
+            devices: by default all of this process.
+
+        Raises:
+            ValueError: when the devices cannot have equally many points each, or the network is not
+                deep linear.
+        """
+        devices = list(devices or jax.local_devices())
+        if self.design is None:
+            raise ValueError(
+                f"`problem` has a {type(self.network).__name__}; expected a DeepLinear network: "
+                "only its points can be spread over devices."
+            )
+        if self.data.num_points % len(devices):
+            raise ValueError(
+                f"`devices` are {len(devices)} and there are {self.data.num_points} points; "
+                "expected equally many on each. Choose fewer devices, or leave points out."
+            )
+        rows = NamedSharding(Mesh(np.array(devices), ("points",)), PartitionSpec("points", None))
+        with jax.enable_x64(True):
+            design = jax.device_put(np.asarray(self.design), rows)
+        return eqx.tree_at(lambda p: p.design, self, design)
 
     def margins(self, weights: Weights) -> Array:
         """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,)."""
