@@ -20,8 +20,9 @@ import numpy as np
 from common import RESULTS, Report, begin, parser, seconds, table
 
 import gflow
-from gflow.dynamics import pool, stepping
+from gflow.dynamics import stepping
 from gflow.dynamics.ensemble import LANES
+from gflow.dynamics.lanes import pool
 from gflow.dynamics.tolerance import Tolerance, default_atol
 
 WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import gflow
-from gflow.dynamics.pool import Pool
+from gflow.dynamics.lanes.pool import Pool
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.together import Calls
 
@@ -220,7 +220,7 @@ def test_ctrl_c_keeps_what_lanes_have_finished(problem, starts, monkeypatch):
         return observe(pool, rows)
 
     monkeypatch.setattr(Pool, "_observe", once)
-    monkeypatch.setattr("gflow.dynamics.pool.CHUNK", 4)
+    monkeypatch.setattr("gflow.dynamics.lanes.pool.CHUNK", 4)
     found = gflow.ensemble(problem, batch, until=gflow.LogRisk(GOAL), save=POINTS, lanes=2)
     ends = found.status.values.tolist()
     assert set(ends) == {"reached", "interrupted"}

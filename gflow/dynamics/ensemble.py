@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import optax
 
-from gflow.dynamics import pool, together
+from gflow.dynamics import together
 from gflow.dynamics.arguments import A_PROBLEM, expect, positive_count
 from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.flow_run import HAND_OVER_AT
+from gflow.dynamics.lanes import pool
 from gflow.dynamics.members import Member, Unfinished, joined
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.until import AbstractRule, AnyOf
@@ -51,8 +52,8 @@ def ensemble(
     r"""Follow many starts at once, by flow or with an optimiser by descent.
 
     Members share shapes and differ in start, data, loss, tolerance or optimiser. Flows of small
-    deep linear networks to a ``LogRisk`` of at least -1e6 run side by side (``lanes.py``): one
-    compiled program, in which a member that is done makes room for the next, on all devices.
+    deep linear networks to a ``LogRisk`` of at least -1e6 run side by side (``dynamics/lanes``):
+    one compiled program, in which a member that is done makes room for the next, on all devices.
     Descents make their steps in one vmapped call, if their optimisers differ in numbers such as the
     learning rate only. All other members, and those that a lane gives up, run one after the other.
     Where and beside what a member runs does not change its result beyond round-off. One that fails

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.gauss_newton import remaining
-from gflow.dynamics.lane_algebra import mix, outer, solve, times
-from gflow.dynamics.lane_newton import Frame, Members, Method, Newton, Solution
+from gflow.dynamics.lanes.algebra import mix, outer, solve, times
+from gflow.dynamics.lanes.newton import Frame, Members, Method, Newton, Solution
 from gflow.dynamics.radau import decay_rate, legendre_values, radau
 from gflow.dynamics.stages import advance as advance_offsets
 from gflow.dynamics.stepping import (

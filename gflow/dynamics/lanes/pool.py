@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from gflow import record
-from gflow.dynamics import lanes as lane
 from gflow.dynamics.certify import evidence
 from gflow.dynamics.clocks import LogRisk as LogRiskClock
 from gflow.dynamics.field import FlowState
 from gflow.dynamics.gauss_newton import DIRECT, GaussNewton
+from gflow.dynamics.lanes import machine as lane
 from gflow.dynamics.members import Member
 from gflow.dynamics.recorder import Recorder, observe_members
 from gflow.dynamics.tolerance import default_atol
