@@ -52,6 +52,7 @@ FOUND = {
     "scaling": lambda found: [row["finished"] for row in found["rows"]["width"]],
     "descent_throughput": lambda found: [row["difference"] <= 1e-12 for row in found["rows"]],
     "start_up": lambda found: [row["warm_s"] < row["first_call_s"] for row in found["calls"]],
+    "ensembles": lambda found: [found["largest_difference"] < 1e-8, found["utilisation"] > 0],
     "memory": lambda found: [row["peak_mib"] > 0 for row in found["weights"]],
 }
 """Name of a comparison: what is true of each row of its result, on any machine."""
