@@ -5,7 +5,8 @@
 same loop. The first two give records; the plain vmap gives the final weights only, so it is held
 against the same members without their records too. Each is compiled before. With ``--devices 2``
 the ensemble also runs with two sets of lanes on one device, and on two virtual devices in a process
-of their own; ``--part`` runs this last part, or the others, alone.
+of their own. Last, fifty descents with as many learning rates, together and one after the other.
+``--part`` renews one of these parts alone.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from common import RESULTS, Report, begin, parser, seconds, table
 
 import gflow
@@ -26,6 +28,7 @@ from gflow.dynamics.lanes import pool
 from gflow.dynamics.tolerance import Tolerance, default_atol
 
 WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20
+RATES, STEPS = 50, 100_000
 
 
 def members(count: int) -> tuple[gflow.Problem, list[Any], np.ndarray]:
@@ -91,6 +94,26 @@ def without_records(problem: gflow.Problem, starts: list[Any]) -> Any:
     return run
 
 
+def rates_compared(count: int, steps: int) -> dict[str, float]:
+    """Seconds of descents with as many learning rates, together and one after the other."""
+    problem, (start,), _ = members(1)
+    rates = np.geomspace(0.01, 0.5, count)
+    batch = tuple(np.repeat(layer[None], count, axis=0) for layer in start)
+    until = gflow.Steps(steps)
+
+    def together() -> Any:
+        optimizers = [optax.sgd(rate) for rate in rates]
+        return gflow.ensemble(problem, batch, optimizers, until=until, save=SAVE, lanes=count)
+
+    def loop() -> None:
+        for rate in rates:
+            gflow.gradient_descent(problem, start, optax.sgd(rate), until=until, save=SAVE)
+
+    found = {"together": timed(together, 1)[0], "one after the other": timed(loop, 1)[0]}
+    print(f"{count} learning rates, {steps} steps each:", found)
+    return found
+
+
 def timed(call: Any, repeats: int) -> tuple[float, Any]:
     """Least wall time of several calls, after one that compiles."""
     call()
@@ -107,8 +130,8 @@ def main() -> None:
     )
     found.add_argument(
         "--part",
-        choices=("members", "devices"),
-        help="renew one part alone, in the JSON of both; by default both",
+        choices=("members", "devices", "rates"),
+        help="renew one part alone, in the JSON of all; by default all",
     )
     found.add_argument("--only-ensemble", action="store_true", help="time one call and print it")
     options = begin(found)
@@ -135,8 +158,11 @@ def main() -> None:
     if options.part:
         path = (options.out or RESULTS) / "ensembles.json"
         known = json.loads(path.read_text())
-    if options.part == "devices":
-        known["devices"] = devices_compared(options)
+    if options.part in ("devices", "rates"):
+        if options.part == "devices":
+            known["devices"] = devices_compared(options)
+        else:
+            known["rates"] = rates_compared(RATES, STEPS)
         path.write_text(json.dumps(known, indent=1) + "\n")
         figure(known["seconds"], known["devices"]).savefig(path.with_suffix(".png"), dpi=130)
         return
@@ -185,8 +211,11 @@ def main() -> None:
     virtual = known.get("devices", {})
     if options.devices > 1 and not options.part:
         virtual = devices_compared(options)
+    few = options.quick or options.part
+    rates = known.get("rates", {}) if few else rates_compared(RATES, STEPS)
     report.write(
         figure(took, virtual),
+        rates=rates,
         members=count,
         seconds=took,
         **ratios,

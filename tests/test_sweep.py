@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,6 +75,32 @@ def test_every_point_is_where_its_labels_say(found):
         np.testing.assert_allclose(member[name].values, single[name].values, rtol=1e-10)
     means = found.sel(depth=2, scale=0.5).mean("seed")
     assert np.isfinite(means.frobenius_norm).all()
+
+
+def test_two_processes_of_one_distributed_program_find_the_same(found, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def begin(number):
+        joined = f"import jax; jax.distributed.initialize({address!r}, 2, {number})\n"
+        program = joined + PROGRAM.format(tests=os.path.dirname(__file__))
+        command = [
+            sys.executable,
+            "-c",
+            program,
+            str(tmp_path / "groups"),
+            str(tmp_path / f"{number}.nc"),
+        ]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    processes = [begin(number) for number in range(2)]
+    for number, process in enumerate(processes):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        mine = gflow.load(tmp_path / f"{number}.nc")
+        for name in ("log_risk", "margin", "end_to_end"):
+            np.testing.assert_array_equal(mine[name].values, found[name].values)
 
 
 def test_what_a_shallower_network_lacks_is_nan(found):
