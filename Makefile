@@ -72,7 +72,7 @@ constraints: $(VENV)/.with-dev  ## renew constraints.txt: newest versions, every
 	  --no-emit-package gflow --output-file constraints.txt
 
 clean:  ## remove environments and caches
-	rm -rf .venv-* .pytest_cache .ruff_cache .hypothesis build dist site
+	rm -rf .venv-* .jax_cache .pytest_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up. A stamp says what is installed; it is renewed when the project or its pins change.

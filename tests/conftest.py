@@ -1,14 +1,20 @@
 """What every test runs under: double precision, no silent promotion, annotations checked.
 
-Warnings are errors by `pyproject.toml`. Nothing here outlives the test process, and gflow itself
-never touches JAX's configuration.
+Warnings are errors by `pyproject.toml`. Nothing here outlives the test process but a cache of
+compiled programs, and gflow itself never touches JAX's configuration.
 """
 
 import os
+from pathlib import Path
 
 # Nearly all the time of these tests is compilation, of programs that then run for milliseconds: the
 # compiler is asked not to optimise, which takes a third off. Set before JAX is imported.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
+# What one process has compiled the others read: the second worker, notebooks, benchmarks, and the
+# next run, which takes half the time. JAX tells programs, flags and versions apart.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import jaxtyping

@@ -193,6 +193,15 @@ def test_descents_by_one_optimiser_make_their_steps_together(problem, batch, mon
             )
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, also where these tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_the_members_that_are_done(problem, batch, monkeypatch):
     main, first = threading.get_ident(), threading.Lock()
 
@@ -209,6 +218,7 @@ def test_ctrl_c_keeps_the_members_that_are_done(problem, batch, monkeypatch):
     assert (found.num_steps.max("point").values[::2] > 0).all()  # as far as they came
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_what_lanes_have_finished(problem, starts, monkeypatch):
     many = [starts[i % 4] for i in range(36)]
     batch = tuple(np.stack(layer) for layer in zip(*many, strict=True))
