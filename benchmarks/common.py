@@ -278,6 +278,12 @@ def begin(found: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
+def _asked() -> list[str]:
+    """The options of this run, but where its results go."""
+    given = iter(sys.argv[1:])
+    return [word for word in given if word != "--out" or not next(given, None)]
+
+
 class Report:
     """What a script found, with all that is needed to judge it."""
 
@@ -285,7 +291,7 @@ class Report:
         self.name = Path(script).stem + (f"-{options.tag}" if options.tag else "")
         self.folder = options.out or (None if options.quick else RESULTS)
         self.document: dict[str, Any] = {
-            "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+            "command": " ".join(["python", f"benchmarks/{Path(script).name}", *_asked()]),
             "quick": options.quick,
             "device": f"{jax.devices()[0]}, {processor()}",
             "cores": os.cpu_count(),
