@@ -13,7 +13,6 @@ import numpy as np
 import optax
 
 from gflow.dynamics import together
-from gflow.dynamics.arguments import A_PROBLEM, expect, positive_count
 from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.flow_run import HAND_OVER_AT
@@ -21,6 +20,7 @@ from gflow.dynamics.lanes import pool
 from gflow.dynamics.members import Member, Unfinished, joined
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.until import AbstractRule, AnyOf
+from gflow.problem.arguments import A_PROBLEM, expect, positive_count
 from gflow.problem.network import Weights
 from gflow.problem.risk import ROUND_OFF, Problem
 

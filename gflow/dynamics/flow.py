@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from gflow.dynamics import clocks
-from gflow.dynamics.arguments import A_PROBLEM, expect, positive_count
 from gflow.dynamics.certify import certify_by, evidence, second_tolerance
 from gflow.dynamics.flow_run import FlowRun, Solver
 from gflow.dynamics.following import follow
@@ -23,6 +22,7 @@ from gflow.dynamics.until import (
     Time,
     as_rules,
 )
+from gflow.problem.arguments import A_PROBLEM, expect, positive_count
 from gflow.problem.modified import (
     ModifiedEquation,
     ModifiedProblem,

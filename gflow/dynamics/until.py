@@ -14,9 +14,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.arguments import whole
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
+from gflow.problem.arguments import whole
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
 

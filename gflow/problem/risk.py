@@ -11,7 +11,7 @@ s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,11 +20,10 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gflow.problem.arguments import expect
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Logistic
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
-
-Kind = TypeVar("Kind")
 
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""
@@ -60,9 +59,10 @@ class Problem(eqx.Module):
         network: AbstractNetwork | None = None,
         loss: AbstractLoss | None = None,
     ):
-        self.data = _expect("data", data, Dataset)
-        self.network = _expect("network", network or DeepLinear(), AbstractNetwork)
-        self.loss = _expect("loss", loss or Logistic(), AbstractLoss)
+        self.data, self.network, self.loss = data, network or DeepLinear(), loss or Logistic()
+        expect("data", self.data, Dataset, "a gflow Dataset")
+        expect("network", self.network, AbstractNetwork, "a gflow AbstractNetwork")
+        expect("loss", self.loss, AbstractLoss, "a gflow AbstractLoss")
         self.design = self.network.design(self.data)
 
     def sharded(self, devices: Sequence[Any] | None = None) -> "Problem":
@@ -178,9 +178,3 @@ def risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     r"""$\log R$ and $\lVert\nabla\log R\rVert^2$, compiled."""
     log_risk, _, squared_norm = problem.log_risk_gradient_and_norm(weights)
     return log_risk, squared_norm
-
-
-def _expect(name: str, value: object, kind: type[Kind]) -> Kind:
-    if not isinstance(value, kind):
-        raise ValueError(f"`{name}` is a {type(value).__name__}; expected a gflow {kind.__name__}.")
-    return value
