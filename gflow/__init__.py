@@ -19,7 +19,7 @@ from gflow.dynamics.descent import gradient_descent as gradient_descent
 from gflow.dynamics.ensemble import ensemble as ensemble
 from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
 from gflow.dynamics.flow import gradient_flow as gradient_flow
-from gflow.dynamics.gauss_newton import GaussNewton as GaussNewton
+from gflow.dynamics.radau.gauss_newton import GaussNewton as GaussNewton
 from gflow.dynamics.paper_steps import (
     ball_smoothness as ball_smoothness,
     paper_steps as paper_steps,
@@ -31,7 +31,7 @@ from gflow.dynamics.step_sizes import (
     on_log_risk as on_log_risk,
     polyak as polyak,
 )
-from gflow.dynamics.until import (
+from gflow.dynamics.stops import (
     KKT as KKT,
     LogRisk as LogRisk,
     LogTime as LogTime,
@@ -48,7 +48,7 @@ from gflow.problem.losses import (
     Logistic as Logistic,
 )
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
-from gflow.problem.modified import ModifiedEquation as ModifiedEquation
+from gflow.dynamics.modified import ModifiedEquation as ModifiedEquation
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.risk import Problem as Problem

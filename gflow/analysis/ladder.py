@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.flow import gradient_flow
-from gflow.dynamics.until import Time
-from gflow.problem.modified import ORDERS, ModifiedEquation
+from gflow.dynamics.stops import Time
+from gflow.dynamics.modified import ORDERS, ModifiedEquation
 from gflow.problem.network import Array, Weights, end_to_end
 from gflow.problem.observables import is_deep_linear
 from gflow.problem.risk import Problem

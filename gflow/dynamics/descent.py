@@ -13,7 +13,7 @@ from gflow.dynamics.following import follow
 from gflow.dynamics.iterating import misaligning
 from gflow.dynamics.optimizers import describe
 from gflow.dynamics.recorder import Observable, Recorder
-from gflow.dynamics.until import AbstractRule, AnyOf, as_rules
+from gflow.dynamics.stops import AbstractRule, AnyOf, as_rules
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem

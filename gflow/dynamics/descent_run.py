@@ -30,7 +30,7 @@ from gflow.dynamics.progress import Pace
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.step_meter import StepMeter
 from gflow.dynamics.together import advance
-from gflow.dynamics.until import AbstractRule, LogRisk, LogTime, Steps, Time, anonymous
+from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime, Steps, Time, anonymous
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 

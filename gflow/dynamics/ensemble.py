@@ -19,7 +19,7 @@ from gflow.dynamics.flow_run import HAND_OVER_AT
 from gflow.dynamics.lanes import pool
 from gflow.dynamics.members import Member, Unfinished, joined
 from gflow.dynamics.progress import ProgressBar
-from gflow.dynamics.until import AbstractRule, AnyOf
+from gflow.dynamics.stops import AbstractRule, AnyOf
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count
 from gflow.problem.network import Weights
 from gflow.problem.risk import ROUND_OFF, Problem

@@ -17,8 +17,8 @@ from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.progress import Pace
 from gflow.dynamics.stepping import Carry, Limits
 from gflow.dynamics.targets import Target, out_of_steps
-from gflow.dynamics.tolerance import FunctionTolerance, Tolerance, default_atol
-from gflow.dynamics.until import AbstractRule, anonymous
+from gflow.dynamics.march.tolerance import FunctionTolerance, Tolerance, default_atol
+from gflow.dynamics.stops import AbstractRule, anonymous
 from gflow.problem.network import Array, Weights, as_array, end_to_end
 from gflow.problem.observables import is_deep_linear
 from gflow.problem.risk import Problem, risk_and_slope

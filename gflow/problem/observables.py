@@ -135,8 +135,7 @@ def smoothed_margin(problem: Problem, weights: Weights) -> Array:
     Never decreases along the flow once $\sum_i\ell(q_i) < \ell(0)$ (arXiv 1906.05890,
     theorem 4.1, in its form for multi-homogeneous networks).
     """
-    losses = problem.loss_slopes(problem.margins(weights))
-    return problem.loss.inverse(losses.log_total) / _norm_product(weights)
+    return problem.loss.inverse(_log_total(problem, weights)) / _norm_product(weights)
 
 
 def gradient_alignment(problem: Problem, weights: Weights) -> Array:
@@ -198,7 +197,7 @@ def kkt(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     """
     coordinates, pull = problem.network.pullback(weights, problem.data)
     margins = problem.spread(coordinates)
-    slopes = problem.loss_slopes(margins).slopes
+    slopes = problem.loss.terms(margins).slopes
     gradient, squared_slope = pull(-problem.gather(slopes))
     smallest = jnp.min(margins)
     scale = jnp.where(smallest > 0, smallest, jnp.nan)
@@ -227,7 +226,7 @@ def perpendicular_cosine(problem: Problem, w: Array, reference: Reference) -> Ar
         w: the end-to-end vector, shape (d,).
         reference: of the run.
     """
-    slopes = problem.loss_slopes(problem.spread(w)).slopes
+    slopes = problem.loss.terms(problem.spread(w)).slopes
     gradient = -problem.gather(slopes)
     across = w - jnp.dot(w, reference.direction) * reference.direction
     size = jnp.linalg.norm(across) * jnp.linalg.norm(gradient)
@@ -281,7 +280,7 @@ def general(problem: Problem, weights: Weights) -> dict[str, Array]:
     found = {"log_risk": problem.log_risk(weights), "min_margin": jnp.min(margins), "norm": norm}
     homogeneity = getattr(problem.network, "homogeneity", None)
     if homogeneity is not None:
-        total = problem.loss_slopes(margins).log_total
+        total = _log_total(problem, weights)
         found["margin"] = jnp.min(margins) / norm**homogeneity
         found["smoothed_margin"] = problem.loss.inverse(total) / norm**homogeneity
     return found
@@ -290,6 +289,11 @@ def general(problem: Problem, weights: Weights) -> dict[str, Array]:
 def is_deep_linear(problem: Problem) -> bool:
     """Whether the layer-wise observables apply."""
     return isinstance(problem.network, DeepLinear)
+
+
+def _log_total(problem: Problem, weights: Weights) -> Array:
+    r"""$\log\sum_i\ell(q_i)$."""
+    return problem.log_risk(weights) + np.log(problem.data.num_points)
 
 
 def _norm_product(weights: Weights) -> Array:

@@ -11,33 +11,22 @@ s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gflow.problem.arguments import expect
 from gflow.problem.data import Dataset
-from gflow.problem.losses import AbstractLoss, Logistic
+from gflow.problem.losses import Logistic
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
+from gflow.problem.terms import AbstractJointLoss
 
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""
-
-
-class LossSlopes(NamedTuple):
-    """The loss at the margins: what the risk, its gradient and its curvature are made of."""
-
-    log_risk: Array
-    slopes: Array
-    r"""$s_i = -\ell'(q_i)/\sum_j\ell(q_j)$, shape (points,); their sum is 1 for
-    exponential loss."""
-    log_total: Array
-    r"""$\log\sum_j\ell(q_j)$."""
 
 
 class Problem(eqx.Module):
@@ -50,19 +39,19 @@ class Problem(eqx.Module):
 
     data: Dataset
     network: AbstractNetwork
-    loss: AbstractLoss
+    loss: AbstractJointLoss
     design: Array | None
 
     def __init__(
         self,
         data: Dataset,
         network: AbstractNetwork | None = None,
-        loss: AbstractLoss | None = None,
+        loss: AbstractJointLoss | None = None,
     ):
         self.data, self.network, self.loss = data, network or DeepLinear(), loss or Logistic()
         expect("data", self.data, Dataset, "a gflow Dataset")
         expect("network", self.network, AbstractNetwork, "a gflow AbstractNetwork")
-        expect("loss", self.loss, AbstractLoss, "a gflow AbstractLoss")
+        expect("loss", self.loss, AbstractJointLoss, "a gflow AbstractLoss")
         self.design = self.network.design(self.data)
 
     def sharded(self, devices: Sequence[Any] | None = None) -> "Problem":
@@ -101,7 +90,7 @@ class Problem(eqx.Module):
 
     def log_risk(self, weights: Weights) -> Array:
         r"""$\log R(W)$, natural logarithm of the mean loss."""
-        return self.loss_slopes(self.margins(weights)).log_risk
+        return self.loss.terms(self.margins(weights)).log_risk
 
     def log_risk_and_gradient(self, weights: Weights) -> tuple[Array, Weights]:
         r"""$\log R$ and $g = \nabla \log R$, the latter shaped as the weights."""
@@ -111,34 +100,25 @@ class Problem(eqx.Module):
     def log_risk_gradient_and_norm(self, weights: Weights) -> tuple[Array, Weights, Array]:
         r"""$\log R$, $g = \nabla\log R$ and $\lVert g\rVert^2$."""
         coordinates, pull = self.network.pullback(weights, self.data)
-        losses = self.loss_slopes(self.spread(coordinates))
-        gradient, squared_norm = pull(-self.gather(losses.slopes))
-        return losses.log_risk, gradient, squared_norm
-
-    @property
-    def outer(self) -> bool:
-        """Whether the field is an outer product in every layer."""
-        return isinstance(self.network, DeepLinear)
+        log_risk, slopes, _ = self.loss.terms(self.spread(coordinates))
+        gradient, squared_norm = pull(-self.gather(slopes))
+        return log_risk, gradient, squared_norm
 
     def log_risk_at_zero(self) -> Array:
         r"""$\log R(0) = \log\ell(0)$, the level of the paper's assumption on the start."""
-        return self.loss.log_value(jnp.zeros(()))
+        return self.loss.log_risk_at_zero(self.data.num_points)
 
-    def loss_slopes(self, margins: Array) -> LossSlopes:
-        """The log risk and the slopes $s_i$ at given margins."""
-        log_total = logsumexp(self.loss.log_value(margins))
-        return LossSlopes(
-            log_risk=log_total - np.log(margins.shape[0]),
-            slopes=jnp.exp(self.loss.log_slope(margins) - log_total),
-            log_total=log_total,
-        )
+    @property
+    def num_coordinates(self) -> int:
+        """The number m of coordinates that the implicit solver works in."""
+        return self.data.num_points if self.design is None else min(self.design.shape)
 
     def spread(self, coordinates: Array) -> Array:
-        """$A c$: from the network's coordinates to the margins."""
-        return coordinates if self.design is None else self.design @ coordinates
+        """$A c$: from the network's coordinates to the margins, along the last axis."""
+        return coordinates if self.design is None else coordinates @ self.design.T
 
     def gather(self, slopes: Array) -> Array:
-        r"""$A^\top s$: from a covector on the margins to one on the coordinates."""
+        r"""$A^\top s$: from covectors on the margins to those on the coordinates, likewise."""
         return slopes if self.design is None else slopes @ self.design
 
     def check(self, weights: Weights) -> Weights:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.gauss_newton import remaining
+from gflow.dynamics.radau.gauss_newton import remaining
 from gflow.dynamics.lanes.algebra import mix, outer, solve, times
 from gflow.dynamics.lanes.newton import Frame, Members, Method, Newton, Solution
 from gflow.dynamics.radau import decay_rate, legendre_values, radau

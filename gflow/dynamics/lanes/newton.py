@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
-from gflow.dynamics.gauss_newton import GaussNewton, remaining
+from gflow.dynamics.radau.gauss_newton import GaussNewton, remaining
 from gflow.dynamics.lanes.algebra import dot, mix, norm, outer, ratio, solve, times
 from gflow.dynamics.radau import decay_rate, radau
 from gflow.dynamics.stages import advance as advance_offsets, loss_terms

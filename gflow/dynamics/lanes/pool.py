@@ -14,12 +14,12 @@ from gflow import record
 from gflow.dynamics.certify import evidence
 from gflow.dynamics.clocks import LogRisk as LogRiskClock
 from gflow.dynamics.field import FlowState
-from gflow.dynamics.gauss_newton import DIRECT, GaussNewton
+from gflow.dynamics.radau.gauss_newton import DIRECT, GaussNewton
 from gflow.dynamics.lanes import machine as lane
 from gflow.dynamics.members import Member
 from gflow.dynamics.recorder import Recorder, observe_members
-from gflow.dynamics.tolerance import default_atol
-from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, as_rules, save_grid
+from gflow.dynamics.march.tolerance import default_atol
+from gflow.dynamics.stops import AbstractRule, AnyOf, LogRisk, as_rules, save_grid
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import is_deep_linear
 from gflow.problem.risk import ROUND_OFF, Problem

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -14,7 +14,7 @@ import numpy as np
 from gflow import record
 from gflow.problem import observables as obs
 from gflow.problem.max_margin import MaxMargin
-from gflow.problem.network import Array, Weights, widths
+from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.risk import Problem
 
 if TYPE_CHECKING:
@@ -57,46 +57,36 @@ class Recorder:
         self.last = weights
         self.began = time.perf_counter()
 
-    def save(
-        self, weights: Weights, values: Mapping[str, Any] | None = None, **scalars: Any
-    ) -> None:
-        """Add one point: its observables, and ``scalars`` that the caller knows.
-
-        Args:
-            weights: where the run stands.
-            values: observables known better than from the weights, which replace them.
-            scalars: further variables.
-        """
-        found = _evaluate(self.problem, weights, self.reference, tuple(self.extra.items()))
-        self.points.append({**found, **(values or {}), **scalars})
-        self.last = weights
-        if self.keep_weights:
-            self.kept.append(jax.tree.map(np.asarray, weights))
-
-    def save_all(
+    def add(
         self,
         weights: Weights,
-        found: Mapping[str, np.ndarray],
-        *,
-        scaled_time: np.ndarray,
-        **columns: np.ndarray,
+        rows: Sequence[int],
+        more: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
     ) -> None:
-        """Add points of a flow that were observed together, on a leading axis.
+        """Add points: their observables, and what the run knows of them.
 
         Args:
-            weights: the states.
-            found: their observables.
-            scaled_time: $tR$ at each.
-            **columns: further variables.
+            weights: a buffer of states, on a leading axis.
+            rows: the states to record, in order.
+            more: from the observables, by name, with the points on a leading axis, to further
+                variables, and to observables known better than from the weights.
         """
-        with np.errstate(divide="ignore"):
-            log_time = np.log(scaled_time) - found["log_risk"]
-        columns = {**found, **columns, "log_time": log_time}
-        for k in range(len(scaled_time)):
+        found = self._observed(weights, rows)
+        columns = {**found, **more(found)}
+        for k, row in enumerate(rows):
             self.points.append({name: values[k] for name, values in columns.items()})
-            self.last = jax.tree.map(lambda leaf, k=k: leaf[k], weights)
+            self.last = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
             if self.keep_weights:
                 self.kept.append(self.last)
+
+    def _observed(self, weights: Weights, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The observables of some rows of a buffer, as one call of a compiled program."""
+        size = jax.tree.leaves(weights)[0].shape[0]
+        chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
+        count = as_array(np.int64(len(rows)))
+        extra = tuple(self.extra.items())
+        found = _observe(self.problem, weights, chosen, count, self.reference, extra)
+        return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
 
     @property
     def num_steps(self) -> int:
@@ -227,38 +217,30 @@ def _next_gap(signed_inputs: np.ndarray, solution: MaxMargin) -> float | None:
 
 
 @eqx.filter_jit
-def _evaluate(
+def _observe(
     problem: Problem,
     weights: Weights,
+    rows: Array,
+    count: Array,
     reference: obs.Reference | None,
     extra: tuple[tuple[str, Observable], ...],
 ) -> dict[str, Array]:
-    if reference is None:
-        values = obs.general(problem, weights)
-    else:
-        values = obs.standard(problem, weights, reference)
-    return values | {name: jnp.asarray(function(problem, weights)) for name, function in extra}
+    """The observables of the first ``count`` of ``rows``, one after the other."""
 
+    def one(row: Array) -> dict[str, Array]:
+        at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
+        if reference is None:
+            values = obs.general(problem, at)
+        else:
+            values = obs.standard(problem, at, reference)
+        return values | {name: jnp.asarray(function(problem, at)) for name, function in extra}
 
-@eqx.filter_jit
-def observe_members(
-    problem: Problem, designs: Array, weights: Weights, references: obs.Reference
-) -> dict[str, Array]:
-    """The standard observables of deep linear networks, shape (members, points, …).
+    def put(k: Array, found: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(lambda column, value: column.at[k].set(value), found, one(rows[k]))
 
-    Args:
-        problem: of one member; that of the others differs in its design only.
-        designs: of every member, on a leading axis, or one that all share.
-        weights: states, on axes (members, points).
-        references: what each member is measured against, on a leading axis.
-    """
-
-    def observe(design: Array, states: Weights, reference: obs.Reference) -> dict[str, Array]:
-        own = eqx.tree_at(lambda p: p.design, problem, design)
-        return jax.vmap(lambda at: obs.standard(own, at, reference))(states)
-
-    shared = None if designs.ndim == 2 else 0
-    return jax.vmap(observe, in_axes=(shared, 0, 0))(designs, weights, references)
+    shapes = jax.eval_shape(one, rows[0])
+    blank = jax.tree.map(lambda leaf: jnp.zeros((rows.shape[0], *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, count, put, blank)
 
 
 def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:

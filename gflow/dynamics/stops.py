@@ -8,7 +8,7 @@ sensible one (roughly the logarithm of the coordinate).
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.arguments import whole
-from gflow.problem.network import Array, Weights
-from gflow.problem.risk import Problem
+from gflow.problem.network import Array, Weights, as_array
+from gflow.problem.risk import Problem, risk_and_slope
 
 LEAST = 1e-300
 """A variable that tends to zero is followed down to this."""
@@ -76,6 +76,20 @@ class AbstractRule(eqx.Module):
         """The clock's value at a given progress, or None when the clock cannot know it."""
         return None
 
+    def steps_at(self, progress: float) -> int | None:
+        """The number of steps at a given progress, for a rule that counts them."""
+        return None
+
+    @property
+    def of_time(self) -> bool:
+        """Whether the rule's coordinate is a time."""
+        return False
+
+    @property
+    def of_risk(self) -> bool:
+        """Whether the rule's coordinate is the risk."""
+        return False
+
 
 class LogRisk(AbstractRule):
     r"""Stop when $\log R$ has fallen to ``value`` (natural logarithm of the mean loss)."""
@@ -94,6 +108,10 @@ class LogRisk(AbstractRule):
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
         return clock.at_log_risk(-math.sinh(progress))
 
+    @property
+    def of_risk(self) -> bool:
+        return True
+
 
 class LogTime(AbstractRule):
     r"""Stop when $\log t$ has reached ``value``; descent's time is the sum of its steps."""
@@ -111,6 +129,10 @@ class LogTime(AbstractRule):
 
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
         return clock.at_log_time(_log_expm1(progress))
+
+    @property
+    def of_time(self) -> bool:
+        return True
 
 
 class Time(AbstractRule):
@@ -132,6 +154,10 @@ class Time(AbstractRule):
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
         return clock.at_log_time(_log_expm1(progress))
 
+    @property
+    def of_time(self) -> bool:
+        return True
+
 
 class Steps(AbstractRule):
     """Stop after ``value`` steps: descent's iterations, the flow's accepted solver steps."""
@@ -151,6 +177,9 @@ class Steps(AbstractRule):
 
     def rounded(self, progress: np.ndarray) -> np.ndarray:
         return np.log1p(np.rint(np.expm1(progress)))
+
+    def steps_at(self, progress: float) -> int:
+        return min(self.value, math.ceil(math.expm1(progress) * (1 - 1e-12) - 1e-9))
 
 
 class AbstractVanishing(AbstractRule):
@@ -264,6 +293,23 @@ def watched(
     return {
         rule.variable: rule.measure(problem, weights) for rule in rules if rule.variable is not None
     }
+
+
+def progress_of(
+    rules: Sequence[AbstractRule], problem: Problem, weights: Weights, scaled_time: Any, steps: int
+) -> list[float]:
+    """How far a flow at given weights, $u = tR$ and step count is in the coordinate of each rule."""
+    log_risk = risk_and_slope(problem, weights)[0]
+    with np.errstate(divide="ignore"):
+        log_time = np.log(np.asarray(scaled_time)) - np.asarray(log_risk)
+    small = {rule.variable: _measured(anonymous(rule), problem, weights) for rule in rules if rule.variable}
+    at = Coordinates(as_array(log_risk), as_array(log_time), as_array(np.int64(steps)), small)
+    return [float(rule.progress(at)) for rule in rules]
+
+
+@eqx.filter_jit
+def _measured(rule: AbstractRule, problem: Problem, weights: Weights) -> Array:
+    return rule.measure(problem, weights)
 
 
 def anonymous(rule: AbstractRule) -> AbstractRule:

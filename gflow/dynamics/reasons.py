@@ -1,0 +1,132 @@
+"""Why a run stopped: one list, from the compiled loop to the words in a record."""
+
+import enum
+from typing import NamedTuple
+
+
+class Reason(enum.IntEnum):
+    """Why the march, or a run as a whole, went no further.
+
+    The first are between the device and the host, which goes on; the others end a run, and their
+    ``status`` and ``message`` are what the record says. Messages are filled in by :meth:`end`.
+    """
+
+    RUNNING = 0
+    ARRIVED = enum.auto()
+    """On the last target that the march was given."""
+    FULL = enum.auto()
+    """The buffer of saved states is full."""
+    CROSSED = enum.auto()
+    """An event that is watched after each step has happened."""
+    STIFF = enum.auto()
+    """The step is limited by stability."""
+    REFUSED_STEPS = enum.auto()
+    """Shorter steps do not help."""
+    OUT_OF_STEPS = enum.auto()
+    """As many steps were tried as the run may."""
+    UNSOUND = enum.auto()
+    """An iterate of descent is not finite."""
+
+    REACHED = enum.auto()
+    REACHED_AT_START = enum.auto()
+    MAX_STEPS = enum.auto()
+    MAX_ITERATES = enum.auto()
+    SADDLE = enum.auto()
+    ABOVE_ZERO = enum.auto()
+    NOT_SEPARABLE = enum.auto()
+    NO_MEANING = enum.auto()
+    NO_DESCENT = enum.auto()
+    AT_REST = enum.auto()
+    SPLIT_ENDS = enum.auto()
+    ROUND_OFF = enum.auto()
+    OVERFLOW = enum.auto()
+    UNCERTAIN_MARGINS = enum.auto()
+    DIVERGED = enum.auto()
+    INTERRUPTED = enum.auto()
+    NOT_STARTED = enum.auto()
+    REFUSED = enum.auto()
+    FAILED = enum.auto()
+    CHECKPOINT_FAILED = enum.auto()
+
+    @property
+    def status(self) -> str:
+        """The ``status`` of a record that ended for this reason."""
+        return _WORDS[self][0]
+
+    def end(self, **facts: object) -> "End":
+        """The end of a run for this reason; ``facts`` complete the message."""
+        return End(self.status, _WORDS[self][1].format(**facts))
+
+
+class End(NamedTuple):
+    """How a run ended: its status and its message, as the record has them."""
+
+    status: str
+    message: str
+
+
+_TIME_CLOCK = "a time clock (`until=gflow.Time(...)`) shows the approach"
+
+_WORDS: dict[Reason, tuple[str, str]] = {
+    Reason.REACHED: ("reached", "{rule!r} after {steps} steps"),
+    Reason.REACHED_AT_START: ("reached", "{rule!r} is met at the start; no step was made"),
+    Reason.MAX_STEPS: (
+        "max_steps",
+        "{steps} steps were tried before {rule!r} was reached; raise `max_steps`, or loosen `rtol`",
+    ),
+    Reason.MAX_ITERATES: (
+        "max_steps",
+        "{steps} steps were made before {rule!r} was reached; raise `max_steps`, or take longer "
+        "steps",
+    ),
+    Reason.SADDLE: (
+        "stalled",
+        "the flow runs into a saddle at R = R(0), with |grad log R| = {slope:.2g}, as it may from "
+        f"a start with R(W(0)) > R(0); {_TIME_CLOCK}",
+    ),
+    Reason.ABOVE_ZERO: (
+        "stalled",
+        "shorter steps did not help at log R = {log_risk:.6g}, not below that of zero weights, "
+        "with |grad log R| = {slope:.2g}: the flow is running into a saddle, which it may from a "
+        f"start with R(W(0)) > R(0); {_TIME_CLOCK}",
+    ),
+    Reason.NOT_SEPARABLE: (
+        "stalled",
+        "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}: "
+        f"the data are not separable, so that the risk has a positive infimum; {_TIME_CLOCK}",
+    ),
+    Reason.NO_MEANING: ("stalled", "{why}"),
+    Reason.NO_DESCENT: (
+        "stalled",
+        "none of {steps} steps went downhill, so that no time has passed: the learning rate is "
+        "zero or negative",
+    ),
+    Reason.AT_REST: ("stalled", "no weight changed in the last {steps} steps{where}"),
+    Reason.SPLIT_ENDS: ("stalled", "split coordinates end at log R = {log_risk:.6g}"),
+    Reason.ROUND_OFF: (
+        "precision_lost",
+        "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}: "
+        "the error estimate does not fall with the step, round-off exceeds the tolerance{why}; "
+        "try a larger `rtol` than {rtol:.0e}",
+    ),
+    Reason.OVERFLOW: (
+        "precision_lost",
+        "at log R = {log_risk:.6g} margins have grown to {margin:.0e}, and their squares leave "
+        "float64's range: a flow with a polynomial tail ends here",
+    ),
+    Reason.UNCERTAIN_MARGINS: (
+        "precision_lost",
+        "at log R = {log_risk:.2g} the margins of float64 weights are uncertain by one; the "
+        "default solver, on data and networks that allow it, goes on in coordinates that lose "
+        "nothing",
+    ),
+    Reason.DIVERGED: ("diverged", "{why}"),
+    Reason.INTERRUPTED: (
+        "interrupted",
+        "stopped by the keyboard; what was computed is in the record",
+    ),
+    Reason.NOT_STARTED: ("interrupted", "stopped by the keyboard before it was done"),
+    Reason.REFUSED: ("refused", "{why}"),
+    Reason.FAILED: ("failed", "{why}"),
+    Reason.CHECKPOINT_FAILED: ("checkpoint_failed", "{why}"),
+}
