@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -199,14 +200,18 @@ def _facts(of: Itself) -> dict[str, Any]:
         "network": type(problem.network).__name__,
         "loss": repr(problem.loss),
         "exponential_tail": problem.loss.exponential_tail,
+        "slope_bound": float(problem.loss.slope_bound),
+        "smoothness": float(problem.loss.smoothness),
         "log_risk_at_zero": float(problem.log_risk_at_zero()),
     }
     if obs.is_deep_linear(problem):
         solution = data.max_margin()
+        radius = float(problem.loss.pull_radius(data.num_points))
         facts |= {
             "separable": solution.separable,
             "max_margin": solution.margin if solution.separable else None,
             "margin_upper_bound": solution.margin_upper,
+            "pull_radius": None if math.isnan(radius) else radius,
             "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
         }
     return facts

@@ -76,6 +76,14 @@ class AbstractLoss(eqx.Module):
         """
         return math.inf
 
+    def pull_radius(self, num_points: int) -> float:
+        r"""Ji and Telgarsky's Lemma 4 for this loss, times $\alpha$: where the pull begins.
+
+        Off the best direction, $\langle\Pi_\perp w, \nabla R(w)\rangle \ge 0$ where
+        $\lVert\Pi_\perp w\rVert$ exceeds this over $\alpha$. NaN where there is no such lemma.
+        """
+        return math.nan
+
     @property
     @abc.abstractmethod
     def exponential_tail(self) -> bool:
@@ -132,6 +140,10 @@ class Exponential(AbstractLoss):
     def decay_bound(self) -> float:
         r"""$c = 1$, attained everywhere."""
         return 1.0
+
+    def pull_radius(self, num_points: int) -> float:
+        r"""$1 + \ln n$."""
+        return 1 + math.log(num_points)
 
     @property
     def exponential_tail(self) -> bool:
@@ -220,6 +232,10 @@ class Logistic(AbstractLoss):
     def decay_bound(self) -> float:
         r"""$c = 1$: with $s = -\ell'$, $\ell = -\log(1 - s) \ge s$; approached at $\infty$."""
         return 1.0
+
+    def pull_radius(self, num_points: int) -> float:
+        r"""$2n/e$."""
+        return 2 * num_points / math.e
 
     @property
     def exponential_tail(self) -> bool:
