@@ -176,7 +176,12 @@ class Facts:
 
     @cached_property
     def slacks(self) -> tuple[np.ndarray, np.ndarray]:
-        """What Lemma 2 leaves with that constant: (point, layer) and (point, pair)."""
+        """What Lemma 2 leaves with that constant: (point, layer) and (point, pair).
+
+        A flow's record holds it; of descent, which may break the lemma, it is worked out here.
+        """
+        if "rank_one_slack" in self.record:
+            return self["rank_one_slack"], self["alignment_slack"]
         names = ("frobenius_norm", "spectral_norm", "rank_one_gap", "misalignment")
         return lemma_slacks(self.start, *(self[name] for name in names))
 
