@@ -11,7 +11,7 @@ import optax
 from gflow.dynamics.descent_run import DescentRun
 from gflow.dynamics.following import follow
 from gflow.dynamics.iterating import misaligning
-from gflow.dynamics.optimizers import describe
+from gflow.dynamics.optimizers import along_gradient, describe
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.stops import AbstractRule, AnyOf, as_rules
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count
@@ -114,6 +114,7 @@ def gradient_descent(
             message=message,
             until=" | ".join(map(repr, rules)),
             optimizer=describe(optimizer),
+            along_gradient=along_gradient(optimizer),
             step_size="nominal" if run.descent.meter.nominal else "measured",
             batch_size=size,
             seed=None if size is None else seed,

@@ -1,7 +1,7 @@
 """How gflow holds an optax optimiser: with extra arguments, comparable, and described in words."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +9,21 @@ import jax
 import optax
 
 from gflow.dynamics.closures import open_function
+
+ALONG_GRADIENT = {
+    "chain",
+    "clip_by_global_norm",
+    "identity",
+    "normalize_by_update_norm",
+    "scale",
+    "scale_by_backtracking_linesearch",
+    "scale_by_learning_rate",
+    "scale_by_polyak",
+    "scale_by_schedule",
+    "scale_by_zoom_linesearch",
+    "with_extra_args_support",
+}
+"""optax's transformations whose updates are a positive multiple of minus the gradient."""
 
 
 def transformation(rule: Any) -> optax.GradientTransformationExtraArgs:
@@ -35,6 +50,11 @@ class PlainOptimizer(eqx.Module):
 
     inner: optax.GradientTransformation
 
+    @property
+    def along_gradient(self) -> bool:
+        """Whether updates are positive multiples of minus the gradient."""
+        return along_gradient(self.inner)
+
     def init(self, params: Any) -> Any:
         return self.inner.init(params)
 
@@ -49,6 +69,11 @@ class AroundOptimizer(eqx.Module):
     """A rule that hands its own gradients to an optimiser."""
 
     inner: optax.GradientTransformationExtraArgs
+
+    @property
+    def along_gradient(self) -> bool:
+        """Whether updates are positive multiples of minus the gradient."""
+        return along_gradient(self.inner)
 
 
 def opened(
@@ -86,8 +111,16 @@ class OpenOptimizer(eqx.Module):
         with jax.numpy_dtype_promotion("standard"):
             return self.move(updates, state, params, **(extra if self.extra else {}))
 
+    @property
+    def along_gradient(self) -> bool:
+        """Whether updates are positive multiples of minus the gradient."""
+        return _along_gradient(self._closed())
+
     def __repr__(self) -> str:
-        return _describe(getattr(self.move, "closed", lambda: self.move)())
+        return _describe(self._closed())
+
+    def _closed(self) -> Callable:
+        return getattr(self.move, "closed", lambda: self.move)()
 
 
 def describe(optimizer: optax.GradientTransformation) -> str:
@@ -99,16 +132,45 @@ def describe(optimizer: optax.GradientTransformation) -> str:
     return _describe(optimizer.update)
 
 
+def along_gradient(optimizer: optax.GradientTransformation) -> bool:
+    """Whether every update is a positive multiple of minus the gradient, as far as can be seen.
+
+    Rules of gflow declare it, as may one's own: an ``equinox`` module with such an attribute. Of
+    optax's transformations the parts are looked up.
+
+    >>> along_gradient(optax.sgd(0.5)), along_gradient(optax.sgd(0.5, momentum=0.9))
+    (True, False)
+    """
+    return _along_gradient(optimizer.update)
+
+
+def _along_gradient(update: Callable) -> bool:
+    owner = getattr(update, "__self__", None)
+    if owner is not None:
+        return bool(getattr(owner, "along_gradient", False))
+    parts = []
+    for name, value in _settings(update):
+        if name == "update_fns":
+            parts.extend(value)
+        elif isinstance(value, optax.GradientTransformation):
+            parts.append(value.update)
+    return _head(update) in ALONG_GRADIENT and all(map(_along_gradient, parts))
+
+
+def _settings(update: Callable) -> Iterator[tuple[str, Any]]:
+    """What one of optax's transformations, a closure, closes over: its settings and parts."""
+    names: Any = getattr(getattr(update, "__code__", None), "co_freevars", ())
+    cells: Any = getattr(update, "__closure__", None) or ()
+    for name, cell in zip(names, cells, strict=False):
+        yield name, cell.cell_contents
+
+
 def _describe(update: Callable) -> str:
     owner = getattr(update, "__self__", None)
     if owner is not None:
         return repr(owner)
-    # optax's transformations are closures: their settings and parts are what they close over.
-    names: Any = getattr(getattr(update, "__code__", None), "co_freevars", ())
-    cells: Any = getattr(update, "__closure__", None) or ()
     parts = []
-    for name, cell in zip(names, cells, strict=False):
-        value = cell.cell_contents
+    for name, value in _settings(update):
         if name == "update_fns":
             parts.extend(_describe(part) for part in value)
         elif isinstance(value, float):

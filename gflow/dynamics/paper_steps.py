@@ -1,7 +1,7 @@
 r"""The step sizes under which the paper proves its theorems for descent."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -102,6 +102,7 @@ class PaperSteps(eqx.Module):
     slope: np.ndarray
     curvature: np.ndarray
     sharper: bool
+    along_gradient: ClassVar[bool] = True
 
     def init(self, params: Any) -> PaperStepsState:
         zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)

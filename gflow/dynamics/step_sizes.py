@@ -11,7 +11,7 @@ one's own as well.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -148,6 +148,7 @@ class ScaledGradient(eqx.Module):
 
     rate: np.ndarray | Schedule
     power: float
+    along_gradient: ClassVar[bool] = True
 
     def init(self, params: Any) -> Array:
         return jnp.zeros((), jnp.int32)
@@ -172,6 +173,7 @@ class PolyakStep(eqx.Module):
     r"""$-g/\lVert g\rVert^2$ times a number."""
 
     scaling: np.ndarray
+    along_gradient: ClassVar[bool] = True
 
     def init(self, params: Any) -> tuple[()]:
         return ()
@@ -190,6 +192,7 @@ class LossLineSearch(eqx.Module):
     rate: float
     grow: float
     shrink: float
+    along_gradient: ClassVar[bool] = True
 
     def init(self, params: Any) -> Array:
         return jnp.asarray(self.rate, jax.tree.leaves(params)[0].dtype)

@@ -19,6 +19,7 @@ from gflow.dynamics.optimizers import describe
 from gflow.dynamics.progress import ProgressBar
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
+from gflow.quantities import DIMENSIONS
 from gflow.report.groups import Folder
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Group(NamedTuple):
 
 def _axis(name: str, values: Any) -> tuple[list[Any], list[Any]]:
     """Labels and values along a dimension."""
-    if name in record.VARIABLES or name in ("point", "layer", "pair", "coordinate", "member"):
+    if name in record.VARIABLES or name in DIMENSIONS:
         raise ValueError(
             f"`grid` has {name!r}, which a record uses already; expected another name."
         )

@@ -29,7 +29,8 @@ import numpy as np
 from gflow.dynamics.drive.drive import follow
 from gflow.dynamics.drive.recorder import Recorder
 from gflow.problem.observables import lemma_slacks
-from gflow.variables import CERTIFIED
+from gflow.quantities import Kind, of_kind, quantity
+from gflow.record import CERTIFIED
 
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun
@@ -60,9 +61,6 @@ two runs that happen to agree."""
 
 ANGLE = 4e-16
 """The same of an angle between float64 vectors, absolute; split coordinates hold it relatively."""
-
-LINEAR = {"direction_error", "margin_gap", "rank_one_residual"}
-QUADRATIC = {"misalignment", "rank_one_gap"}
 
 LEMMA = ("frobenius_norm", "spectral_norm", "rank_one_gap", "misalignment")
 """What Lemma 2 speaks of."""
@@ -154,12 +152,7 @@ def error_estimates(
 
 def _error(name: str, value: np.ndarray, other: np.ndarray) -> np.ndarray:
     known = np.isfinite(value) & np.isfinite(other)
-    size = np.where(known, np.abs(value), 0.0)
-    if name == "end_to_end":
-        size = np.broadcast_to(np.linalg.norm(size, axis=1, keepdims=True), size.shape)
-    if name.startswith("log_"):
-        size = np.maximum(size, 1.0)
-    size = _widest(size, 1)
+    size = _widest(quantity(name).size(np.where(known, value, 0.0)), 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(known & (size > 0), SAFETY * np.abs(value - other) / size, 0.0)
     error = np.maximum(_widest(relative, NEIGHBOURS), NOISE) * size
@@ -183,11 +176,13 @@ def _round_off(points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     far = column("beyond_hand_over").astype(bool)
     angle = np.where(far, 0.0, ANGLE)
     found = {}
-    for name in LINEAR & points[0].keys():
-        found[name] = _each(angle, column(name))
-    for name in QUADRATIC & points[0].keys():  # (a + e)^2/2 - a^2/2
+    for name in points[0].keys() & set(of_kind(Kind.ANGLE, Kind.ANGLE_SQUARED)):
         value = column(name)
-        found[name] = np.sqrt(2 * value) * _each(angle, value) + _each(angle, value) ** 2 / 2
+        lost_angle = _each(angle, value)
+        if quantity(name).kind is Kind.ANGLE_SQUARED:  # (a + e)^2/2 - a^2/2
+            found[name] = np.sqrt(2 * value) * lost_angle + lost_angle**2 / 2
+        else:
+            found[name] = lost_angle
     if "kkt_residual" not in points[0]:
         return found
     frobenius, residual = column("frobenius_norm"), column("kkt_residual")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gflow import record
+from gflow.quantities import quantity
 from gflow.record import Variable
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ PER_MEMBER: dict[str, Callable[[Any], Any]] = {
     "solver": str,
 }
 """Attributes of a record that are variables where there are many members."""
-
-OF_THE_DATA = ("max_margin_direction", "support", "support_vectors", "dual_weights")
-"""Variables without a dimension ``member`` where all members have the same."""
 
 
 class Member(NamedTuple):
@@ -71,7 +69,7 @@ def joined(
     for name in names:
         column = [None if isinstance(m, Exception) else m.variables.get(name) for m in members]
         there = [variable for variable in column if variable is not None]
-        if name in OF_THE_DATA and _all_equal([values for _, values, _ in there]):
+        if quantity(name).of_data and _all_equal([values for _, values, _ in there]):
             found[name] = there[0]
         elif name == "support":  # a dimension cannot have values that differ
             dims, values, told = padded(column)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from gflow.problem import observables as obs
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.risk import Problem
+from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -135,15 +137,8 @@ class Recorder:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
         if self.deep_linear:
-            solution = self.problem.data.max_margin()
-            constants["max_margin_direction"] = (
-                ("coordinate",),
-                solution.direction
-                if solution.separable
-                else np.full(self.problem.data.dim, np.nan),
-                "maximum-margin direction through the origin",
-            )
-            constants |= self._support()
+            for name, value in self._of_data().items():
+                constants[name] = (QUANTITIES[name].dims, value, QUANTITIES[name].meaning)
         return {
             "points": columns,
             "constants": constants,
@@ -151,17 +146,17 @@ class Recorder:
             "attrs": {"wall_time": self.seconds(), **attrs, **self._provenance()},
         }
 
-    def _support(self) -> dict[str, tuple[tuple[str, ...], Any, str]]:
-        """The points on the margin: all of the data that the asymptotic laws need."""
+    def _of_data(self) -> dict[str, np.ndarray]:
+        """The best direction and the points on the margin: all that the asymptotic laws need."""
         data, solution = self.problem.data, self.problem.data.max_margin()
         if not solution.separable:
-            return {}
+            return {"max_margin_direction": np.full(data.dim, np.nan)}
         on = solution.support
-        vectors, dual = data.signed_inputs[on], solution.dual[on]
         return {
-            "support": (("support",), on, "numbers of the points on the margin"),
-            "support_vectors": (("support", "coordinate"), vectors, "y_i x_i on the margin"),
-            "dual_weights": (("support",), dual, "weights p with sum_i p_i y_i x_i = margin u"),
+            "max_margin_direction": np.asarray(solution.direction),
+            "support": np.asarray(on),
+            "support_vectors": np.asarray(data.signed_inputs[on]),
+            "dual_weights": np.asarray(solution.dual[on]),
         }
 
     def _provenance(self) -> dict[str, Any]:
@@ -195,14 +190,18 @@ def _facts(of: Itself) -> dict[str, Any]:
         "network": type(problem.network).__name__,
         "loss": repr(problem.loss),
         "exponential_tail": problem.loss.exponential_tail,
+        "slope_bound": float(problem.loss.slope_bound),
+        "smoothness": float(problem.loss.smoothness),
         "log_risk_at_zero": float(problem.log_risk_at_zero()),
     }
     if obs.is_deep_linear(problem):
         solution = data.max_margin()
+        radius = float(problem.loss.pull_radius(data.num_points))
         facts |= {
             "separable": solution.separable,
             "max_margin": solution.margin if solution.separable else None,
             "margin_upper_bound": solution.margin_upper,
+            "pull_radius": None if math.isnan(radius) else radius,
             "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
         }
     return facts
