@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.names import merged
 from gflow.variables import CERTIFIED as CERTIFIED, VARIABLES as VARIABLES
 
 if TYPE_CHECKING:
@@ -63,9 +64,11 @@ def variables(
             ]
             dims, meaning = ("point", *after), name
         found[name] = (dims, stacked, {"long_name": meaning, "units": "1"})
-    for name, (dims, value, meaning) in constants.items():
-        found[name] = (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
-    return found
+    fixed: dict[str, Variable] = {
+        name: (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
+        for name, (dims, value, meaning) in constants.items()
+    }
+    return merged(found, fixed)
 
 
 def assemble(found: Mapping[str, Variable], attrs: Mapping[str, Any]) -> "xr.Dataset":

@@ -20,6 +20,8 @@ from gflow.dynamics.lanes import pool
 from gflow.dynamics.members import Member, Unfinished, joined
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.until import AbstractRule, AnyOf
+from gflow.names import SETTINGS, all_names, check_names
+from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count
 from gflow.problem.network import Weights
 from gflow.problem.risk import ROUND_OFF, Problem
@@ -106,6 +108,8 @@ def ensemble(
                 f"`coordinates[{name!r}]` has {len(values)} entries; expected {count}, one a "
                 "member."
             )
+    taken = all_names(options.get("observables"))
+    check_names("coordinates", labels, beside=taken, allowed=SETTINGS)
     problems = _each("problem", problem, count, Problem)
     for one in problems:
         expect("problem", one, Problem, f"{A_PROBLEM}, or one a member")
@@ -155,7 +159,7 @@ def follow(
     """The record of all members; ``tell`` is told how many are done."""
     count, began = len(work.starts), time.perf_counter()
     got = Got([None] * count, np.zeros(count, dtype=bool), np.zeros(2))
-    with warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
+    with settings.own(), warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
         warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told below, once
         _through_lanes(work, got, lanes, devices or jax.local_devices(), tell)
         _by_themselves(work, got, lanes, tell)

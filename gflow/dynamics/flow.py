@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import diffrax
-import jax
 import numpy as np
 
 from gflow.dynamics import clocks
@@ -22,6 +21,7 @@ from gflow.dynamics.until import (
     Time,
     as_rules,
 )
+from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count
 from gflow.problem.modified import (
     ModifiedEquation,
@@ -126,8 +126,8 @@ def gradient_flow(
     expect("solver", solver, diffrax.AbstractAdaptiveSolver | SlowManifold | None, solvers)
     rtol, atol = _tolerances(rtol, atol, function_space)
     max_steps = positive_count("max_steps", max_steps)
-    rules = tuple(rule.on(problem) for rule in as_rules(until))
-    with jax.enable_x64(True):
+    with settings.own():
+        rules = tuple(rule.on(problem) for rule in as_rules(until))
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)
         clock = clock or default_clock(rules[0])

@@ -3,15 +3,17 @@
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gflow import record
+from gflow.dynamics import extras
+from gflow.dynamics.extras import Observable as Observable
+from gflow.names import merged
 from gflow.problem import observables as obs
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import Array, Weights, widths
@@ -19,8 +21,6 @@ from gflow.problem.risk import Problem
 
 if TYPE_CHECKING:
     import xarray as xr
-
-Observable = Callable[[Problem, Weights], Array]
 
 
 class Recorder:
@@ -39,13 +39,7 @@ class Recorder:
     ):
         self.problem = problem
         self.start = weights
-        self.extra = dict(observables or {})
-        for name, function in self.extra.items():
-            if not callable(function) or name in record.VARIABLES:
-                raise ValueError(
-                    f"`observables[{name!r}]` is {function!r}; expected a function of "
-                    "(problem, weights) under a name that the record does not use already."
-                )
+        self.extra = extras.checked(observables, problem, weights)
         self.keep_weights = keep_weights
         self.deep_linear = obs.is_deep_linear(problem)
         self.reference = None
@@ -67,8 +61,9 @@ class Recorder:
             values: observables known better than from the weights, which replace them.
             scalars: further variables.
         """
-        found = _evaluate(self.problem, weights, self.reference, tuple(self.extra.items()))
-        self.points.append({**found, **(values or {}), **scalars})
+        found = {**_evaluate(self.problem, weights, self.reference), **(values or {})}
+        more = extras.evaluate(self.extra, self.problem, weights)
+        self.points.append(merged(found, more, scalars))
         self.last = weights
         if self.keep_weights:
             self.kept.append(jax.tree.map(np.asarray, weights))
@@ -134,7 +129,7 @@ class Recorder:
 
     def contents(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> dict:
         """The arguments of ``record.build`` for this record."""
-        columns = {**self.columns(len(self.points)), **(more or {})}
+        columns = merged(self.columns(len(self.points)), more or {})
         dims: dict[str, tuple[str, ...]] = {}
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
         for label, weights in (("initial", self.start), ("final", self.last)):
@@ -231,13 +226,10 @@ def _evaluate(
     problem: Problem,
     weights: Weights,
     reference: obs.Reference | None,
-    extra: tuple[tuple[str, Observable], ...],
 ) -> dict[str, Array]:
     if reference is None:
-        values = obs.general(problem, weights)
-    else:
-        values = obs.standard(problem, weights, reference)
-    return values | {name: jnp.asarray(function(problem, weights)) for name, function in extra}
+        return obs.general(problem, weights)
+    return obs.standard(problem, weights, reference)
 
 
 @eqx.filter_jit

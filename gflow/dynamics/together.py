@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from gflow.dynamics import iterating
 from gflow.dynamics.iterating import Carry, Descent, Goals, Watch
+from gflow.problem import settings
 from gflow.problem.network import Array
 
 _CALLS: "ContextVar[Calls | None]" = ContextVar("calls", default=None)
@@ -57,7 +58,7 @@ def side_by_side(runs: Sequence[Callable[[], None]], workers: int) -> None:
             calls.leave()
 
     with ThreadPoolExecutor(max(workers, 1)) as threads:
-        parts = [threads.submit(work) for _ in range(workers)]
+        parts = [threads.submit(copy_context().run, work) for _ in range(workers)]
         try:
             for part in parts:
                 part.result()
@@ -117,7 +118,7 @@ class Calls:
         for kind, group in alike.items():
             requests = [self.requests[who] for who in group]
             try:
-                with jax.enable_x64(True):
+                with settings.own():
                     answers = self._joined(kind, requests)
             except Exception as error:  # each member tells it as its own
                 answers = [error] * len(group)

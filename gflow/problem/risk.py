@@ -20,6 +20,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gflow.problem import settings
 from gflow.problem.arguments import expect
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Logistic
@@ -91,7 +92,7 @@ class Problem(eqx.Module):
                 "expected equally many on each. Choose fewer devices, or leave points out."
             )
         rows = NamedSharding(Mesh(np.array(devices), ("points",)), PartitionSpec("points", None))
-        with jax.enable_x64(True):
+        with settings.own():
             design = jax.device_put(np.asarray(self.design), rows)
         return eqx.tree_at(lambda p: p.design, self, design)
 
@@ -148,7 +149,7 @@ class Problem(eqx.Module):
             ValueError: when the weights do not fit the data or the gradient vanishes there.
         """
         weights = self.network.check(weights, self.data)
-        with jax.enable_x64(True):
+        with settings.own():
             log_risk, norm = (float(value) for value in risk_and_slope(self, weights))
             at_zero = float(self.log_risk_at_zero())
         if not np.isfinite(log_risk):
