@@ -79,8 +79,8 @@ def check_names(
         where = f"`{argument}[{name!r}]`"
         if (is_taken(name) and name not in allowed) or name in beside:
             raise ValueError(
-                f"{where} has a name that the record uses already; expected another one, such as "
-                f"{f'my_{name}'!r}."
+                f"{where} has a name of the record's own; expected one that the record does not "
+                f"use already, such as {f'my_{name}'!r}."
             )
         fault = _fault(name)
         if fault:
