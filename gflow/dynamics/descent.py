@@ -14,7 +14,7 @@ from gflow.dynamics.optimizers import describe
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.until import AbstractRule, AnyOf, as_rules
 from gflow.problem import settings
-from gflow.problem.arguments import A_PROBLEM, expect, positive_count
+from gflow.problem.arguments import A_PROBLEM, expect, positive_count, seed_of
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 
@@ -96,6 +96,7 @@ def gradient_descent(
     expect("problem", problem, Problem, A_PROBLEM)
     max_steps = positive_count("max_steps", max_steps)
     size = _batch_size(batch_size, problem.data.num_points)
+    seed = seed_of("seed", seed)
     with settings.own():
         rules = tuple(rule.on(problem) for rule in as_rules(until))
         if misaligning(rules, problem):

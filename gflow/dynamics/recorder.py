@@ -15,6 +15,7 @@ from gflow.dynamics import extras
 from gflow.dynamics.extras import Observable as Observable
 from gflow.names import merged
 from gflow.problem import observables as obs
+from gflow.problem.arguments import flag
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import Array, Weights, widths
 from gflow.problem.risk import Problem
@@ -40,7 +41,7 @@ class Recorder:
         self.problem = problem
         self.start = weights
         self.extra = extras.checked(observables, problem, weights)
-        self.keep_weights = keep_weights
+        self.keep_weights = bool(flag("keep_weights", keep_weights))
         self.deep_linear = obs.is_deep_linear(problem)
         self.reference = None
         if self.deep_linear:
