@@ -20,12 +20,12 @@ from gflow.dynamics.ensemble import ensemble as ensemble
 from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
 from gflow.dynamics.flow import gradient_flow as gradient_flow
 from gflow.dynamics.radau.gauss_newton import GaussNewton as GaussNewton
-from gflow.dynamics.paper_steps import (
+from gflow.dynamics.descending.paper_steps import (
     ball_smoothness as ball_smoothness,
     paper_steps as paper_steps,
 )
 from gflow.dynamics.split.slow_manifold import SlowManifold as SlowManifold
-from gflow.dynamics.step_sizes import (
+from gflow.dynamics.descending.step_sizes import (
     loss_line_search as loss_line_search,
     loss_scaled as loss_scaled,
     on_log_risk as on_log_risk,

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffrax
-import jax
 import numpy as np
 
 from gflow.dynamics import clocks
@@ -27,8 +26,9 @@ from gflow.dynamics.modified import ModifiedEquation, modified_field
 from gflow.dynamics.radau.gauss_newton import GaussNewton
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold
-from gflow.dynamics.stops import AbstractRule, AnyOf, as_rules, progress_of, save_grid
-from gflow.problem.arguments import A_PROBLEM, expect, positive_count
+from gflow.dynamics.stops import AbstractRule, AnyOf, progress_of, rules_on, save_grid
+from gflow.problem import settings
+from gflow.problem.arguments import A_PROBLEM, expect, flag, number, positive_count
 from gflow.problem.network import Weights, as_array
 from gflow.problem.risk import Problem
 
@@ -100,7 +100,7 @@ def gradient_flow(
         max_steps: steps to try in all before giving up.
         certify: follow the flow a second time, at a tenth of the tolerance, and record the error of
             every observable, as ``margin_error`` that of ``margin`` (see
-            ``gflow.dynamics.certify``). It compiles nothing, costs about another run and is not
+            ``gflow.dynamics.drive.certify``). It compiles nothing, costs about another run and is not
             part of ``checkpoint``: after a kill it is repeated.
 
     Returns:
@@ -121,8 +121,9 @@ def gradient_flow(
         observables, keep_weights, clock, solver, modified, rtol, atol, function_space, max_steps
     )
     check(problem, options)
-    rules = tuple(rule.on(problem) for rule in as_rules(until))
-    with jax.enable_x64(True):
+    certify = bool(flag("certify", certify))
+    with settings.own():
+        rules = rules_on(problem, until)
         run = flow_of(problem, weights, rules, save, options)
         end = follow(
             run, rules[0], progress=progress, path=checkpoint, identity=lambda: identity(run, rules)
@@ -130,7 +131,7 @@ def gradient_flow(
         more, facts = {}, {}
         wall_time = run.recorder.seconds()
         if certify:
-            more, facts = certify_by(run, second_run(run, options), progress)
+            more, facts = certify_by(run, second_run(run, options), rules[0], progress)
         return run.recorder.record(
             evidence(run.recorder, conserved=modified is None) | more,
             **attributes(run, end, rules, options),
@@ -164,20 +165,21 @@ def check(problem: Problem, options: Options) -> None:
     expect("clock", options.clock, clocks.AbstractClock | None, clock)
     solvers = "an adaptive solver, as `diffrax.Tsit5()` or `gflow.GaussNewton()`"
     expect("solver", options.solver, diffrax.AbstractAdaptiveSolver | SlowManifold | None, solvers)
+    equation = "a modified equation, as `gflow.ModifiedEquation(0.1)`"
+    expect("modified", options.modified, ModifiedEquation | None, equation)
+    flag("function_space", options.function_space)
     positive_count("max_steps", options.max_steps)
-    rtol, atol = options.rtol, options.atol
-    if not 1e-14 <= rtol < 1:
+    least = "a number from 1e-14, the least that float64 can hold, to below 1"
+    number("rtol", options.rtol, least, lambda value: 1e-14 <= value < 1)
+    if options.atol is None:
+        return
+    if options.function_space:
         raise ValueError(
-            f"`rtol` is {rtol}; expected a number from 1e-14, the least that float64 can hold, "
-            "to below 1."
+            f"`atol` is {options.atol} beside `function_space=True`, in which every error is "
+            "relative; expected one or the other."
         )
-    if atol is not None and options.function_space:
-        raise ValueError(
-            f"`atol` is {atol} beside `function_space=True`, in which every error is relative; "
-            "expected one or the other."
-        )
-    if atol is not None and not 0 < atol < 1:
-        raise ValueError(f"`atol` is {atol}; expected a number between 0 and 1, or None.")
+    between = "a number between 0 and 1, or None"
+    number("atol", options.atol, between, lambda value: 0 < value < 1)
 
 
 def flow_of(
@@ -254,9 +256,13 @@ def second_run(run: FlowRun, options: Options) -> FlowRun:
         Event.at(float(point["clock_value"]), shorter(steps), run.clock)
         for point, steps in zip(points[1:], taken, strict=True)
     ]
+    saves[-1:] = [last._replace(action=Action.STOP) for last in saves[-1:]]
     again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
     followed = plan(recorder.problem, recorder.start, run.clock, options)
-    return FlowRun(followed, again, saves, [], compares=False)
+    other = FlowRun(followed, again, saves, [], compares=False)
+    if not saves:
+        other.end = End("reached", "at the start")
+    return other
 
 
 def attributes(

@@ -32,8 +32,10 @@ class Reason(enum.IntEnum):
     MAX_STEPS = enum.auto()
     MAX_ITERATES = enum.auto()
     SADDLE = enum.auto()
-    ABOVE_ZERO = enum.auto()
+    SADDLE_AHEAD = enum.auto()
     NOT_SEPARABLE = enum.auto()
+    REST_NOT_SEPARABLE = enum.auto()
+    BELOW_ROUND_OFF = enum.auto()
     NO_MEANING = enum.auto()
     NO_DESCENT = enum.auto()
     AT_REST = enum.auto()
@@ -66,6 +68,9 @@ class End(NamedTuple):
 
 
 _TIME_CLOCK = "a time clock (`until=gflow.Time(...)`) shows the approach"
+_SHORTER = (
+    "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}"
+)
 
 _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.REACHED: ("reached", "{rule!r} after {steps} steps"),
@@ -81,19 +86,27 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     ),
     Reason.SADDLE: (
         "stalled",
-        "the flow runs into a saddle at R = R(0), with |grad log R| = {slope:.2g}, as it may from "
-        f"a start with R(W(0)) > R(0); {_TIME_CLOCK}",
+        "the flow comes to rest at R = R(0), with |grad log R| = {slope:.2g}: it runs into a "
+        f"saddle, as it may from a start with R(W(0)) > R(0); {_TIME_CLOCK}",
     ),
-    Reason.ABOVE_ZERO: (
+    Reason.SADDLE_AHEAD: (
         "stalled",
-        "shorter steps did not help at log R = {log_risk:.6g}, not below that of zero weights, "
-        "with |grad log R| = {slope:.2g}: the flow is running into a saddle, which it may from a "
-        f"start with R(W(0)) > R(0); {_TIME_CLOCK}",
+        f"{_SHORTER} after {{first:.2g}} at the start, and R is not below that of zero weights: "
+        "the flow is running into a saddle, which it may from a start with R(W(0)) > R(0); "
+        f"{_TIME_CLOCK}",
     ),
-    Reason.NOT_SEPARABLE: (
+    Reason.NOT_SEPARABLE: ("stalled", f"{_SHORTER}: {{verdict}}; {_TIME_CLOCK}"),
+    Reason.REST_NOT_SEPARABLE: (
         "stalled",
-        "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}: "
-        f"the data are not separable, so that the risk has a positive infimum; {_TIME_CLOCK}",
+        "the flow comes to rest at R = R(0), with |grad log R| = {slope:.2g}: {verdict}; "
+        f"{_TIME_CLOCK}",
+    ),
+    Reason.BELOW_ROUND_OFF: (
+        "precision_lost",
+        f"{_SHORTER}: with weights up to {{weights:.1g}} and inputs up to {{inputs:.1g}} the "
+        "margins are below float64's round-off beside R(0), so that a clock that follows the risk "
+        "stands still; start from larger weights, scale the data (`data.scaled()`), or ask for a "
+        "time (`until=gflow.LogTime(...)`), whose clock does not",
     ),
     Reason.NO_MEANING: ("stalled", "{why}"),
     Reason.NO_DESCENT: (
@@ -105,9 +118,8 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.SPLIT_ENDS: ("stalled", "split coordinates end at log R = {log_risk:.6g}"),
     Reason.ROUND_OFF: (
         "precision_lost",
-        "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}: "
-        "the error estimate does not fall with the step, round-off exceeds the tolerance{why}; "
-        "try a larger `rtol` than {rtol:.0e}",
+        f"{_SHORTER}: the error estimate does not fall with the step, round-off exceeds the "
+        "tolerance{why}; try a larger `rtol` than {rtol:.0e}",
     ),
     Reason.OVERFLOW: (
         "precision_lost",

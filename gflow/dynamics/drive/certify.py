@@ -28,6 +28,7 @@ import numpy as np
 
 from gflow.dynamics.drive.drive import follow
 from gflow.dynamics.drive.recorder import Recorder
+from gflow.dynamics.stops import AbstractRule
 from gflow.problem.observables import lemma_slacks
 from gflow.quantities import Kind, of_kind, quantity
 from gflow.record import CERTIFIED
@@ -79,17 +80,17 @@ def shorter(steps: int) -> int:
 
 
 def certify_by(
-    run: "FlowRun", other: "FlowRun", progress: bool | None
+    run: "FlowRun", other: "FlowRun", lead: AbstractRule, progress: bool | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Error estimates from a second run, and what the record says of it.
 
     Args:
         run: to certify, at its end.
         other: the second run, at its start, over the same points.
+        lead: the rule in whose coordinate points are saved.
         progress: whether to show a progress bar.
     """
     points, again = run.recorder.points, other.recorder
-    lead = other.saves[-1].rule
     end = follow(other, lead, progress=progress, path=None, identity=dict)
     rtol = float(other.plan.tolerance.rtol)
     told = f"a second run at rtol = {rtol:.3g}"

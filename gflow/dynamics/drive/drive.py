@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextvars import copy_context
 from typing import Any, Protocol
 
 import jax
@@ -23,6 +23,8 @@ from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.drive.recorder import Recorder
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule
+from gflow.problem import settings
+from gflow.problem.arguments import file_path, flag
 
 
 class Run(checkpoint.Run, Protocol):
@@ -130,7 +132,8 @@ class Drive:
         # In threads, for one device too: Ctrl-C reaches this one and leaves no run half told.
         with ThreadPoolExecutor(len(devices)) as threads:
             parts = [
-                threads.submit(self._serve, queue, alike, width, device) for device in devices
+                threads.submit(copy_context().run, self._serve, queue, alike, width, device)
+                for device in devices
             ]
             try:
                 for part in parts:
@@ -140,7 +143,7 @@ class Drive:
                 raise
 
     def _serve(self, queue: deque[Run], alike: list[Run], width: int, device: Any) -> None:
-        with jax.enable_x64(True), jax.default_device(device):
+        with settings.own(), jax.default_device(device):
             program, lanes = alike[0].program, alike[0].lanes(alike, width)
             try:
                 while not self.stopped:
@@ -184,10 +187,12 @@ def follow(
         path: of the checkpoint, if there is to be one.
         identity: what the run is, for its checkpoint.
     """
+    flag("progress", progress, none=True)
+    file = None if path is None else file_path("checkpoint", path)
     if run.end is not None:
         return run.end
     begin = run.tell(lead)[0]
-    kept = Checkpoint(None if path is None else Path(path), identity, run, run.recorder)
+    kept = Checkpoint(file, identity, run, run.recorder)
     run.end = kept.resume()
     if run.end is not None:
         return run.end

@@ -24,6 +24,7 @@ from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, Event
 from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, program_of, rows_for
 from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder
+from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.loop import Goals, Lane, Member, start
@@ -33,13 +34,9 @@ from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
-from gflow.problem.network import Weights, as_array, end_to_end
+from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import imbalance
 from gflow.problem.risk import ROUND_OFF, risk_and_slope
-
-SADDLE = 1e-4
-"""A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
-on which side the flow would leave it is beyond the tolerances."""
 
 UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
 """A margin of this size is uncertain by one: which points share the slope is then no longer known
@@ -51,10 +48,6 @@ LARGEST_MARGIN = 1e150
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
 Further out, float64 weights still carry the flow but not its misalignment and direction error."""
-
-LARGE_TERMS = 1e4
-"""Margins whose terms are so many times larger have lost digits worth telling."""
-
 
 class Plan(NamedTuple):
     """How a flow is to be followed."""
@@ -425,7 +418,7 @@ class FlowRun:
             self.above_zero = False
             self._arm()
         else:
-            self.end = Reason.SADDLE.end(slope=slope)
+            self.end = at_level_zero(self.problem, stand.state.weights, slope)
 
     def _compare(self, stand: Stand) -> None:
         """Begin the other way of going on, to be compared at the hand-over."""
@@ -487,48 +480,14 @@ class FlowRun:
 
     def _stop_short(self) -> None:
         """Shorter steps do not help: go on in split coordinates if that helps, or say why not."""
-        stand = self.stand
-        end = self._why_short(stand)
+        stand, rtol = self.stand, float(self.plan.tolerance.rtol)
+        end = why_stalled(self.plan.field, stand.state.weights, self.first_slope, rtol)
         if end.status == "precision_lost" and self.split is not None:
             found = self._in_split_coordinates(stand)
             if isinstance(found, OnSplit):
                 self._go_on_in(found, stand)
                 return
         self.end = end
-
-    def _why_short(self, stand: Stand) -> End:
-        weights = stand.state.weights
-        why = self.plan.field.ended(weights)
-        if why is not None:
-            return Reason.NO_MEANING.end(why=why)
-        log_risk, squared = (float(x) for x in risk_and_slope(self.problem, weights))
-        facts: dict[str, Any] = {"log_risk": log_risk, "slope": math.sqrt(squared)}
-        if log_risk >= float(self.problem.log_risk_at_zero()):
-            return Reason.ABOVE_ZERO.end(**facts)
-        if not self.problem.data.separable:
-            return Reason.NOT_SEPARABLE.end(**facts)
-        why, rtol = self._why_rounded(weights), float(self.plan.tolerance.rtol)
-        return Reason.ROUND_OFF.end(**facts, why=why, rtol=rtol)
-
-    def _why_rounded(self, weights: Weights) -> str:
-        """What makes round-off large, where that is known."""
-        layers = self.problem.network.layers(weights)
-        if layers is None:
-            return (
-                ", or the network has a kink there (as ReLU), at which the field jumps and no step "
-                "is short enough"
-            )
-        w, z = np.asarray(end_to_end(layers)), np.asarray(self.problem.data.signed_inputs)
-        terms = float(np.max(np.abs(z) @ np.abs(w)))
-        smallest = float(np.min(z @ w))
-        if terms < LARGE_TERMS * max(1.0, abs(smallest)):
-            return ""
-        lost = float(np.finfo(np.float64).eps) * terms
-        return (
-            f" (margins are sums of terms of size {terms:.1g}, which float64 holds to {lost:.0e}, "
-            "as for data that are almost not separable; once every margin exceeds 1 the default "
-            "solver goes on in coordinates without this loss)"
-        )
 
     # ---------------------------------------------------------------------------------------------
     # Checkpoints

@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow import record
+from gflow.dynamics.drive import extras
+from gflow.dynamics.drive.extras import Observable as Observable
+from gflow.names import merged
 from gflow.problem import observables as obs
+from gflow.problem.arguments import flag
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.risk import Problem
@@ -21,8 +25,6 @@ from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
     import xarray as xr
-
-Observable = Callable[[Problem, Weights], Array]
 
 
 class Recorder:
@@ -41,14 +43,8 @@ class Recorder:
     ):
         self.problem = problem
         self.start = weights
-        self.extra = dict(observables or {})
-        for name, function in self.extra.items():
-            if not callable(function) or name in record.VARIABLES:
-                raise ValueError(
-                    f"`observables[{name!r}]` is {function!r}; expected a function of "
-                    "(problem, weights) under a name that the record does not use already."
-                )
-        self.keep_weights = keep_weights
+        self.extra = extras.checked(observables, problem, weights)
+        self.keep_weights = bool(flag("keep_weights", keep_weights))
         self.deep_linear = obs.is_deep_linear(problem)
         self.reference = None
         if self.deep_linear:
@@ -76,18 +72,19 @@ class Recorder:
         found = self._observed(weights, rows)
         columns = {**found, **more(found)}
         for k, row in enumerate(rows):
-            self.points.append({name: values[k] for name, values in columns.items()})
-            self.last = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
+            at = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
+            own = extras.evaluate(self.extra, self.problem, at)
+            self.points.append(merged({name: each[k] for name, each in columns.items()}, own))
+            self.last = at
             if self.keep_weights:
-                self.kept.append(self.last)
+                self.kept.append(at)
 
     def _observed(self, weights: Weights, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The observables of some rows of a buffer, as one call of a compiled program."""
         size = jax.tree.leaves(weights)[0].shape[0]
         chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
         count = as_array(np.int64(len(rows)))
-        extra = tuple(self.extra.items())
-        found = _observe(self.problem, weights, chosen, count, self.reference, extra)
+        found = _observe(self.problem, weights, chosen, count, self.reference)
         return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
 
     @property
@@ -126,7 +123,7 @@ class Recorder:
 
     def contents(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> dict:
         """The arguments of ``record.build`` for this record."""
-        columns = {**self.columns(len(self.points)), **(more or {})}
+        columns = merged(self.columns(len(self.points)), more or {})
         dims: dict[str, tuple[str, ...]] = {}
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
         for label, weights in (("initial", self.start), ("final", self.last)):
@@ -222,17 +219,14 @@ def _observe(
     rows: Array,
     count: Array,
     reference: obs.Reference | None,
-    extra: tuple[tuple[str, Observable], ...],
 ) -> dict[str, Array]:
     """The observables of the first ``count`` of ``rows``, one after the other."""
 
     def one(row: Array) -> dict[str, Array]:
         at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
         if reference is None:
-            values = obs.general(problem, at)
-        else:
-            values = obs.standard(problem, at, reference)
-        return values | {name: jnp.asarray(function(problem, at)) for name, function in extra}
+            return obs.general(problem, at)
+        return obs.standard(problem, at, reference)
 
     def put(k: Array, found: dict[str, Array]) -> dict[str, Array]:
         return jax.tree.map(lambda column, value: column.at[k].set(value), found, one(rows[k]))

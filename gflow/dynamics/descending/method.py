@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gflow.dynamics.step_meter import Elapsed, StepMeter
+from gflow.dynamics.descending.step_meter import Elapsed, StepMeter
 from gflow.dynamics.stops import AbstractRule, Coordinates, LogRisk, watched
 from gflow.problem.network import Array, DeepLinear, Weights, inner_product
 from gflow.problem.risk import Problem
