@@ -8,10 +8,9 @@ import diffrax
 import numpy as np
 
 from gflow.dynamics import clocks
-from gflow.dynamics.drive.certify import certify_by, evidence, second_tolerance, shorter
-from gflow.dynamics.drive.checkpoint import identity as identify
+from gflow.dynamics.drive.certify import certificate, evidence, second_tolerance, shorter
 from gflow.dynamics.drive.drive import follow
-from gflow.dynamics.drive.events import Action, Event
+from gflow.dynamics.drive.events import Action, Course, Event, course
 from gflow.dynamics.drive.flow_run import FlowRun, Plan
 from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.field import AbstractField, FlowField, FlowState
@@ -24,9 +23,9 @@ from gflow.dynamics.march.tolerance import (
 )
 from gflow.dynamics.modified import ModifiedEquation, modified_field
 from gflow.dynamics.radau.gauss_newton import GaussNewton
-from gflow.dynamics.reasons import End, Reason
+from gflow.dynamics.reasons import Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold
-from gflow.dynamics.stops import AbstractRule, AnyOf, progress_of, rules_on, save_grid
+from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, flag, number, positive_count
 from gflow.problem.network import Weights, as_array
@@ -123,21 +122,14 @@ def gradient_flow(
     check(problem, options)
     certify = bool(flag("certify", certify))
     with settings.own():
-        rules = rules_on(problem, until)
-        run = flow_of(problem, weights, rules, save, options)
-        end = follow(
-            run, rules[0], progress=progress, path=checkpoint, identity=lambda: identity(run, rules)
-        )
-        more, facts = {}, {}
-        wall_time = run.recorder.seconds()
+        run = flow_of(problem, weights, until, save, options)
+        follow(run, progress=progress, path=checkpoint)
+        wall_time, second = run.recorder.seconds(), None
         if certify:
-            more, facts = certify_by(run, second_run(run, options), rules[0], progress)
-        return run.recorder.record(
-            evidence(run.recorder, conserved=modified is None) | more,
-            **attributes(run, end, rules, options),
-            **facts,
-            wall_time=wall_time,
-        )
+            second = second_run(run, options)
+            follow(second, progress=progress)
+        more, attrs = told(run, options, second)
+        return run.recorder.record(more, **attrs, wall_time=wall_time)
 
 
 class Options(NamedTuple):
@@ -185,7 +177,7 @@ def check(problem: Problem, options: Options) -> None:
 def flow_of(
     problem: Problem,
     weights: Weights,
-    rules: tuple[AbstractRule, ...],
+    until: AbstractRule | AnyOf,
     save: int | Sequence[float] | np.ndarray,
     options: Options,
 ) -> FlowRun:
@@ -196,19 +188,11 @@ def flow_of(
             points to save are no sensible ones.
     """
     weights = problem.check(weights)
-    recorder = Recorder(problem, weights, options.observables, options.keep_weights)
+    rules = rules_on(problem, weights, until)
     clock = options.clock or default_clock(rules[0])
-    standing = progress_of(rules, problem, weights, 0.0, 0)
-    met = [rule for rule, at in zip(rules, standing, strict=True) if at >= rule.goal]
-    lead, *others = rules
-    grid = save_grid(lead, standing[0], save)
-    saves = [Event.of(lead, at, Action.SAVE, clock) for at in grid[:-1]]
-    saves.append(Event.of(lead, grid[-1], Action.STOP, clock))
-    ends = [Event.of(rule, rule.goal, Action.STOP, clock) for rule in others]
-    run = FlowRun(plan(problem, weights, clock, options), recorder, saves, ends)
-    if met:
-        run.end = Reason.REACHED_AT_START.end(rule=met[0])
-    return run
+    recorder = Recorder(problem, weights, options.observables, options.keep_weights)
+    way = course(problem, weights, rules, save, clock)
+    return FlowRun(plan(problem, weights, clock, options), recorder, rules, way)
 
 
 def plan(
@@ -259,50 +243,44 @@ def second_run(run: FlowRun, options: Options) -> FlowRun:
     saves[-1:] = [last._replace(action=Action.STOP) for last in saves[-1:]]
     again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
     followed = plan(recorder.problem, recorder.start, run.clock, options)
-    other = FlowRun(followed, again, saves, [], compares=False)
-    if not saves:
-        other.end = End("reached", "at the start")
+    end = None if saves else Reason.REACHED_AT_START.end(rule=run.rules[0])
+    other = FlowRun(followed, again, run.rules, Course(saves, [], end), compares=False)
+    other.name = "certificate"
     return other
 
 
-def attributes(
-    run: FlowRun, end: End, rules: tuple[AbstractRule, ...], options: Options
-) -> dict[str, Any]:
-    """What a record says of how a flow was followed."""
-    modified = options.modified
-    return {
+def told(
+    run: FlowRun, options: Options, second: FlowRun | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What a record says of a flow beside the points that were recorded on the way.
+
+    Args:
+        run: at its end.
+        options: of the flow.
+        second: the run that certifies it, at its end, if there is one.
+
+    Returns:
+        Variables, and attributes.
+    """
+    modified, end = options.modified, run.end
+    assert end is not None
+    variables = evidence(run.recorder, conserved=modified is None)
+    attrs = {
         "kind": "flow" if modified is None else "modified flow",
         "modified_step": modified and modified.step,
         "modified_order": modified and modified.order,
         "status": end.status,
         "message": end.message,
-        "until": " | ".join(map(repr, rules)),
+        "until": " | ".join(map(repr, run.rules)),
         "clock": run.clock.name,
-        "rtol": options.rtol,
-        "function_space": options.function_space,
+        "rtol": float(options.rtol),
+        "function_space": bool(options.function_space),
         **run.facts(),
     }
-
-
-def identity(run: FlowRun, rules: tuple[AbstractRule, ...]) -> dict[str, str]:
-    """What a flow is, for its checkpoint."""
-    recorder, plan = run.recorder, run.plan
-    start = FlowState(recorder.start, as_array(np.zeros(())))
-    return identify(
-        run.problem,
-        recorder.start,
-        recorder,
-        plan.field,
-        (np.float64(0.0), start),
-        kind="gradient_flow",
-        until=[(type(rule).__name__, rule.value) for rule in rules],
-        save=np.array([event.progress for event in run.saves]),
-        clock=run.clock,
-        solvers=(*plan.methods, plan.split),
-        rtol=plan.tolerance.rtol.item(),
-        atol=plan.atol,
-        function_space=type(plan.tolerance).__name__,
-    )
+    if second is not None:
+        errors, facts = certificate(run, second)
+        variables, attrs = variables | errors, attrs | facts
+    return variables, attrs
 
 
 def default_clock(rule: AbstractRule) -> clocks.AbstractClock:

@@ -114,7 +114,7 @@ _WORDS: dict[Reason, tuple[str, str]] = {
         "none of {steps} steps went downhill, so that no time has passed: the learning rate is "
         "zero or negative",
     ),
-    Reason.AT_REST: ("stalled", "no weight changed in the last {steps} steps{where}"),
+    Reason.AT_REST: ("stalled", "no weight changed in the last {steps} steps{why}"),
     Reason.SPLIT_ENDS: ("stalled", "split coordinates end at log R = {log_risk:.6g}"),
     Reason.ROUND_OFF: (
         "precision_lost",

@@ -307,7 +307,9 @@ def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
     )
 
 
-def rules_on(problem: Problem, until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
+def rules_on(
+    problem: Problem, weights: Weights, until: AbstractRule | AnyOf
+) -> tuple[AbstractRule, ...]:
     """The rules joined in ``until``, ready for a problem; the leading one first.
 
     Raises:
@@ -316,7 +318,8 @@ def rules_on(problem: Problem, until: AbstractRule | AnyOf) -> tuple[AbstractRul
     rules = as_rules(until)
     for rule in rules:
         if rule.variable is not None:
-            problem.expect_needs(f"`until` holds {rule!r}", quantity(rule.variable).needs)
+            needs = quantity(rule.variable).needs
+            problem.expect_needs(f"`until` holds {rule!r}", needs, weights)
     return tuple(rule.on(problem) for rule in rules)
 
 

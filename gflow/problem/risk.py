@@ -11,7 +11,7 @@ s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -105,6 +105,40 @@ class Problem(eqx.Module):
         log_risk, slopes, _ = self.loss.terms(self.spread(coordinates))
         gradient, squared_norm = pull(-self.gather(slopes))
         return log_risk, gradient, squared_norm
+
+    def degree(self, weights: Weights) -> float | None:
+        """The L with $q(aW) = a^L q(W)$ for a > 0; None where there is none."""
+        layers = self.network.layers(weights)
+        return self.network.homogeneity if layers is None else len(layers)
+
+    def expect_needs(self, where: str, needs: Collection[str], weights: Weights) -> None:
+        """Refuse what asks for more than this problem has, as a variable of a record may.
+
+        Args:
+            where: what asks, in words.
+            needs: some of "layers" (a network that is a product of matrices), "reference" (a
+                maximum-margin direction) and "homogeneity" (of a known degree).
+            weights: of the network.
+
+        Raises:
+            ValueError: that says what is missing.
+        """
+        kind = type(self.network).__name__
+        if "layers" in needs and self.network.layers(weights) is None:
+            raise ValueError(
+                f"{where}, which looks at the layers of a product of matrices; `problem` has a "
+                f"{kind}, which is none. Choose another rule, or a DeepLinear network."
+            )
+        if "homogeneity" in needs and self.degree(weights) is None:
+            raise ValueError(
+                f"{where}, which needs a homogeneous network; `problem` has a {kind} of no known "
+                "degree. Say it: Network(apply, homogeneity=L)."
+            )
+        if "reference" in needs and not (solution := self.data.max_margin()).separable:
+            raise ValueError(
+                f"{where}, but {solution.verdict}: there is no maximum margin to approach. Choose "
+                "another rule."
+            )
 
     def log_risk_at_zero(self) -> Array:
         r"""$\log R(0) = \log\ell(0)$, the level of the paper's assumption on the start."""

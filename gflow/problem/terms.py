@@ -95,6 +95,10 @@ class AbstractJointLoss(eqx.Module):
         """The margin from which an exponential tail is exponential to the last digit."""
         return 40.0
 
+    def inverse(self, log_value: Array) -> Array:
+        r"""The margin at which the loss of a single point has a logarithm; NaN if it has none."""
+        return jnp.full_like(log_value, jnp.nan)
+
     @property
     def decay_bound(self) -> float:
         r"""A $c$ with $\sum_i s_i \le c$ everywhere; infinite if none is known."""

@@ -1,11 +1,11 @@
-"""A descent on its way, called from saved point to saved point."""
+"""A descent on its way, from saved point to saved point."""
 
 import dataclasses
+import functools
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.dynamics.drive import checkpoint
-from gflow.dynamics.drive.checkpoint import End, carry_of
-from gflow.dynamics.following import Stop
+from gflow.dynamics.descending.lanes import DescentLanes, kind_of
 from gflow.dynamics.descending.method import (
     Carry,
     Descent,
     Goals,
     Sampler,
     Watch,
+    advance,
     look,
     same_weights,
 )
@@ -31,16 +30,16 @@ from gflow.dynamics.descending.optimizers import (
     with_extra_arguments,
     without_extra_arguments,
 )
-from gflow.dynamics.drive.progress import Pace
-from gflow.dynamics.drive.recorder import Recorder
 from gflow.dynamics.descending.step_meter import StepMeter
-from gflow.dynamics.together import advance
-from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime, Steps, Time, anonymous
-from gflow.problem.network import Weights
+from gflow.dynamics.drive import checkpoint
+from gflow.dynamics.drive.checkpoint import Snapshot
+from gflow.dynamics.drive.drive import AbstractLanes, widest_for
+from gflow.dynamics.drive.events import Action, Course, Event
+from gflow.dynamics.drive.recorder import Recorder
+from gflow.dynamics.reasons import End, Reason
+from gflow.dynamics.stops import AbstractRule, anonymous
+from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
-
-STEPS_AT_FIRST = 64
-"""Length of the first call, before the speed is known."""
 
 MISALIGNMENT_EVERY = 100
 """Steps between two tests of a `Misalignment` rule, which needs singular vectors."""
@@ -57,26 +56,32 @@ UNDERFLOW = -650.0
 
 
 class DescentRun:
-    """A descent on its way: the map and its carry between two calls of ``advance``.
+    """A descent from its start to one of its stopping rules.
 
     Args:
         problem: what it goes down.
-        weights: the start.
         optimizer: any optax optimiser.
         batch_size, seed: of mini-batches, if there are any.
         max_steps: steps to make in all.
+        recorder: takes its points.
+        rules: the stopping rules, the leading one first.
+        way: what it is to do on its way.
     """
 
     name = "gradient descent"
+    in_lanes = False
+    """Whether it went side by side with others."""
 
     def __init__(
         self,
         problem: Problem,
-        weights: Weights,
         optimizer: optax.GradientTransformation,
         batch_size: int | None,
         seed: int,
         max_steps: int,
+        recorder: Recorder,
+        rules: tuple[AbstractRule, ...],
+        way: Course,
     ):
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise ValueError(
@@ -84,13 +89,19 @@ class DescentRun:
                 "optax.sgd(0.1), or one of gflow's rules such as gflow.loss_scaled(0.1)."
             )
         sampler = None if batch_size is None else Sampler(jax.random.key(seed), batch_size)
-        self.descent, self.carry = _started(problem, weights, optimizer, sampler)
+        self.descent, self.carry = _started(problem, recorder.start, optimizer, sampler)
         self.seed = None if batch_size is None else seed
-        self.max_steps = max_steps
+        self.recorder, self.rules, self.done = recorder, rules, 0
+        self.saves, self.ends, self.end = way
+        counts = [event.steps for event in (*self.saves, *self.ends) if event.counts]
+        self.last = max([max_steps, *counts])
+        self.limit = 0
         self.rested: Weights = self.carry.weights
         """The weights at the last multiple of ``STALL_LOOK`` steps."""
-        self.pace = Pace(STEPS_AT_FIRST)
         self._check_first_step()
+        self.record_here()
+        if self.end is None:
+            self._arm()
 
     def _check_first_step(self) -> None:
         descent = self.descent
@@ -102,61 +113,48 @@ class DescentRun:
                     "expected a negative number: learning rates are positive."
                 )
 
+    # ---------------------------------------------------------------------------------------------
+    # What the drive and its caller ask
+    # ---------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def program(self) -> Hashable:
+        if self.descent.sampler is not None or self.watch.costly:
+            return id(self)  # under `vmap` each member would draw, or be asked, at every step
+        return kind_of((self.descent, self.watch, self.carry, self.goals))
+
+    def lanes(self, alike: "Sequence[DescentRun]", width: int) -> AbstractLanes:
+        return DescentLanes(alike, width)
+
+    @property
+    def widest(self) -> int:
+        return widest_for(self.recorder.start)
+
+    def fail(self, error: Exception) -> None:
+        self.end = Reason.FAILED.end(why=f"{type(error).__name__}: {error}")
+
+    @property
+    def part_done(self) -> float:
+        return 1.0 if self.end is not None else self.done / len(self.saves)
+
     @property
     def weights(self) -> Weights:
         """The weights where the run stands."""
         return self.carry.weights
-
-    def state(self) -> dict[str, Any]:
-        """All that the run needs to go on."""
-        return {"place": Place(self.carry, self.rested)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where ``state`` was taken of a run with the same start."""
-        place = carry_of(state["place"], Place(self.carry, self.rested))
-        self.carry, self.rested = place.carry, place.rested
-
-    def scalars(self) -> dict[str, Any]:
-        """What a saved point holds beside the observables of its weights."""
-        elapsed = self.carry.elapsed
-        assert elapsed is not None  # but within `advance`
-        return {
-            "log_time": elapsed.log_time,
-            "num_steps": elapsed.num_steps,
-            "log_step_size": elapsed.log_step_size,
-        }
 
     @property
     def num_steps(self) -> int:
         """Steps made so far."""
         return int(self.carry.num_steps)
 
-    def judged(self, status: str, message: str) -> End:
-        """The end of the run, with what is to be said of its time."""
-        elapsed = self.carry.elapsed
-        assert elapsed is not None  # but within `advance`
-        if self.num_steps > 0 and float(elapsed.log_time) == -math.inf:
-            return End(
-                "stalled",
-                f"none of {self.num_steps} steps went downhill, so that no time has passed: the "
-                "learning rate is zero or negative",
-            )
-        if (uphill := int(elapsed.num_uphill)) > 0:
-            message += f"; {uphill} of {self.num_steps} steps went uphill and count as no time"
-        return End(status, message)
-
-    def save(self, recorder: Recorder) -> None:
-        """Record the point where the run stands."""
-        recorder.save(self.carry.weights, **self.scalars())
-
-    def progress(self, rules: tuple[AbstractRule, ...]) -> list[float]:
-        """How far the run is in the coordinate of each rule."""
-        return self._look(rules)[1]
-
     def tell(self, lead: AbstractRule) -> tuple[float, str]:
         """How far the run is in the coordinate of ``lead``, and what a bar says beside it."""
         log_risk, (at,) = self._look((lead,))
         return at, f"{self.num_steps} steps, log R = {log_risk:.6g}"
+
+    def progress(self, rules: tuple[AbstractRule, ...]) -> list[float]:
+        """How far the run is in the coordinate of each rule."""
+        return self._look(rules)[1]
 
     def _look(self, rules: tuple[AbstractRule, ...]) -> tuple[float, list[float]]:
         """The log risk, and how far the run is in the coordinate of each rule."""
@@ -164,68 +162,109 @@ class DescentRun:
         log_risk, found = look(self.descent.problem, at, tuple(map(anonymous, rules)))
         return float(log_risk), [float(value) for value in found]
 
-    def go(self, stops: Sequence[Stop], look: Callable[[], None]) -> AbstractRule | End:
-        """Go on to the first of ``stops``: its rule, or why none was reached."""
-        targets = [StepTarget.of(*stop) for stop in stops]
-        lead, *others = targets
-        watch, goals, watched = _watch(targets, self.descent)
-        counts = [target.steps for target in targets if target.steps is not None]
-        last = max(
-            [self.max_steps, *(rule.value for rule, *_ in targets if isinstance(rule, Steps))]
+    def record_here(self) -> None:
+        """Record the point where the run stands."""
+        elapsed = self.carry.elapsed
+        assert elapsed is not None  # but within `advance`
+        names = ("log_time", "num_steps", "log_step_size")
+        self.recorder.add_one(
+            self.carry.weights, {name: np.asarray(getattr(elapsed, name)) for name in names}
         )
-        limit = min([last, *counts])
-        while True:
-            hits, end = self.advance(watch, goals, limit)
-            if end is not None:
-                return end
-            met = [target for target, hit in zip(watched, hits, strict=True) if hit]
-            met += [target for target in targets if target.steps == self.num_steps]
-            for target in others:
-                if target in met:
-                    return target.rule
-            if lead in met or (lead.steps is not None and lead.steps < self.num_steps):
-                return lead.rule
-            look()
-            if self.num_steps >= last:
-                return End(
-                    "max_steps",
-                    f"{last} steps were made before {lead.rule!r} was reached; raise `max_steps`, "
-                    "or take longer steps",
-                )
 
-    def advance(self, watch: Watch, goals: Goals, num_steps: int) -> tuple[np.ndarray, End | None]:
-        """Go on to ``num_steps`` or to a rule; which are met, and whether the run has to end."""
-        before = self.carry
-        began = time.perf_counter()
-        mark = (self.num_steps // STALL_LOOK + 1) * STALL_LOOK
-        limit = jnp.asarray(min(num_steps, self.num_steps + self.pace.size, mark))
-        after, hits, sound = advance(self.descent, watch, before, limit, goals)
-        hits, sound = np.array(hits), bool(sound)
-        full = int(after.num_steps) - self.num_steps == self.pace.size
-        self.pace.took(time.perf_counter() - began, full=full)
-        if not sound:
-            return np.zeros_like(hits), self._last_sound(watch, goals, limit)
+    def close(self) -> None:
+        """Record the last point, if it is not there yet."""
+        if self.num_steps > self.recorder.num_steps:
+            self.record_here()
+
+    def judged(self, end: End) -> End:
+        """The end of the run, with what is to be said of its time."""
+        elapsed = self.carry.elapsed
+        assert elapsed is not None  # but within `advance`
+        if self.num_steps > 0 and float(elapsed.log_time) == -math.inf:
+            return Reason.NO_DESCENT.end(steps=self.num_steps)
+        if (uphill := int(elapsed.num_uphill)) > 0:
+            told = f"; {uphill} of {self.num_steps} steps went uphill and count as no time"
+            return End(end.status, end.message + told)
+        return end
+
+    def snapshot(self) -> Snapshot:
+        """All that the run needs to go on."""
+        return Snapshot({"done": self.done}, {"carry": self.carry, "rested": self.rested})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Stand where a snapshot was taken of a run with the same start."""
+        self.done = int(snapshot.facts["done"])
+        self.carry = snapshot.read("carry", self.carry)
+        self.rested = snapshot.read("rested", self.rested)
+        if self.done < len(self.saves):
+            self._arm()
+
+    # ---------------------------------------------------------------------------------------------
+    # From event to event
+    # ---------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Ask for the next saved point, and for the other rules."""
+        events = [self.saves[self.done], *self.ends]
+        self.watch, self.goals, self.watched = _watch(events, self.descent)
+
+    def request(self, size: int) -> tuple[Descent, Watch, Carry, Array, Goals]:
+        """The arguments of ``method.advance`` for the next call, of at most ``size`` steps."""
+        before, events = self.num_steps, [self.saves[self.done], *self.ends]
+        mark = (before // STALL_LOOK + 1) * STALL_LOOK
+        self.limit = min([self.last, before + size, mark, *(event.steps for event in events)])
+        return self.descent, self.watch, self.carry, jnp.asarray(self.limit), self.goals
+
+    def take(self, after: Carry, hits: Array, sound: Array) -> None:
+        """What a call has come to."""
+        if not bool(sound):
+            self.end = self._last_sound()
+            return
         self.carry = after
-        end = End("stalled", self._why_stalled()) if self._stalled(watch, goals) else None
-        return hits, end
+        if self._stalled():
+            why = self._explained("the steps are below the resolution of float64, or zero")
+            self.end = Reason.AT_REST.end(steps=STALL_LOOK, why=why)
+            return
+        lead, *others = self.saves[self.done], *self.ends
+        met = [event for event, hit in zip(self.watched, np.array(hits), strict=True) if hit]
+        first = next((event for event in others if self._is_met(event, met)), None)
+        if first is None and self._is_met(lead, met):
+            first, self.done = lead, self.done + 1
+        if first is not None:
+            if self.num_steps > self.recorder.num_steps:  # a long step passes several points
+                self.record_here()
+            if first.action is Action.STOP:
+                self.end = Reason.REACHED.end(rule=first.rule, steps=self.num_steps)
+            else:
+                self._arm()
+        elif self.num_steps >= self.last:
+            self.end = Reason.MAX_ITERATES.end(steps=self.last, rule=lead.rule)
 
-    def _last_sound(self, watch: Watch, goals: Goals, limit: jax.Array) -> End:
+    def _is_met(self, event: Event, met: list[Event]) -> bool:
+        return any(event is each for each in met) or event.steps <= self.num_steps
+
+    def _last_sound(self) -> End:
         """Go to the last iterate that is finite: the same steps again, from where the call began.
 
         They are the same because every step is a function of the one before.
         """
-        watch = dataclasses.replace(watch, careful=True)
-        before, sound, broken = self.carry, False, int(limit)
+        watch, limit = dataclasses.replace(self.watch, careful=True), jnp.asarray(self.limit)
+        before, sound, broken = self.carry, False, self.limit
         while not sound and int(before.num_steps) < broken:
-            after, _, sound = advance(self.descent, watch, before, limit, goals)
+            after, _, sound = advance(self.descent, watch, before, limit, self.goals)
             broken = int(after.num_steps)
             limit = jnp.asarray(broken - 1)
         self.carry = after
-        return End("diverged", self._why_diverged(broken + 1))
+        if broken == 0:
+            return Reason.DIVERGED.end(
+                why="the optimiser's first update is not finite; check its settings"
+            )
+        where = f"the weights or margins of step {broken + 1} are not finite; the last point is before"
+        return Reason.DIVERGED.end(why=where + self._explained("take shorter steps"))
 
-    def _stalled(self, watch: Watch, goals: Goals) -> bool:
+    def _stalled(self) -> bool:
         """Whether no weight has changed since the last mark, and none does in one step more."""
-        if self.num_steps % STALL_LOOK != 0:
+        if self.num_steps % STALL_LOOK != 0 or self.num_steps == 0:
             return False
         same = bool(same_weights(self.rested, self.carry.weights))
         self.rested = self.carry.weights
@@ -233,20 +272,10 @@ class DescentRun:
             return False
         # A cycle may have come back to where it was.
         once = jnp.asarray(self.num_steps + 1)
-        further, _, _ = advance(self.descent, watch, self.carry, once, goals)
+        further, _, _ = advance(self.descent, self.watch, self.carry, once, self.goals)
         return bool(same_weights(further.weights, self.carry.weights))
 
-    def _why_diverged(self, broken: int) -> str:
-        if broken == 1:
-            return "the optimiser's first update is not finite; check its settings"
-        where = f"the weights or margins of step {broken} are not finite; the last point is before"
-        return self._explained(where, "take shorter steps")
-
-    def _why_stalled(self) -> str:
-        where = f"no weight changed in the last {STALL_LOOK} steps"
-        return self._explained(where, "the steps are below the resolution of float64, or zero")
-
-    def _explained(self, where: str, usual: str) -> str:
+    def _explained(self, usual: str) -> str:
         """With the risk, and its underflow as the reason where it is one."""
         log_risk, _ = self._look(())
         if log_risk < UNDERFLOW and not self.descent.meter.on_log_risk:
@@ -254,13 +283,11 @@ class DescentRun:
                 "the gradient of R underflows there: minimise log R instead, with "
                 "gflow.on_log_risk(optimizer) or gflow.loss_scaled(rate)"
             )
-        return f"{where}, at log R = {log_risk:.6g}: {usual}"
+        return f", at log R = {log_risk:.6g}: {usual}"
 
-    def identity(
-        self, recorder: Recorder, rules: tuple[AbstractRule, ...], grid: np.ndarray
-    ) -> dict[str, str]:
+    def identity(self) -> dict[str, str]:
         """What the run is, for its checkpoint."""
-        descent = self.descent
+        descent, recorder = self.descent, self.recorder
         return checkpoint.identity(
             descent.problem,
             recorder.start,
@@ -268,8 +295,8 @@ class DescentRun:
             descent.step,
             (self.carry,),
             kind="gradient_descent",
-            until=[(type(rule).__name__, rule.value) for rule in rules],
-            save=grid,
+            until=[(type(rule).__name__, rule.value) for rule in self.rules],
+            save=np.array([event.progress for event in self.saves]),
             optimizer=describe(descent.optimizer),
             batch_size=descent.sampler and descent.sampler.size,
             seed=self.seed,
@@ -340,49 +367,28 @@ def _step(structure: Any, leaves: tuple[Any, ...], arrays: Any) -> Carry:
     return descent.step(carry)
 
 
-class Place(eqx.Module):
-    """Where a run stands between two calls of ``advance``."""
-
-    carry: Carry
-    rested: Weights
-
-
-class StepTarget(NamedTuple):
-    """Where one rule wants to stop."""
-
-    rule: AbstractRule
-    goal: float
-    """The rule's progress there."""
-    steps: int | None
-    """The number of steps there, when the rule counts them."""
-
-    @classmethod
-    def of(cls, rule: AbstractRule, goal: float) -> "StepTarget":
-        if isinstance(rule, Steps):
-            steps = math.ceil(math.expm1(goal) * (1 - 1e-12) - 1e-9)
-            return cls(rule, goal, min(steps, rule.value))
-        if isinstance(rule, Time | LogTime):
-            goal -= TIME_SLACK * max(1.0, abs(goal))
-        return cls(rule, goal, None)
-
-
-def _watch(targets: list[StepTarget], descent: Descent) -> tuple[Watch, Goals, list[StepTarget]]:
-    """The rules to ask on the device, their goals, and their targets in the order of answers."""
+def _watch(events: list[Event], descent: Descent) -> tuple[Watch, Goals, list[Event]]:
+    """The rules to ask on the device, their goals, and their events in the order of answers."""
     sampler = descent.sampler
-    groups: dict[str, list[StepTarget]] = {"cheap": [], "costly": [], "timed": []}
-    for target in targets:
-        rule = target.rule
-        if rule.variable is not None or (sampler is not None and isinstance(rule, LogRisk)):
-            groups["costly"].append(target)
-        elif isinstance(rule, Time | LogTime) and descent.meter.predictable:
-            groups["timed"].append(target)
-        elif not isinstance(rule, Steps):
-            groups["cheap"].append(target)
+    groups: dict[str, list[Event]] = {"cheap": [], "costly": [], "timed": []}
+    for event in events:
+        rule = event.rule
+        if rule.variable is not None or (sampler is not None and rule.of_risk):
+            groups["costly"].append(event)
+        elif rule.of_time and descent.meter.predictable:
+            groups["timed"].append(event)
+        elif not event.counts:
+            groups["cheap"].append(event)
     every = 1 if sampler is None else sampler.batches_an_epoch(descent.problem)
-    if any(target.rule.variable is not None for target in groups["costly"]):
+    if any(event.rule.variable is not None for event in groups["costly"]):
         every = max(every, MISALIGNMENT_EVERY)
-    rules = {key: tuple(anonymous(t.rule) for t in group) for key, group in groups.items()}
-    goals = {key: tuple(jnp.asarray(t.goal) for t in group) for key, group in groups.items()}
-    order = [target for group in groups.values() for target in group]
+    rules = {key: tuple(anonymous(e.rule) for e in group) for key, group in groups.items()}
+    goals = {key: tuple(map(_goal, group)) for key, group in groups.items()}
+    order = [event for group in groups.values() for event in group]
     watch = Watch(rules["cheap"], rules["costly"], rules["timed"], every=every)
     return watch, Goals(**goals), order
+
+
+def _goal(event: Event) -> Array:
+    slack = TIME_SLACK * max(1.0, abs(event.progress)) if event.rule.of_time else 0.0
+    return jnp.asarray(event.progress - slack)

@@ -26,9 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gflow.dynamics.drive.drive import follow
 from gflow.dynamics.drive.recorder import Recorder
-from gflow.dynamics.stops import AbstractRule
 from gflow.problem.observables import lemma_slacks
 from gflow.quantities import Kind, of_kind, quantity
 from gflow.record import CERTIFIED
@@ -79,19 +77,17 @@ def shorter(steps: int) -> int:
     return math.ceil(SHORTER * steps) if steps <= FEW_STEPS else 1
 
 
-def certify_by(
-    run: "FlowRun", other: "FlowRun", lead: AbstractRule, progress: bool | None
+def certificate(
+    run: "FlowRun", other: "FlowRun"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Error estimates from a second run, and what the record says of it.
 
     Args:
         run: to certify, at its end.
-        other: the second run, at its start, over the same points.
-        lead: the rule in whose coordinate points are saved.
-        progress: whether to show a progress bar.
+        other: the second run over the same points, at its end.
     """
-    points, again = run.recorder.points, other.recorder
-    end = follow(other, lead, progress=progress, path=None, identity=dict)
+    points, again, end = run.recorder.points, other.recorder, other.end
+    assert end is not None
     rtol = float(other.plan.tolerance.rtol)
     told = f"a second run at rtol = {rtol:.3g}"
     if end.status != "reached":
@@ -114,12 +110,12 @@ def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
         conserved: whether the flow conserves the imbalance, as gradient flow does.
     """
     points, start = recorder.points, recorder.start
-    needed = ("log_risk", "beyond_hand_over", *(LEMMA if recorder.deep_linear else ()))
+    needed = ("log_risk", "beyond_hand_over", *(LEMMA if recorder.layers is not None else ()))
     column = {name: np.stack([np.asarray(point[name]) for point in points]) for name in needed}
     lost = EPSILON * np.maximum(1.0, -column["log_risk"])
     apart = column["beyond_hand_over"].astype(bool)
     found = {"digits_left": -np.log10(np.where(apart, EPSILON, lost))}
-    if not (conserved and recorder.deep_linear):
+    if not (conserved and recorder.layers is not None):
         return found
     rank_one, alignment = lemma_slacks(start, *(column[name] for name in LEMMA))
     return found | {"rank_one_slack": rank_one, "alignment_slack": alignment}

@@ -16,6 +16,7 @@ from contextvars import copy_context
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from gflow.dynamics.drive import checkpoint
 from gflow.dynamics.drive.checkpoint import Checkpoint, CheckpointError
@@ -25,6 +26,17 @@ from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule
 from gflow.problem import settings
 from gflow.problem.arguments import file_path, flag
+from gflow.problem.network import Weights
+
+NARROW = 4096
+"""Weights up to which members gain by going side by side: beyond, the products of one member's
+matrices fill a processor by themselves."""
+
+
+def widest_for(weights: Weights) -> int:
+    """How many members of such weights gain by going side by side."""
+    narrow = sum(np.size(leaf) for leaf in jax.tree.leaves(weights)) <= NARROW
+    return int(np.iinfo(np.int64).max) if narrow else 1
 
 
 class Run(checkpoint.Run, Protocol):
@@ -32,6 +44,8 @@ class Run(checkpoint.Run, Protocol):
 
     name: str
     recorder: Recorder
+    rules: tuple[AbstractRule, ...]
+    """The stopping rules; points are saved in the coordinate of the first."""
     end: End | None
     """How it ended; None while it is on its way."""
 
@@ -51,6 +65,19 @@ class Run(checkpoint.Run, Protocol):
 
     def close(self) -> None:
         """Record the last point, if it is not there yet."""
+        ...
+
+    def identity(self) -> dict[str, str]:
+        """What it is, for its checkpoint."""
+        ...
+
+    @property
+    def widest(self) -> int:
+        """How many runs of this kind gain by going side by side."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """End, because of an error."""
         ...
 
     def lanes(self, alike: "Sequence[Any]", width: int) -> "AbstractLanes":
@@ -73,12 +100,15 @@ class AbstractLanes:
         """Runs have been put in these places of ``seats``."""
 
     @abstractmethod
-    def advance(self, waiting: bool) -> None:
-        """One call of the compiled program; each run is told what has become of it.
+    def advance(self, waiting: bool) -> list[tuple[Any, tuple]]:
+        """One call of the compiled program: each run, and what its ``take`` is to be given.
 
         Args:
             waiting: whether runs wait for a place: then come back as soon as one is free.
         """
+
+    def settle(self) -> None:
+        """All runs have taken what came of the last call."""
 
     def close(self) -> None:
         """Runs that are still on their way stand where the last call left them."""
@@ -97,6 +127,7 @@ class Drive:
         width: lanes side by side on a device.
         devices: where; a device named twice has two sets of lanes, in two threads.
         look: is called after each call of a compiled program.
+        isolate: whether an error of one run is that run's end, and not that of all.
     """
 
     def __init__(
@@ -106,8 +137,9 @@ class Drive:
         width: int = 1,
         devices: Sequence[Any] | None = None,
         look: Callable[[], None] = lambda: None,
+        isolate: bool = False,
     ):
-        self.runs, self.width, self.look = list(runs), width, look
+        self.runs, self.width, self.look, self.isolate = list(runs), width, look, isolate
         self.devices = list(devices or [None])
         self.lock, self.stopped = threading.Lock(), False
         self.work = [0.0, 0.0]
@@ -128,7 +160,7 @@ class Drive:
     def _follow(self, alike: list[Run]) -> None:
         """Follow runs of one program until they end or go on by another."""
         queue, devices = deque(alike), self.devices[: len(alike)]
-        width = min(self.width, -(-len(alike) // len(devices)))
+        width = min(self.width, alike[0].widest, -(-len(alike) // len(devices)))
         # In threads, for one device too: Ctrl-C reaches this one and leaves no run half told.
         with ThreadPoolExecutor(len(devices)) as threads:
             parts = [
@@ -143,22 +175,19 @@ class Drive:
                 raise
 
     def _serve(self, queue: deque[Run], alike: list[Run], width: int, device: Any) -> None:
+        """Follow runs from the queue in the lanes of one device until none is left."""
         with settings.own(), jax.default_device(device):
             program, lanes = alike[0].program, alike[0].lanes(alike, width)
             try:
                 while not self.stopped:
-                    free = [k for k, run in enumerate(lanes.seats) if run is None]
-                    new = []
-                    for k in free:
-                        with self.lock:
+                    with self.lock:
+                        new = [k for k, run in enumerate(lanes.seats) if run is None and queue]
+                        for k in new:
                             lanes.seats[k] = queue.popleft() if queue else None
-                        if lanes.seats[k] is not None:
-                            new.append(k)
-                    if new:
-                        lanes.seat(new)
+                    new = [k for k in new if lanes.seats[k] is not None]
                     if all(run is None for run in lanes.seats):
                         break
-                    lanes.advance(bool(queue))
+                    self._advance(lanes, new, bool(queue))
                     for k, run in enumerate(lanes.seats):
                         if run is not None and (run.end is not None or run.program != program):
                             lanes.seats[k] = None
@@ -169,30 +198,44 @@ class Drive:
                 with self.lock:
                     self.work = [a + b for a, b in zip(self.work, lanes.work, strict=True)]
 
+    def _advance(self, lanes: "AbstractLanes", new: Sequence[int], waiting: bool) -> None:
+        """Seat new runs and go on; what goes wrong may be the end of the runs that it befalls."""
+        try:
+            if new:
+                lanes.seat(new)
+            for run, answer in lanes.advance(waiting):
+                try:
+                    run.take(*answer)
+                except Exception as error:
+                    if not self.isolate:
+                        raise
+                    run.fail(error)
+            lanes.settle()
+        except Exception as error:
+            if not self.isolate:
+                raise
+            for run in lanes.seats:
+                if run is not None and run.end is None:
+                    run.fail(error)
+
 
 def follow(
-    run: Run,
-    lead: AbstractRule,
-    *,
-    progress: bool | None,
-    path: str | os.PathLike[str] | None,
-    identity: Callable[[], dict[str, str]],
+    run: Run, *, progress: bool | None, path: str | os.PathLike[str] | None = None
 ) -> End:
     """Follow one run from its start to its end; says how it ended.
 
     Args:
         run: at its start.
-        lead: the rule in whose coordinate points are saved.
         progress: whether to show a bar.
         path: of the checkpoint, if there is to be one.
-        identity: what the run is, for its checkpoint.
     """
     flag("progress", progress, none=True)
     file = None if path is None else file_path("checkpoint", path)
     if run.end is not None:
         return run.end
+    lead = run.rules[0]
     begin = run.tell(lead)[0]
-    kept = Checkpoint(file, identity, run, run.recorder)
+    kept = Checkpoint(file, run.identity, run, run.recorder)
     run.end = kept.resume()
     if run.end is not None:
         return run.end

@@ -2,13 +2,16 @@
 
 import enum
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
-from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime
-from gflow.problem.network import as_array
+from gflow.dynamics.reasons import End, Reason
+from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime, progress_of, save_grid
+from gflow.problem.network import Weights, as_array
+from gflow.problem.risk import Problem
 
 NO_STEP_COUNT = int(np.iinfo(np.int64).max)
 
@@ -59,11 +62,11 @@ class Event(NamedTuple):
 
     @classmethod
     def of(
-        cls, rule: AbstractRule, progress: float, action: Action, clock: AbstractClock
+        cls, rule: AbstractRule, progress: float, action: Action, clock: AbstractClock | None
     ) -> "Event":
-        """Where ``rule`` has made this ``progress``."""
+        """Where ``rule`` has made this ``progress``; descent has no clock."""
         steps = rule.steps_at(progress)
-        value = rule.clock_value(progress, clock)
+        value = None if clock is None else rule.clock_value(progress, clock)
         return cls(
             rule,
             progress,
@@ -84,6 +87,52 @@ class Event(NamedTuple):
         return cls(rule, rule.goal, Action.SAVE, float(s), NO_STEP_COUNT, pieces)
 
     @property
+    def counts(self) -> bool:
+        """Whether the rule counts steps."""
+        return self.steps < NO_STEP_COUNT
+
+    @property
     def watched(self) -> bool:
         """Whether only looking after each step can tell that the rule is met."""
-        return math.isinf(self.clock) and self.steps == NO_STEP_COUNT
+        return math.isinf(self.clock) and not self.counts
+
+
+class Course(NamedTuple):
+    """All that a run is to do on its way because its caller asks for it."""
+
+    saves: list[Event]
+    """Points to record after the start; the last is the leading rule's goal."""
+    ends: list[Event]
+    """The other stopping rules."""
+    end: End | None
+    """How the run has ended, if a rule is met at the start."""
+
+
+def course(
+    problem: Problem,
+    weights: Weights,
+    rules: Sequence[AbstractRule],
+    save: int | Sequence[float] | np.ndarray,
+    clock: AbstractClock | None,
+) -> Course:
+    """The course of a run from weights at time zero.
+
+    Args:
+        problem, weights: where it begins.
+        rules: the stopping rules, the leading one first.
+        save: the points to record, in the leading rule's coordinate: see ``stops.save_grid``.
+        clock: of a flow; None for descent.
+
+    Raises:
+        ValueError: when ``save`` does not fit the leading rule.
+    """
+    lead, *others = rules
+    standing = progress_of(rules, problem, weights, 0.0, 0)
+    met = [rule for rule, at in zip(rules, standing, strict=True) if at >= rule.goal]
+    if met:
+        return Course([], [], Reason.REACHED_AT_START.end(rule=met[0]))
+    *passed, last = save_grid(lead, standing[0], save)
+    saves = [Event.of(lead, at, Action.SAVE, clock) for at in passed]
+    saves.append(Event.of(lead, last, Action.STOP, clock))
+    ends = [Event.of(rule, rule.goal, Action.STOP, clock) for rule in others]
+    return Course(saves, ends, None)

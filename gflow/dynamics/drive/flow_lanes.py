@@ -11,9 +11,9 @@ import numpy as np
 
 from gflow.dynamics.drive.drive import AbstractLanes
 from gflow.dynamics.drive.progress import Pace
+from gflow.dynamics.drive.recorder import rows_for
 from gflow.dynamics.field import FlowState
 from gflow.dynamics.march.loop import (
-    Goals,
     Lane,
     Member,
     Saved,
@@ -23,26 +23,13 @@ from gflow.dynamics.march.loop import (
     start,
 )
 from gflow.dynamics.reasons import Reason
-from gflow.problem.network import Weights, as_array
+from gflow.problem.network import as_array
 
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun
 
 TRIPS_AT_FIRST = 64
 """Steps tried in the first call, before their speed is known."""
-
-BUFFER = 2**21
-"""Numbers in the buffer of saved states, at most."""
-
-ROWS = 32
-"""Saved states of a member between two looks of the host, at most."""
-
-
-def rows_for(weights: Weights, width: int = 1) -> int:
-    """How many saved states of each member the buffer holds."""
-    size = sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
-    return max(1, min(ROWS, BUFFER // (size * width)))
-
 
 def program_of(member: Member, *more: Hashable) -> Hashable:
     """What runs that can share a program have in common: all of a member but its numbers."""
@@ -127,6 +114,8 @@ class FlowLanes(AbstractLanes):
         return float(self.done[0]), float(self.done[1])
 
     def seat(self, places: Sequence[int]) -> None:
+        for k in places:
+            self.seats[k].in_lanes |= self.many
         member, shared = self._members()
         if not self.many:
             run = self.seats[0]
@@ -141,7 +130,7 @@ class FlowLanes(AbstractLanes):
         which = np.isin(np.arange(len(self.seats)), places)
         self.lane = fresh if self.lane is None else choose(which, fresh, self.lane)
 
-    def advance(self, waiting: bool) -> None:
+    def advance(self, waiting: bool) -> "list[tuple[FlowRun, tuple]]":
         width = len(self.seats)
         idle = sum(run is None for run in self.seats)
         enough = min(width, idle + max(1, width // 16)) if waiting else width
@@ -149,7 +138,7 @@ class FlowLanes(AbstractLanes):
         began = time.perf_counter()
         assert self.lane is not None
         trips = self.pace.size
-        lane, saved, busy = march(
+        lane, saved, made, busy = march(
             member,
             shared,
             self.method,
@@ -167,13 +156,14 @@ class FlowLanes(AbstractLanes):
         )
         self.pace.took(time.perf_counter() - began)
         rows = jax.tree.map(np.asarray, saved)
+        self.done += float(busy), float(made) * width
+        found = []
         for k, run in enumerate(self.seats):
             if run is not None:
                 scalars, tally = jax.tree.map(lambda leaf, k=k: leaf[k], told) if self.many else told
                 own = jax.tree.map(lambda leaf, k=k: leaf[k], rows) if self.many else rows
-                run.take(Report(self, k, scalars, tally, own))
-        self._go_on()
-        self.done += float(busy), trips * width
+                found.append((run, (Report(self, k, scalars, tally, own),)))
+        return found
 
     def close(self) -> None:
         for run in self.seats:
@@ -190,7 +180,7 @@ class FlowLanes(AbstractLanes):
         assert self.lane is not None
         self.lane = _put(self.lane, np.int64(k), lane) if self.many else lane
 
-    def _go_on(self) -> None:
+    def settle(self) -> None:
         """Let lanes that stopped for their run go on, those with other goals from a new attempt."""
         assert self.lane is not None
         again = np.array([run is not None and run.end is None for run in self.seats])
@@ -218,7 +208,8 @@ class FlowLanes(AbstractLanes):
     def _members(self) -> tuple[Member, Member]:
         """What the runs in the lanes ask for: their own, stacked, and what all share."""
         runs = list(self.seats)
-        spare = next(run for run in runs if run is not None)
+        spare = next((run for run in runs if run is not None and run.end is None), None)
+        spare = spare or next(run for run in runs if run is not None)
         runs = [spare if run is None else run for run in runs]
         goals = [run.goals(self.rows) for run in runs]
         columns = zip(*(jax.tree.leaves(run.member) for run in runs), strict=True)

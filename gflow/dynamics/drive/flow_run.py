@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
-from gflow.dynamics.drive.checkpoint import Snapshot
-from gflow.dynamics.drive.drive import AbstractLanes
-from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, Event
-from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, program_of, rows_for
+from gflow.dynamics.drive.checkpoint import Snapshot, identity
+from gflow.dynamics.drive.drive import AbstractLanes, widest_for
+from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, Course, Event
+from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, program_of
 from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
-from gflow.dynamics.drive.recorder import Recorder
+from gflow.dynamics.drive.recorder import Recorder, first_row, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.land import land
@@ -68,27 +68,28 @@ class FlowRun:
     Args:
         plan: how it is followed.
         recorder: takes its points.
-        saves: the points to record after the start, in order; the last one is the leading rule's
-            goal.
-        ends: the other stopping rules.
+        rules: the stopping rules, the leading one first.
+        way: what it is to do on its way.
         compares: whether the two ways of going on are compared before the hand-over.
     """
 
     name = "gradient flow"
+    in_lanes = False
+    """Whether it went side by side with others."""
 
     def __init__(
         self,
         plan: Plan,
         recorder: Recorder,
-        saves: Sequence[Event],
-        ends: Sequence[Event],
+        rules: tuple[AbstractRule, ...],
+        way: Course,
         *,
         compares: bool = True,
     ):
         self.plan, self.recorder, self.compares = plan, recorder, compares
-        self.saves, self.ends, self.done = list(saves), list(ends), 0
+        self.rules, self.done = rules, 0
+        self.saves, self.ends, self.end = way
         self.problem, self.clock = plan.field.problem, plan.field.clock
-        self.end: End | None = None
         weights = recorder.start
         log_risk, squared_slope = (float(x) for x in risk_and_slope(self.problem, weights))
         self.first_slope = math.sqrt(squared_slope)
@@ -108,13 +109,14 @@ class FlowRun:
         self.next_step, self.resumed = math.nan, None
         self.resumed: Lane | None
         self.anew = False
+        self._program: Hashable = None
         if plan.methods:
             self._begin_leg(0)
         else:
-            self._hand_over(self.stand)
-        if not recorder.points:
-            self.record_here()
-        if plan.methods:
+            self._go_on_in(self._begun_in_split_coordinates(), self._stand)
+            self.told = {}
+        self.record_here()
+        if self.end is None:
             self._arm()
 
     # ---------------------------------------------------------------------------------------------
@@ -125,14 +127,23 @@ class FlowRun:
     def program(self) -> Hashable:
         if self.split_run is not None:
             return "split coordinates"
-        return program_of(self.member, self.method, self.watches_stiffness)
+        if self._program is None:
+            self._program = program_of(self.member, self.method, self.watches_stiffness)
+        return self._program
 
     def lanes(self, alike: "Sequence[FlowRun]", width: int) -> AbstractLanes:
         return SplitLane() if self.split_run is not None else FlowLanes(alike, width)
 
     @property
+    def widest(self) -> int:
+        return 1 if self.split_run is not None else widest_for(self.recorder.start)
+
+    def fail(self, error: Exception) -> None:
+        self.end = Reason.FAILED.end(why=f"{type(error).__name__}: {error}")
+
+    @property
     def part_done(self) -> float:
-        return self.done / len(self.saves)
+        return 1.0 if self.end is not None else self.done / len(self.saves)
 
     @property
     def stand(self) -> Stand:
@@ -166,7 +177,7 @@ class FlowRun:
             self.split_run.record(self.recorder, self.clock)
             return
         stand, rows = self.stand, rows_for(self.stand.state.weights)
-        one = jax.tree.map(lambda leaf: _first_row(leaf, rows), stand.state)
+        one = jax.tree.map(lambda leaf: first_row(leaf, rows), stand.state)
         self._add(one, [0], np.array([stand.s]), np.array([stand.num_steps]))
 
     def close(self) -> None:
@@ -238,8 +249,11 @@ class FlowRun:
         )
         return jax.tree.map(as_array, goals)
 
-    def take(self, report: Report) -> None:
-        """What a call of the march has come to."""
+    def take(self, report: Report | None) -> None:
+        """What a call of the march has come to; in split coordinates it is the run that goes on."""
+        if report is None:
+            self._advance_in_split()
+            return
         self.report = report
         self.leg_counts = self.method.counts(report.tally, report.num_steps - self.leg_began)
         self.num_rejected = report.num_rejected
@@ -338,7 +352,7 @@ class FlowRun:
         self.by_steps = _to_the_first_stop([(event.steps, [event]) for event in counted])
         lead = [event for event in self.saves[self.done : self.done + 1] if event.watched]
         self.watched = [*lead, *(event for event in (*self.ends, *turns) if event.watched)]
-        self.passed, self.from_s = (0, 0), self.stand.s
+        self.passed, self.from_s, self._program = (0, 0), self.stand.s, None
         self.anew = self.report is not None
 
     def _turns(self) -> list[Event]:
@@ -465,7 +479,18 @@ class FlowRun:
         layers = tuple(map(np.asarray, weights))
         return OnSplit.of(self.split, self.problem, layers, log_time, self.imbalance, num_steps)
 
-    def advance_in_split(self) -> None:
+    def _begun_in_split_coordinates(self) -> "OnSplit":
+        """The run in split coordinates from the start.
+
+        Raises:
+            ValueError: when it cannot be.
+        """
+        found = self._in_split_coordinates(self._stand)
+        if isinstance(found, str):
+            raise ValueError(f"The flow cannot be continued on the slow manifold: {found}.")
+        return found
+
+    def _advance_in_split(self) -> None:
         """Some steps in split coordinates, or up to the next event."""
         assert self.split_run is not None
         ahead = [self.saves[self.done], *self.ends]
@@ -492,6 +517,26 @@ class FlowRun:
     # ---------------------------------------------------------------------------------------------
     # Checkpoints
     # ---------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, str]:
+        """What a flow is, for its checkpoint."""
+        recorder, plan = self.recorder, self.plan
+        start = FlowState(recorder.start, as_array(np.zeros(())))
+        return identity(
+            self.problem,
+            recorder.start,
+            recorder,
+            plan.field,
+            (np.float64(0.0), start),
+            kind="gradient_flow",
+            until=[(type(rule).__name__, rule.value) for rule in self.rules],
+            save=np.array([event.progress for event in self.saves]),
+            clock=self.clock,
+            solvers=(*plan.methods, plan.split),
+            rtol=plan.tolerance.rtol.item(),
+            atol=plan.atol,
+            function_space=type(plan.tolerance).__name__,
+        )
 
     def snapshot(self) -> Snapshot:
         """All that the run needs to go on."""
@@ -578,13 +623,3 @@ def _to_the_first_stop(groups: list[tuple[Any, list[Event]]]) -> list[tuple[Any,
         if not all(event.action.passes for event in events):
             return groups[: i + 1]
     return groups
-
-
-def _first_row(leaf: Any, rows: int) -> np.ndarray:
-    """A buffer of so many rows with ``leaf`` in the first."""
-    leaf = np.asarray(leaf)
-    if rows == 1:
-        return leaf[None]
-    buffer = np.zeros((rows, *leaf.shape), leaf.dtype)
-    buffer[0] = leaf
-    return buffer

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
@@ -35,9 +34,8 @@ class SplitLane(AbstractLanes):
     def seat(self, places: Sequence[int]) -> None:
         pass
 
-    def advance(self, waiting: bool) -> None:
-        run: FlowRun = self.seats[0]
-        run.advance_in_split()
+    def advance(self, waiting: bool) -> "list[tuple[FlowRun, tuple]]":
+        return [(self.seats[0], (None,))]
 
 
 class OnSplit:
@@ -92,8 +90,7 @@ class OnSplit:
             "clock_value": np.float64(clock.read(state.log_risk, state.log_time)),
             "beyond_hand_over": np.True_,
         }
-        weights = jax.tree.map(lambda leaf: np.asarray(leaf)[None], self.weights)
-        recorder.add(weights, [0], lambda _: {k: np.asarray(v)[None] for k, v in columns.items()})
+        recorder.add_one(self.weights, columns)
 
     def progress(self, rule: AbstractRule) -> float:
         """How far the run is in the coordinate of ``rule``."""

@@ -27,6 +27,29 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+BUFFER = 2**21
+"""Numbers in a buffer of states, at most."""
+
+ROWS = 32
+"""States in a buffer, at most."""
+
+
+def rows_for(weights: Weights, width: int = 1) -> int:
+    """How many states of each of ``width`` members are observed, or saved, in one call."""
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
+    return max(1, min(ROWS, BUFFER // (size * width)))
+
+
+def first_row(leaf: Any, rows: int) -> np.ndarray:
+    """A buffer of so many rows with ``leaf`` in the first."""
+    leaf = np.asarray(leaf)
+    if rows == 1:
+        return leaf[None]
+    buffer = np.zeros((rows, *leaf.shape), leaf.dtype)
+    buffer[0] = leaf
+    return buffer
+
+
 class Recorder:
     """Evaluates observables on saved states as a run goes on and builds the record at its end.
 
@@ -45,9 +68,10 @@ class Recorder:
         self.start = weights
         self.extra = extras.checked(observables, problem, weights)
         self.keep_weights = bool(flag("keep_weights", keep_weights))
-        self.deep_linear = obs.is_deep_linear(problem)
+        self.layers = problem.network.layers(weights)
+        """The matrices whose product the network is, at the start; None if it is none."""
         self.reference = None
-        if self.deep_linear:
+        if self.layers is not None:
             solution = problem.data.max_margin()
             self.reference = obs.Reference.of(solution, problem, weights)
         self.points: list[dict[str, Any]] = []
@@ -78,6 +102,13 @@ class Recorder:
             self.last = at
             if self.keep_weights:
                 self.kept.append(at)
+
+    def add_one(self, weights: Weights, values: Mapping[str, Any]) -> None:
+        """Add the point at some weights, with what the run knows of it."""
+        rows = rows_for(weights)
+        buffer = jax.tree.map(lambda leaf: first_row(leaf, rows), weights)
+        columns = {name: np.asarray(value)[None] for name, value in values.items()}
+        self.add(buffer, [0], lambda _: columns)
 
     def _observed(self, weights: Weights, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The observables of some rows of a buffer, as one call of a compiled program."""
@@ -133,7 +164,7 @@ class Recorder:
         if self.keep_weights:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
-        if self.deep_linear:
+        if self.layers is not None:
             for name, value in self._of_data().items():
                 constants[name] = (QUANTITIES[name].dims, value, QUANTITIES[name].meaning)
         return {
@@ -160,8 +191,9 @@ class Recorder:
         digest = hashlib.sha256()
         for _, leaf in _named(self.start):
             digest.update(np.ascontiguousarray(leaf, dtype=np.float64).tobytes())
-        facts = {**_facts(Itself(self.problem)), "start_sha256": digest.hexdigest()}
-        return facts | ({"widths": widths(self.start)} if self.deep_linear else {})
+        facts = {**_facts(Itself(self.problem), self.layers is not None)}
+        facts["start_sha256"] = digest.hexdigest()
+        return facts | ({"widths": widths(self.start)} if self.layers is not None else {})
 
 
 class Itself:
@@ -178,7 +210,7 @@ class Itself:
 
 
 @functools.lru_cache(maxsize=4)  # an ensemble asks for every member
-def _facts(of: Itself) -> dict[str, Any]:
+def _facts(of: Itself, has_layers: bool) -> dict[str, Any]:
     """What a record says about its problem."""
     problem, data = of.problem, of.problem.data
     facts: dict[str, Any] = {
@@ -191,7 +223,7 @@ def _facts(of: Itself) -> dict[str, Any]:
         "smoothness": float(problem.loss.smoothness),
         "log_risk_at_zero": float(problem.log_risk_at_zero()),
     }
-    if obs.is_deep_linear(problem):
+    if has_layers:
         solution = data.max_margin()
         radius = float(problem.loss.pull_radius(data.num_points))
         facts |= {

@@ -18,7 +18,6 @@ host is asked when a goal is the last of those it gave, or the buffer is full.
 
 from typing import Any, NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -208,7 +207,7 @@ def march(
     rows: int,
     watch_stiffness: bool = False,
     many: bool = False,
-) -> tuple[Lane, Saved, Array]:
+) -> tuple[Lane, Saved, Array, Array]:
     """Go on until ``enough`` lanes have a reason to stop, or for so many trips.
 
     Args:
@@ -220,7 +219,7 @@ def march(
         watch_stiffness: stop also where the step is limited by stability (for explicit solvers).
 
     Returns:
-        The lanes; the states on goals; lanes that ended a step, counted over all trips.
+        The lanes; the states on goals; the trips made, and how many lanes ended a step in them.
     """
     each = jax.vmap if many else lambda function: function
 
@@ -276,8 +275,7 @@ def march(
 
     zero = jnp.zeros((), jnp.int64)
     empty = _buffer(lane, rows, many)
-    lane, saved, _, busy = jax.lax.while_loop(go, trip, (lane, empty, zero, zero))
-    return lane, saved, busy
+    return jax.lax.while_loop(go, trip, (lane, empty, zero, zero))
 
 
 # ---------------------------------------------------------------------------------------------
