@@ -256,12 +256,8 @@ def _slope(logs: np.ndarray, gaps: np.ndarray, floor: float) -> float:
 
 def _whole_steps(learning_rates: Sequence[float] | np.ndarray, horizon: float) -> np.ndarray:
     """The number of steps of each learning rate, ascending in the rate."""
-    rates = np.array(
-        [
-            _positive("learning_rates", rate)
-            for rate in np.ravel(numbers_of("learning_rates", learning_rates))
-        ]
-    )
+    given = np.ravel(numbers_of("learning_rates", learning_rates))
+    rates = np.array([_positive("learning_rates", rate) for rate in given])
     if len(rates) < 2 or len(np.unique(rates)) < len(rates):
         raise ValueError(
             f"`learning_rates` is {rates.tolist()}; expected at least two different ones, since "
