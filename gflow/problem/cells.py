@@ -158,7 +158,7 @@ def _is_among(cell: str, labels: set[str]) -> bool:
 
 
 def _runs_on(cells: Sequence[str], broken: bool) -> bool:
-    """Whether whole numbers go up by equal steps: by ones, or at least three, or above broken ones."""
+    """Whether whole numbers go up by equal steps: by ones, or three of them, or above fractions."""
     values = [float(cell) for cell in cells]
     if len(values) < 2 or any(value < 0 or value != int(value) for value in values):
         return False

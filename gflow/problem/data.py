@@ -95,8 +95,8 @@ class Dataset(eqx.Module):
     def separable(self) -> bool:
         r"""Whether some $w$ has $\langle w, z_i\rangle > 0$ for every $i$.
 
-        `max_margin()` has the certificate: a direction with a proven positive margin, or weights on
-        the points that leave no room for one.
+        Whether that is proven: `max_margin()` has the certificate, a direction with a positive
+        margin. Its `inseparable` tells whether there is none.
         """
         return self.max_margin().separable
 
