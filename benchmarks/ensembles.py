@@ -25,7 +25,7 @@ import gflow
 from gflow.dynamics import stepping
 from gflow.dynamics.ensemble import LANES
 from gflow.dynamics.lanes import pool
-from gflow.dynamics.tolerance import Tolerance, default_atol
+from gflow.dynamics.march.tolerance import Tolerance, default_atol
 
 WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20
 RATES, STEPS = 50, 100_000

@@ -7,23 +7,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gflow.variables import CERTIFIED
-
-ZERO = {
-    "misalignment": 1e-14,
-    "rank_one_gap": 1e-14,
-    "direction_error": 1e-9,
-    "margin_gap": 1e-9,
-    "rank_one_residual": 1e-9,
-}
-"""Quantities that tend to zero, and the size below which one without a single certain digit is zero
-to the record's resolution, as misalignment is for balanced layers."""
+from gflow.quantities import Kind, quantity
+from gflow.record import CERTIFIED
 
 
 class Record(xr.Dataset):
     """An ``xarray.Dataset`` whose text and HTML begin with the record's headline.
 
-    Nothing else differs: it is selected, computed with, saved and plotted as any Dataset is.
+    Nothing else differs: it is selected, computed with, saved and plotted as any Dataset is. A
+    subclass, since xarray has no other way to print a line first; in a file of its own, since
+    importing xarray is slow.
     """
 
     __slots__ = ()
@@ -62,23 +55,19 @@ def headline(record: xr.Dataset) -> str:
 def digits(record: xr.Dataset) -> dict[str, float]:
     """Certain decimal digits of each certified observable at the last saved point.
 
-    Minus the decimal logarithm of the relative error of its worst component, of the vector for
-    ``end_to_end`` and of ``max(1, |log t|)`` for ``log_time``. What is zero to the record's
+    Minus the decimal logarithm of the relative error of its worst component, of vectors of that of
+    the norm; of logarithms relative to one where they are smaller. What is zero to the record's
     resolution, or undefined, is left out.
     """
     found = {}
     for name in certified(record):
-        value = np.abs(np.atleast_1d(record[name].values[-1]))
+        row = quantity(name)
+        value = row.size(np.atleast_1d(record[name].values[-1]))
         error = np.atleast_1d(record[f"{name}_error"].values[-1])
-        if name == "end_to_end":
-            value, error = (
-                np.atleast_1d(np.linalg.norm(value)),
-                np.atleast_1d(np.linalg.norm(error)),
-            )
-        if name == "log_time":
-            value = np.maximum(value, 1.0)
+        if row.kind is Kind.VECTOR:
+            value, error = value[:1], np.atleast_1d(np.linalg.norm(error))
         known = np.isfinite(value) & np.isfinite(error) & (value > 0)
-        known &= ~((error > value / 10) & (value < ZERO.get(name, 0.0)))
+        known &= ~((error > value / 10) & (value < row.zero))
         if np.any(known):
             with np.errstate(divide="ignore"):
                 worst = np.max(error[known] / value[known])

@@ -9,11 +9,10 @@ import unicodedata
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from gflow.variables import VARIABLES
+from gflow.quantities import DIMENSIONS, QUANTITIES
 
-DIMENSIONS = ("point", "layer", "pair", "coordinate", "member", "value", "output")
-
-CONSTANTS = ("max_margin_direction", "support", "support_vectors", "dual_weights", "support_points")
+ALSO = ("support_points", "value", "output")
+"""Further variables and dimensions of records."""
 
 SETTINGS = ("loss", "dataset", "optimizer", "rtol", "atol", "solver")
 """What a run is given. An axis may have such a name, and the run's own words are then under
@@ -47,7 +46,7 @@ LONGEST = 200
 
 def is_taken(name: str) -> bool:
     """Whether some record has a variable, coordinate or dimension of this name."""
-    taken = name in VARIABLES or name in (*DIMENSIONS, *CONSTANTS, *PER_MEMBER)
+    taken = name.removesuffix("_error") in QUANTITIES or name in (*DIMENSIONS, *ALSO, *PER_MEMBER)
     return taken or _WEIGHTS.fullmatch(name) is not None
 
 

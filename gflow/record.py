@@ -2,7 +2,7 @@
 
 Dimensions: ``point`` along the trajectory, numbered from 0; ``layer`` from 1 at the input; ``pair``
 of neighbouring layers (k, k+1), numbered by k; ``coordinate`` of the input space. A record explains
-itself: its variables carry the words of ``variables.py`` in their attributes.
+itself: its variables carry the words of ``quantities.py`` in their attributes.
 """
 
 import contextlib
@@ -18,12 +18,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gflow.names import merged
-from gflow.variables import CERTIFIED as CERTIFIED, VARIABLES as VARIABLES
+from gflow.quantities import DIMENSIONS, QUANTITIES, quantity
 
 if TYPE_CHECKING:
     import xarray as xr
 
 SCHEMA = "gflow-record-1"
+
+CERTIFIED = tuple(name for name, row in QUANTITIES.items() if row.certified)
+"""Variables NAME for which a certified flow holds an error estimate, under ``NAME_error``."""
+
+VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
+    **{name: (row.dims, row.meaning) for name, row in QUANTITIES.items()},
+    **{
+        f"{name}_error": (QUANTITIES[name].dims, f"estimated absolute error of {name}")
+        for name in CERTIFIED
+    },
+}
+"""Name: (dimensions, meaning), of everything that gflow writes along a run or about the data."""
 
 Variable = tuple[tuple[str, ...], np.ndarray, dict[str, str]]
 """Dimensions, values and attributes."""
@@ -63,7 +75,7 @@ def variables(
                 f"{name}_{axis}" for axis in range(stacked.ndim - 1)
             ]
             dims, meaning = ("point", *after), name
-        found[name] = (dims, stacked, {"long_name": meaning, "units": "1"})
+        found[name] = (dims, stacked, {"long_name": meaning, "units": quantity(name).unit})
     fixed: dict[str, Variable] = {
         name: (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
         for name, (dims, value, meaning) in constants.items()
@@ -78,10 +90,9 @@ def assemble(found: Mapping[str, Variable], attrs: Mapping[str, Any]) -> "xr.Dat
     from gflow.headline import as_record  # it imports xarray, which is slow
 
     record = xr.Dataset(dict(found))
-    starts = {"member": 0, "point": 0, "layer": 1, "pair": 1, "coordinate": 0}
     numbers = {
         dim: (dim, np.arange(first, first + record.sizes[dim]))
-        for dim, first in starts.items()
+        for dim, first in DIMENSIONS.items()
         if dim in record.sizes
     }
     record = record.assign_coords(numbers)

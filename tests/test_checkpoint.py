@@ -19,7 +19,7 @@ import pytest
 from jax import Array
 
 import gflow
-from gflow.dynamics import checkpoint as module, near, progress
+from gflow.dynamics.drive import checkpoint as module, near, progress
 
 DATA = gflow.datasets.separable(n=12, d=2, margin=0.2, seed=1)
 PROBLEM = gflow.Problem(DATA, loss=gflow.Exponential())
@@ -173,7 +173,7 @@ def test_after_its_end_a_run_is_not_run_again(tmp_path, monkeypatch, whole, verb
     with np.load(path) as file:
         np.testing.assert_array_equal(file["points/log_risk"], whole[verb].log_risk)
     monkeypatch.setattr("gflow.dynamics.stepping.advance", None)
-    monkeypatch.setattr("gflow.dynamics.descent_run.advance", None)
+    monkeypatch.setattr("gflow.dynamics.descending.run.advance", None)
     assert_same(verb(path), whole[verb])
 
 

@@ -9,7 +9,7 @@ import pytest
 import gflow
 from gflow import gradient_descent, loss_line_search, loss_scaled, on_log_risk, paper_steps, polyak
 from gflow.dynamics import descent_run as module
-from gflow.dynamics.iterating import Sampler
+from gflow.dynamics.descending.method import Sampler
 
 # One set of shapes for most tests, so that most of what they need is compiled once.
 DATA = gflow.Dataset(

@@ -14,7 +14,7 @@ import pytest
 
 import gflow
 from gflow.dynamics.lanes.pool import Pool
-from gflow.dynamics.progress import ProgressBar
+from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.together import Calls
 
 WIDTHS, GOAL, POINTS = (2, 3, 1), -1e3, 4

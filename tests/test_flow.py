@@ -239,7 +239,7 @@ def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(flow, monkeypatch):
     arguments = {"until": gflow.LogRisk(-20), "save": 3}
     whole = gflow.gradient_flow(problem, WEIGHTS, **arguments)
     monkeypatch.setattr("gflow.dynamics.near.ATTEMPTS_AT_FIRST", 7)
-    monkeypatch.setattr("gflow.dynamics.progress.SECONDS_A_CALL", 0.0)
+    monkeypatch.setattr("gflow.dynamics.drive.progress.SECONDS_A_CALL", 0.0)
     pieces = gflow.gradient_flow(problem, WEIGHTS, **arguments)
     np.testing.assert_array_equal(whole.end_to_end, pieces.end_to_end)
 

@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import gflow
-from gflow.variables import CERTIFIED
+from gflow.record import CERTIFIED
 
 MANY = int(os.environ.get("GFLOW_FUZZ", "0"))
 

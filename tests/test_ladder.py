@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gflow
-from gflow.problem.modified import ModifiedProblem
+from gflow.dynamics.modified import ModifiedProblem
 
 DATA = gflow.datasets.separable(n=8, d=2, margin=0.2, seed=1)
 PROBLEM = gflow.Problem(DATA, loss=gflow.Exponential())

@@ -8,11 +8,11 @@ import pytest
 import gflow
 from gflow.analysis.theorems import Claims, verify
 from gflow.analysis.theorems.bounds import least_pull
-from gflow.analysis.theorems.facts import Facts, has_bounded_slope
+from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.rates import limit_vector
 from gflow.analysis.theorems.trend import log_trend, stays_bounded, trend
 from gflow.dynamics.descent import gradient_descent
-from gflow.dynamics.optimizers import describe
+from gflow.dynamics.descending.optimizers import along_gradient
 from gflow.problem.data import Dataset
 
 # Two points off the axes and with unequal dual weights: the generic case, margin 0.5.
@@ -74,7 +74,7 @@ def descent(problem, start):
 @pytest.fixture
 def polynomial(flow):
     """The flow's record under the name of a loss for which it would be as good."""
-    return flow.assign_attrs(loss="PolynomialTail(power=1)", exponential_tail=0)
+    return flow.assign_attrs(loss="PolynomialTail(power=1)", exponential_tail=0, pull_radius=np.nan)
 
 
 def changed(record, **variables):
@@ -246,7 +246,7 @@ def test_a_flow_above_the_risk_at_zero_may_end_at_a_saddle(flow):
     ],
 )
 def test_only_steps_along_the_gradient_are_covered(descent, optimizer, covered):
-    claims = verify(descent.assign_attrs(optimizer=describe(optimizer)))
+    claims = verify(descent.assign_attrs(along_gradient=along_gradient(optimizer)))
     assert (claims["layers align"].holds is True) == covered
     assert (claims["Lemma 2: rank one"].holds is True) == covered
 
@@ -254,19 +254,26 @@ def test_only_steps_along_the_gradient_are_covered(descent, optimizer, covered):
 def test_mini_batches_and_steep_losses_are_not_covered(descent):
     batches = verify(descent.assign_attrs(batch_size=1))
     assert "mini-batches" in batches["layers align"].why
-    steep = verify(descent.assign_attrs(loss="Exponential()"))
+    steep = verify(descent.assign_attrs(slope_bound=np.inf))
     assert "slope" in steep["layers align"].why
     assert steep["Lemma 2: rank one"].holds
 
 
-def test_losses_of_bounded_slope_are_told_by_name():
-    for loss, bounded in {
-        gflow.Logistic(): True,
-        gflow.Exponential(): False,
-        gflow.PolynomialTail(): True,
-        gflow.PolynomialTail(power=2.0): False,
-    }.items():
-        assert has_bounded_slope(repr(loss)) == bounded
+@pytest.mark.parametrize(
+    ("loss", "bounded"),
+    [
+        (gflow.Logistic(), True),
+        (gflow.Exponential(), False),
+        (gflow.PolynomialTail(), True),
+        (gflow.PolynomialTail(power=2.0), False),
+    ],
+    ids=str,
+)
+def test_a_record_knows_whether_slope_and_curvature_of_its_loss_are_bounded(loss, bounded):
+    problem = gflow.Problem(DATA, loss=loss)
+    start = gflow.init.admissible(WEIGHTS, problem)
+    record = gradient_descent(problem, start, optax.sgd(0.1), until=gflow.Steps(2), save=2)
+    assert ("slope and curvature" in verify(record)["layers align"].why) != bounded
 
 
 def test_early_on_nothing_is_denied(flow):
@@ -340,14 +347,23 @@ def test_a_drifting_imbalance_fails(flow):
 
 
 def test_a_layer_further_from_rank_one_than_lemma_2_allows_fails(flow):
-    claims = verify(changed(flow, rank_one_gap=flow.rank_one_gap.values * 0 + 0.5))
-    assert claims["Lemma 2: rank one"].holds is False
-    assert claims["Lemma 2: rank one"].value < 0
+    part = flow.drop_vars(["rank_one_slack", "alignment_slack"])  # so that they are worked out
+    for record in (
+        changed(part, rank_one_gap=flow.rank_one_gap.values * 0 + 0.5),
+        changed(flow, rank_one_slack=flow.rank_one_slack.values * 0 - 0.5),
+    ):
+        claims = verify(record)
+        assert claims["Lemma 2: rank one"].holds is False
+        assert claims["Lemma 2: rank one"].value < 0
 
 
 def test_layers_less_aligned_than_lemma_2_allows_fail(flow):
-    claims = verify(changed(flow, misalignment=flow.misalignment.values * 0 + 0.5))
-    assert claims["Lemma 2: alignment"].holds is False
+    part = flow.drop_vars(["rank_one_slack", "alignment_slack"])
+    for record in (
+        changed(part, misalignment=flow.misalignment.values * 0 + 0.5),
+        changed(flow, alignment_slack=flow.alignment_slack.values * 0 - 0.5),
+    ):
+        assert verify(record)["Lemma 2: alignment"].holds is False
 
 
 def test_a_falling_smoothed_margin_fails(flow):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from gflow.quantities import QUANTITIES, Kind, quantity
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -206,7 +208,7 @@ def _gaps(
         if f"{name}_error" not in flow:
             return usual
         proved = reading.widest(np.asarray(flow[f"{name}_error"].values, dtype=np.float64))
-        if name == "end_to_end":
+        if quantity(name).kind is Kind.VECTOR:
             proved = _norm(proved)
         return np.where(np.isnan(proved), usual, proved)
 
@@ -225,15 +227,9 @@ def _gaps(
             _norm(exact - control) + own_part / size,
             "distance of the directions w/|w|",
         )
-    other = ("log_risk", "log R") if at == "time" else ("log_time", "log t")
-    scalars = [
-        other,
-        ("margin", "normalised margin"),
-        ("misalignment", "misalignment"),
-        ("frobenius_norm", "|W_k|_F"),
-        ("spectral_norm", "|W_k|_2"),
-    ]
-    for name, text in scalars:
+    for name, row in QUANTITIES.items():
+        if not row.compared or name == COORDINATES[at][0]:
+            continue
         if (triple := both(name)) is not None:
             values, high, low = triple
             dims = tuple(str(dim) for dim in descent[name].dims)
@@ -242,7 +238,7 @@ def _gaps(
                 gap = np.where(values == high, 0.0, values - high)
                 error = np.where(high == low, 0.0, np.abs(high - low))
                 error = error + own(name, np.where(np.isinf(high), 0.0, np.abs(high)))
-            found[name] = (dims, gap, error, f"{text}, difference")
+            found[name] = (dims, gap, error, f"{row.meaning}: second record minus first")
     layers = [both(f"weights_{k}") for k in range(1, flow.sizes.get("layer", 0) + 1)]
     if layers and all(layer is not None for layer in layers):
         triples = [layer for layer in layers if layer is not None]

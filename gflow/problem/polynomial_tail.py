@@ -1,144 +1,42 @@
-r"""A loss with a polynomial tail, exact to a few units in the last place as the others are."""
+r"""A loss with a polynomial tail."""
 
-import functools
 import math
 import numbers
-from decimal import Decimal, localcontext
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.nn import sigmoid, softplus
 from jaxtyping import Array, ArrayLike, Float
 
-from gflow.problem.losses import AbstractLoss, accurate_log1p, floating
+from gflow.problem.losses import AbstractLoss, floating
 
-# With a = asinh(q/2), s = sqrt(q^2 + 4) = 2 cosh a and T = tanh a = q/s:
+# With a = asinh(q/2), s = sqrt(q^2 + 4) = 2 cosh a = e^{-a} (1 + e^{2a}) and T = q/s = tanh a:
 #     log l       = -p a
-#     log(-l')    = log p - p a - log s                              (a' = 1/s)
-#     log l''     = log p - p a - 2 log s + log(p + T)               ((log s)' = T/s, T' = 4/s^3)
-# For p = 1 the last simplifies, e^{-a} (1 + T) = 2/s, to log 2 - 3 log s.
-# For negative q the three leading terms of log(-l') nearly cancel; there it is written as
-#     log p + (p - 1) |a| - log1p(e^{-2|a|}).
+#     log(-l')    = log p - p a - log s             = log p - (p - 1) a - log(1 + e^{2a})
+#     log l''     = log(-l') + log(p + T) - log s,    p + T = (p - 1) + 2/(1 + e^{-2a})
+# in which nothing large cancels. Only a itself needs a rule: JAX's own overflows where q^2 does.
 
 
 @jax.custom_jvp
 def _reciprocal_root(q):
-    """1/s, without overflow of q^2."""
+    """1/s."""
     return 1.0 / jnp.hypot(q, 2.0)
 
 
 @jax.custom_jvp
-def _one_plus_tanh(q):
-    """1 + T, also where T is close to -1: (1 + T)(1 - T) = 4/s^2."""
-    reciprocal = _reciprocal_root(q)
-    folded = (2.0 * reciprocal) ** 2 / (1.0 + jnp.abs(q) * reciprocal)
-    return jnp.where(q < 0.0, folded, 1.0 + q * reciprocal)
+def _half_asinh(q):
+    """The variable a = asinh(q/2), with a' = 1/s."""
+    return jnp.arcsinh(0.5 * q)
 
 
-_reciprocal_root.defjvps(lambda t, out, q: -(_one_plus_tanh(q) - 1.0) * out * out * t)
-_one_plus_tanh.defjvps(lambda t, out, q: (2.0 * _reciprocal_root(q)) ** 2 * _reciprocal_root(q) * t)
+def _times(factor: float, a: Array) -> Array:
+    """``factor * a``, which is zero for the factor 0 although a be infinite."""
+    return factor * a if factor else jnp.zeros_like(a)
 
 
-def _decay(q):
-    """exp(-2 |a|), without the error that exp makes of a large argument."""
-    return jnp.square(2.0 / (jnp.abs(q) + jnp.hypot(q, 2.0)))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _polynomial_log_value(power, q):
-    return -power * jnp.arcsinh(0.5 * q)
-
-
-@_polynomial_log_value.defjvp
-def _(power, primals, tangents):
-    (q,), (t,) = primals, tangents
-    return _polynomial_log_value(power, q), -power * _reciprocal_root(q) * t
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _polynomial_log_slope(power, q):
-    a = jnp.arcsinh(0.5 * q)
-    size = jnp.abs(a)
-    tail = jnp.where(a > 0.0, -(power + 1.0) * size, (power - 1.0) * size)
-    plain = math.log(power) + tail - jnp.log1p(_decay(q))
-    if power == 1.0:
-        return plain  # negative everywhere: log p = 0 and nothing cancels
-
-    # For p > 1 there is a zero. With c the double next to it and delta = a - asinh(c/2),
-    #     cosh a / cosh a_c = e^{-delta} (1 + (1 + T_c) (e^{2 delta} - 1)/2),  so
-    #     log(-l'(q)) = log(-l'(c)) - (p - 1) delta - log1p((1 + T_c)/2 expm1(2 delta)),
-    # whose last two terms have the same sign. The difference delta itself comes from q - c, through
-    # e^{delta} - 1 = (x - x_c)(1 + (x + x_c)/(r + r_c))/(x_c + r_c), x = q/2, r = sqrt(1 + x^2),
-    # when c is positive, and from its mirror image when c is negative.
-    centre, log_slope_at_centre = _slope_root(power)
-    x, x_c = 0.5 * q, 0.5 * centre
-    r, r_c = jnp.hypot(x, 1.0), math.hypot(x_c, 1.0)
-    half = 0.5 / (r_c * (r_c - x_c)) if x_c < 0 else 0.5 * (1.0 + x_c / r_c)
-    sign = -1.0 if x_c < 0 else 1.0
-    growth = sign * (x - x_c) * (1.0 + sign * (x + x_c) / (r + r_c)) / (abs(x_c) + r_c)
-    delta = jnp.clip(sign * accurate_log1p(growth), -1.0, 1.0)
-    near = (
-        log_slope_at_centre - (power - 1.0) * delta - accurate_log1p(half * jnp.expm1(2.0 * delta))
-    )
-    return jnp.where(jnp.abs(a - math.asinh(x_c)) < 0.5, near, plain)
-
-
-@_polynomial_log_slope.defjvp
-def _(power, primals, tangents):
-    (q,), (t,) = primals, tangents
-    rate = -((power - 1.0) + _one_plus_tanh(q)) * _reciprocal_root(q)
-    return _polynomial_log_slope(power, q), rate * t
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _polynomial_log_curvature(power, q):
-    a = jnp.arcsinh(0.5 * q)
-    size = jnp.abs(a)
-    correction = jnp.log1p(_decay(q))  # log s = |a| + correction
-    if power == 1.0:
-        return math.log(2.0) - 3.0 * (size + correction)
-    tail = jnp.where(a > 0.0, -(power + 2.0) * size, (power - 2.0) * size)
-    return math.log(power) + tail - 2.0 * correction + jnp.log((power - 1.0) + _one_plus_tanh(q))
-
-
-@_polynomial_log_curvature.defjvp
-def _(power, primals, tangents):
-    (q,), (t,) = primals, tangents
-    reciprocal, one_plus = _reciprocal_root(q), _one_plus_tanh(q)
-    if power == 1.0:
-        rate = -3.0 * (one_plus - 1.0) * reciprocal
-    else:
-        inner = (2.0 * reciprocal) ** 2 / ((power - 1.0) + one_plus)
-        rate = (inner - power - 2.0 * (one_plus - 1.0)) * reciprocal
-    return _polynomial_log_curvature(power, q), rate * t
-
-
-@functools.cache
-def _slope_root(power: float) -> tuple[float, float]:
-    """The double next to the zero of log(-l'), and log(-l') there, correct in every digit.
-
-    In the variable a the function is concave and decreasing, so Newton's method from a point right
-    of the zero (log p is one) moves monotonically towards it.
-    """
-    with localcontext() as context:
-        context.prec = 60
-        p = Decimal(power)
-
-        def value(a: Decimal) -> Decimal:
-            return p.ln() - p * a - (a.exp() + (-a).exp()).ln()
-
-        a = p.ln()
-        for _ in range(200):
-            decay = (-2 * a).exp()
-            step = value(a) / ((p - 1) + 2 / (1 + decay))
-            a += step
-            if abs(step) < Decimal("1e-45"):
-                break
-        centre = float(a.exp() - (-a).exp())
-        x = Decimal(centre) / 2
-        root = (1 + x * x).sqrt()
-        asinh = (x + root).ln() if x > 0 else -(root - x).ln()
-        return centre, float(value(asinh))
+_reciprocal_root.defjvps(lambda t, out, q: -(q * out) * out * out * t)
+_half_asinh.defjvps(lambda t, out, q: _reciprocal_root(q) * t)
 
 
 class PolynomialTail(AbstractLoss):
@@ -172,15 +70,21 @@ class PolynomialTail(AbstractLoss):
 
     def log_value(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell(q) = -p\,\operatorname{asinh}(q/2)$."""
-        return _polynomial_log_value(self.power, floating(margin))
+        return -self.power * _half_asinh(floating(margin))
 
     def log_slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log(-\ell'(q)) = \log p + \log\ell(q) - \log\sqrt{q^2 + 4}$."""
-        return _polynomial_log_slope(self.power, floating(margin))
+        a = _half_asinh(floating(margin))
+        return math.log(self.power) - _times(self.power - 1.0, a) - softplus(2.0 * a)
 
     def log_curvature(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell''(q) = \log(-\ell'(q)) + \log(p + q/s) - \log s$."""
-        return _polynomial_log_curvature(self.power, floating(margin))
+        a, p = _half_asinh(floating(margin)), self.power
+        if p == 1.0:  # p + q/s underflows
+            log_sum = math.log(2.0) - softplus(-2.0 * a)
+        else:
+            log_sum = jnp.log((p - 1.0) + 2.0 * sigmoid(2.0 * a))
+        return math.log(p) - _times(p - 2.0, a) - 2.0 * softplus(2.0 * a) + log_sum
 
     def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$q = -2\sinh(\log\ell/p)$; infinite beyond $\lvert\log\ell\rvert/p = 710$."""

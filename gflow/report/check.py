@@ -20,7 +20,7 @@ import numpy as np
 from gflow.analysis import exact
 from gflow.analysis.exact import square_loss_mode, two_layer_riccati, two_layer_square_loss
 from gflow.dynamics.flow import gradient_flow
-from gflow.dynamics.until import LogRisk
+from gflow.dynamics.stops import LogRisk
 from gflow.problem import init
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic

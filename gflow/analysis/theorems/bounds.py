@@ -63,13 +63,9 @@ def lemma_pull(facts: Facts) -> Claim:
         obstacles.append(reason)
     if "perpendicular_cosine" not in facts.record:
         obstacles.append("the record has no such cosine")
-    n = int(facts.record.attrs["num_points"])
-    if facts.loss.startswith("Exponential"):
-        radius = (1 + math.log(n)) / alpha
-    else:
-        radius = 2 * n / (math.e * alpha)
-        if not facts.loss.startswith("Logistic"):
-            obstacles.append(f"the lemma is about exponential and logistic loss, not {facts.loss}")
+    radius = facts.pull_radius / alpha
+    if math.isnan(facts.pull_radius):
+        obstacles.append(f"the lemma is about exponential and logistic loss, not {facts.loss}")
     w, direction = facts["end_to_end"], facts.direction
     along = w @ direction
     size = np.linalg.norm(w - along[:, None] * direction, axis=1)

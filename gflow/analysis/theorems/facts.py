@@ -21,7 +21,6 @@ the two ends: a bound for constant, monotone and loss-scaled steps, and an estim
 """
 
 import math
-import re
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -43,26 +42,6 @@ LATE = 10.0
 """Laws in 1/s have corrections of relative size log(n)/s: up to this many log n a deviation from
 them proves nothing."""
 
-ALONG_THE_GRADIENT = {
-    "chain",
-    "clip_by_global_norm",
-    "identity",
-    "loss_line_search",
-    "loss_scaled",
-    "normalize_by_update_norm",
-    "on_log_risk",
-    "paper_steps",
-    "polyak",
-    "scale",
-    "scale_by_backtracking_linesearch",
-    "scale_by_learning_rate",
-    "scale_by_polyak",
-    "scale_by_schedule",
-    "scale_by_zoom_linesearch",
-    "with_extra_args_support",
-}
-"""Parts of an optimiser whose updates are a positive multiple of minus the gradient."""
-
 
 class Facts:
     """A record as the claims read it."""
@@ -79,6 +58,9 @@ class Facts:
         self.separable = bool(attrs.get("separable", True))
         self.max_margin = float(attrs.get("max_margin", math.nan))
         self.loss = str(attrs.get("loss", "unknown loss"))
+        self.slope_bound = float(attrs.get("slope_bound", math.inf))
+        self.smoothness = float(attrs.get("smoothness", math.inf))
+        self.pull_radius = float(attrs.get("pull_radius", math.nan))
         self.rtol = float(attrs.get("rtol", 0.0))
         self.flow_drift = max(FLOW_DRIFT, 10 * self.rtol)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -112,13 +94,11 @@ class Facts:
             return []
         found = []
         attrs = self.record.attrs
-        optimizer = str(attrs.get("optimizer", ""))
-        # What is left without the settings, "name=value", and the arguments of a leaf.
-        bare = re.sub(r"\w+=[^,()]*", "", optimizer)
-        parts = set(re.findall(r"\b[A-Za-z_]\w*", bare)) - {"schedule"}
-        if not parts or not parts <= ALONG_THE_GRADIENT:
-            foreign = ", ".join(sorted(parts - ALONG_THE_GRADIENT)) or "unknown"
-            found.append(f"the optimiser ({foreign}) does not step along the gradient")
+        if not attrs.get("along_gradient", False):
+            found.append(
+                f"the optimiser, {attrs.get('optimizer', 'unknown')}, is not known to step along "
+                "the gradient"
+            )
         if "batch_size" in attrs:
             found.append("the gradients are those of mini-batches")
         return found
@@ -131,8 +111,11 @@ class Facts:
             found.append("the data are not linearly separable")
         if np.nanmin(self.log_risk) > self.log_risk_at_zero + ROUND_OFF:
             found.append("R > R(0) at every saved point, so that it may end at a saddle")
-        if self.is_descent and not has_bounded_slope(self.loss):
-            found.append(f"for descent the slope of the loss has to be bounded; {self.loss} is not")
+        if self.is_descent and not math.isfinite(self.slope_bound + self.smoothness):
+            found.append(
+                "for descent slope and curvature of the loss have to be bounded; those of "
+                f"{self.loss} are not known to be"
+            )
         return found
 
     @cached_property
@@ -193,7 +176,12 @@ class Facts:
 
     @cached_property
     def slacks(self) -> tuple[np.ndarray, np.ndarray]:
-        """What Lemma 2 leaves with that constant: (point, layer) and (point, pair)."""
+        """What Lemma 2 leaves with that constant: (point, layer) and (point, pair).
+
+        A flow's record holds it; of descent, which may break the lemma, it is worked out here.
+        """
+        if "rank_one_slack" in self.record:
+            return self["rank_one_slack"], self["alignment_slack"]
         names = ("frobenius_norm", "spectral_norm", "rank_one_gap", "misalignment")
         return lemma_slacks(self.start, *(self[name] for name in names))
 
@@ -236,11 +224,3 @@ class Facts:
             if self["num_steps"][0] > 0:
                 return ["the record does not begin at the start of the run"]
         return self.step_obstacles
-
-
-def has_bounded_slope(loss: str) -> bool:
-    """Whether a loss, by its name in the record, has bounded slope and curvature."""
-    if loss.startswith("PolynomialTail"):
-        power = re.search(r"power=([-+.\deE]+)", loss)
-        return power is not None and float(power.group(1)) <= 1
-    return not loss.startswith("Exponential")

@@ -6,25 +6,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gflow.report.plot.curves import curve, entry_name, has_curves, say, x_values
-from gflow.report.plot.style import FONT, SMALL, axes_of, color_of, finish, label_axes, legend
+from gflow.report.plot.style import (
+    FONT,
+    SMALL,
+    axes_of,
+    color_of,
+    finish,
+    label_axes,
+    legend,
+    symbol,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
     from gflow.analysis.laws import Limits
-
-SYMBOLS = {
-    "direction_error": r"$\|w/\|w\| - \bar u\|$",
-    "margin_gap": r"$\gamma - \min_i q_i/\|w\|$",
-    "misalignment": r"$1 - |\langle v_{k+1}, u_k\rangle|$",
-    "rank_one_gap": r"$1 - \|W_k\|_2/\|W_k\|_F$",
-    "margin": r"$\min_i q_i/\|w\|$",
-    "log_risk": r"$\log\,R$",
-    "frobenius_norm": r"$\|W_k\|_F$",
-    "spectral_norm": r"$\|W_k\|_2$",
-}
-"""How the paper writes an observable; others are called by their names."""
 
 LAWS = ("misalignment", "rank_one_gap", "direction_error")
 
@@ -70,7 +67,7 @@ def certificate(
             continue
         value, bound = values[:, shown].min(axis=1), error[:, shown].max(axis=1)
         style = {"color": color_of(index), "linewidth": 1.2}
-        curve(ax, at, value, positive=True, label=SYMBOLS.get(name, name), **style)
+        curve(ax, at, value, positive=True, label=symbol(name), **style)
         curve(ax, at, bound, positive=True, **(style | {"linewidth": 0.7}), linestyle="--")
         positive = np.where(bound > 0, bound, np.nan)
         bands.append((positive, color_of(index)))
@@ -170,7 +167,7 @@ def asymptotes(
         ax.set(xscale="log", yscale="log")
         if "beyond_hand_over" in shown and (far := shown["beyond_hand_over"].values > 0).any():
             ax.axvspan(s[far][0], s[-1], color="0.94", linewidth=0, zorder=0)
-        ax.set_ylabel(SYMBOLS.get(name, name), fontsize=FONT)
+        ax.set_ylabel(symbol(name), fontsize=FONT)
         ax.tick_params(which="both", labelsize=SMALL)
         ax.spines[["top", "right"]].set_visible(False)
         legend(ax)

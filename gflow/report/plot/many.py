@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gflow.quantities import quantity
 from gflow.report.plot.curves import (
     LINES,
     curve,
@@ -14,8 +15,7 @@ from gflow.report.plot.curves import (
     say,
     x_values,
 )
-from gflow.report.plot.exactness import SYMBOLS
-from gflow.report.plot.style import axes_of, color_of, finish, long_scale
+from gflow.report.plot.style import axes_of, color_of, finish, long_scale, symbol
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 GRID = 200
 """Places at which members, each with saved points of its own, are read."""
-
-LINEAR = ("margin", "alignment", "log_risk", "log_time")
-"""Observables that are not positive numbers over decades."""
 
 
 def ensemble(
@@ -54,7 +51,7 @@ def ensemble(
         raise ValueError(f"`within` is {within}; expected a part of the members, between 0 and 1.")
     ax = axes_of(ax)
     shown = labelled(records)
-    linear = variable in LINEAR
+    linear = not quantity(variable).decades
     families = {}
     for index, (label, record) in enumerate(shown.items()):
         if "member" not in record.dims:
@@ -88,7 +85,7 @@ def ensemble(
         long_scale(ax, "y")
     else:
         ax.set_yscale("log")
-    return finish(ax, x, SYMBOLS.get(variable, variable))
+    return finish(ax, x, symbol(variable))
 
 
 def _band(record: "xr.Dataset", variable: str, x: str, within: float, linear: bool) -> np.ndarray:

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.quantities import quantity
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -17,10 +19,15 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 FONT, SMALL = 8, 7
 
 X_AXES = {
-    "log_time": r"$\log\,t$",
+    "log_time": quantity("log_time").symbol,
     "log_risk": r"$-\log\,R$   (the risk falls to the right)",
     "num_steps": "step",
 }
+
+
+def symbol(name: str) -> str:
+    """How the paper writes a variable, or else its name."""
+    return quantity(name).symbol or name
 
 
 def color_of(number: int) -> str:

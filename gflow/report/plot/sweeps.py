@@ -4,14 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.quantities import DIMENSIONS
 from gflow.report.plot.style import FONT, SMALL
 
 if TYPE_CHECKING:
     import xarray as xr
-
-TRAJECTORY = ("point", "layer", "pair", "coordinate", "member")
-"""Dimensions of a record that are no parameter."""
-
 
 SPAN = 1e8
 """What colours show at most of a positive quantity: less than the largest over this is dark."""
@@ -22,7 +19,7 @@ def swept(record: "xr.Dataset") -> list[str]:
     return [
         str(dim)
         for dim in record.dims
-        if dim not in TRAJECTORY and dim in record.coords and record.sizes[dim] > 1
+        if dim not in DIMENSIONS and dim in record.coords and record.sizes[dim] > 1
     ]
 
 
@@ -76,7 +73,7 @@ def phase_diagram(
         panel = free[0]
 
     values = record[variable].isel(point=at)
-    values = values.max([dim for dim in values.dims if dim in TRAJECTORY])
+    values = values.max([dim for dim in values.dims if dim in DIMENSIONS])
     values = values.median([dim for dim in values.dims if dim not in (x, y, panel)])
     panels = [values] if panel is None else [values.sel({panel: v}) for v in record[panel].values]
     known = values.values[np.isfinite(values.values)]

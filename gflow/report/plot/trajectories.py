@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gflow.report.plot.curves import draw_families, draw_lines, entry_name, has_curves, labelled
-from gflow.report.plot.style import axes_of, finish, long_scale
+from gflow.report.plot.style import axes_of, finish, long_scale, symbol
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -35,7 +35,7 @@ def risk(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -
     ax = axes_of(ax)
     draw_lines(ax, records, x, "log_risk")
     long_scale(ax, "y")
-    return finish(ax, x, r"$\log\,R$")
+    return finish(ax, x, symbol("log_risk"))
 
 
 def margin(
@@ -54,13 +54,13 @@ def margin(
         draw_lines(ax, records, x, "margin_gap", positive=True)
         if has_curves(ax):
             ax.set_yscale("log")
-        return finish(ax, x, r"$\gamma - \min_i q_i/\|w\|$")
+        return finish(ax, x, symbol("margin_gap"))
     shown = labelled(records)
     draw_lines(ax, records, x, "margin")
     for best in sorted({record.attrs.get("max_margin", np.nan) for record in shown.values()}):
         if np.isfinite(best):
             ax.axhline(best, color="black", linewidth=0.8, linestyle=":", label=r"$\gamma$")
-    return finish(ax, x, r"$\min_i q_i/\|w\|$")
+    return finish(ax, x, symbol("margin"))
 
 
 def direction_error(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
@@ -69,7 +69,7 @@ def direction_error(records: "Records", x: str = "log_time", *, ax: "Axes | None
     draw_lines(ax, records, x, "direction_error", positive=True)
     if has_curves(ax):
         ax.set_yscale("log")
-    return finish(ax, x, r"$\|w/\|w\| - \bar u\|$")
+    return finish(ax, x, symbol("direction_error"))
 
 
 def alignment(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
@@ -80,7 +80,7 @@ def alignment(records: "Records", x: str = "log_time", *, ax: "Axes | None" = No
     )
     if has_curves(ax):
         ax.set_yscale("log")
-    return finish(ax, x, r"$1 - |\langle v_{k+1},\, u_k\rangle|$")
+    return finish(ax, x, symbol("misalignment"))
 
 
 def rank_one(
@@ -105,8 +105,7 @@ def rank_one(
         ax.set_yscale("log")
     if not gap:
         ax.axhline(1.0, color="black", linewidth=0.6, linestyle=":", zorder=0)
-    label = r"\|W_k\|_2/\|W_k\|_F"
-    return finish(ax, x, rf"$1 - {label}$" if gap else rf"${label}$")
+    return finish(ax, x, symbol("rank_one_gap") if gap else r"$\|W_k\|_2/\|W_k\|_F$")
 
 
 def norms(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
@@ -114,4 +113,4 @@ def norms(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) 
     ax = axes_of(ax)
     draw_families(ax, records, x, "layer", lambda record: record["frobenius_norm"], entry_name)
     ax.set_yscale("log")
-    return finish(ax, x, r"$\|W_k\|_F$")
+    return finish(ax, x, symbol("frobenius_norm"))

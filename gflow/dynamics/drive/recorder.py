@@ -1,0 +1,274 @@
+"""From saved weights to a record: the part of a run that flow and descent share."""
+
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow import record
+from gflow.dynamics.drive import extras
+from gflow.dynamics.drive.extras import Observable as Observable
+from gflow.names import merged
+from gflow.problem import observables as obs
+from gflow.problem.arguments import flag
+from gflow.problem.max_margin import MaxMargin
+from gflow.problem.network import Array, Weights, as_array, widths
+from gflow.problem.risk import Problem
+from gflow.quantities import QUANTITIES
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+BUFFER = 2**21
+"""Numbers in a buffer of states, at most."""
+
+ROWS = 32
+"""States in a buffer, at most."""
+
+
+def rows_for(weights: Weights, width: int = 1) -> int:
+    """How many states of each of ``width`` members are observed, or saved, in one call."""
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
+    return max(1, min(ROWS, BUFFER // (size * width)))
+
+
+def first_row(leaf: Any, rows: int) -> np.ndarray:
+    """A buffer of so many rows with ``leaf`` in the first."""
+    leaf = np.asarray(leaf)
+    if rows == 1:
+        return leaf[None]
+    buffer = np.zeros((rows, *leaf.shape), leaf.dtype)
+    buffer[0] = leaf
+    return buffer
+
+
+class Recorder:
+    """Evaluates observables on saved states as a run goes on and builds the record at its end.
+
+    Only the observables' values are kept, and the weights too if asked for, so that memory does
+    not grow with the number of steps. It may be built at any time of a run: what it holds is valid.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        weights: Weights,
+        observables: Mapping[str, Observable] | None,
+        keep_weights: bool,
+    ):
+        self.problem = problem
+        self.start = weights
+        self.extra = extras.checked(observables, problem, weights)
+        self.keep_weights = bool(flag("keep_weights", keep_weights))
+        self.layers = problem.network.layers(weights)
+        """The matrices whose product the network is, at the start; None if it is none."""
+        self.reference = None
+        if self.layers is not None:
+            solution = problem.data.max_margin()
+            self.reference = obs.Reference.of(solution, problem, weights)
+        self.points: list[dict[str, Any]] = []
+        self.kept: list[Weights] = []
+        self.last = weights
+        self.began = time.perf_counter()
+
+    def add(
+        self,
+        weights: Weights,
+        rows: Sequence[int],
+        more: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+    ) -> None:
+        """Add points: their observables, and what the run knows of them.
+
+        Args:
+            weights: a buffer of states, on a leading axis.
+            rows: the states to record, in order.
+            more: from the observables, by name, with the points on a leading axis, to further
+                variables, and to observables known better than from the weights.
+        """
+        found = self._observed(weights, rows)
+        columns = {**found, **more(found)}
+        for k, row in enumerate(rows):
+            at = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
+            own = extras.evaluate(self.extra, self.problem, at)
+            self.points.append(merged({name: each[k] for name, each in columns.items()}, own))
+            self.last = at
+            if self.keep_weights:
+                self.kept.append(at)
+
+    def add_one(self, weights: Weights, values: Mapping[str, Any]) -> None:
+        """Add the point at some weights, with what the run knows of it."""
+        rows = rows_for(weights)
+        buffer = jax.tree.map(lambda leaf: first_row(leaf, rows), weights)
+        columns = {name: np.asarray(value)[None] for name, value in values.items()}
+        self.add(buffer, [0], lambda _: columns)
+
+    def _observed(self, weights: Weights, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The observables of some rows of a buffer, as one call of a compiled program."""
+        size = jax.tree.leaves(weights)[0].shape[0]
+        chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
+        count = as_array(np.int64(len(rows)))
+        found = _observe(self.problem, weights, chosen, count, self.reference)
+        return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
+
+    @property
+    def num_steps(self) -> int:
+        """Of the run at the last saved point."""
+        return int(self.points[-1]["num_steps"])
+
+    def seconds(self) -> float:
+        """Wall time of the run, that before it was resumed included."""
+        return time.perf_counter() - self.began
+
+    def columns(self, num_points: int) -> dict[str, list[Any]]:
+        """The values of each variable at the first ``num_points`` saved points."""
+        points, kept = self.points[:num_points], self.kept[:num_points]
+        columns = {name: [point[name] for point in points] for name in points[0]}
+        for index, (name, _) in enumerate(_named(self.start) if self.keep_weights else []):
+            columns[name] = [jax.tree.leaves(weights)[index] for weights in kept]
+        return columns
+
+    def resume(self, columns: Mapping[str, np.ndarray], last: Weights, elapsed: float) -> None:
+        """Take over the points of an earlier part of the run, which ended at weights ``last``."""
+        columns = dict(columns)
+        if self.keep_weights:
+            leaves = [columns.pop(name) for name, _ in _named(self.start)]
+            structure = jax.tree.structure(self.start)
+            self.kept = [
+                jax.tree.unflatten(structure, point) for point in zip(*leaves, strict=True)
+            ]
+        count = len(columns["num_steps"])
+        self.points = [{name: columns[name][i] for name in columns} for i in range(count)]
+        self.last, self.began = last, time.perf_counter() - elapsed
+
+    def record(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> "xr.Dataset":
+        """The record of all points saved so far, with ``more`` variables and provenance."""
+        return record.build(**self.contents(more, **attrs))
+
+    def contents(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> dict:
+        """The arguments of ``record.build`` for this record."""
+        columns = merged(self.columns(len(self.points)), more or {})
+        dims: dict[str, tuple[str, ...]] = {}
+        constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
+        for label, weights in (("initial", self.start), ("final", self.last)):
+            for name, leaf in _named(weights):
+                axes = tuple(f"{name}_{axis}" for axis in range(leaf.ndim))
+                constants[f"{label}_{name}"] = (axes, leaf, f"{label} {name}")
+        if self.keep_weights:
+            for name, leaf in _named(self.start):
+                dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
+        if self.layers is not None:
+            for name, value in self._of_data().items():
+                constants[name] = (QUANTITIES[name].dims, value, QUANTITIES[name].meaning)
+        return {
+            "points": columns,
+            "constants": constants,
+            "extra_dims": dims,
+            "attrs": {"wall_time": self.seconds(), **attrs, **self._provenance()},
+        }
+
+    def _of_data(self) -> dict[str, np.ndarray]:
+        """The best direction and the points on the margin: all that the asymptotic laws need."""
+        data, solution = self.problem.data, self.problem.data.max_margin()
+        if not solution.separable:
+            return {"max_margin_direction": np.full(data.dim, np.nan)}
+        on = solution.support
+        return {
+            "max_margin_direction": np.asarray(solution.direction),
+            "support": np.asarray(on),
+            "support_vectors": np.asarray(data.signed_inputs[on]),
+            "dual_weights": np.asarray(solution.dual[on]),
+        }
+
+    def _provenance(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for _, leaf in _named(self.start):
+            digest.update(np.ascontiguousarray(leaf, dtype=np.float64).tobytes())
+        facts = {**_facts(Itself(self.problem), self.layers is not None)}
+        facts["start_sha256"] = digest.hexdigest()
+        return facts | ({"widths": widths(self.start)} if self.layers is not None else {})
+
+
+class Itself:
+    """A problem, equal to itself only: a key of a cache."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Itself) and self.problem is other.problem
+
+    def __hash__(self) -> int:
+        return id(self.problem)
+
+
+@functools.lru_cache(maxsize=4)  # an ensemble asks for every member
+def _facts(of: Itself, has_layers: bool) -> dict[str, Any]:
+    """What a record says about its problem."""
+    problem, data = of.problem, of.problem.data
+    facts: dict[str, Any] = {
+        "dataset": data.name,
+        "num_points": data.num_points,
+        "network": type(problem.network).__name__,
+        "loss": repr(problem.loss),
+        "exponential_tail": problem.loss.exponential_tail,
+        "slope_bound": float(problem.loss.slope_bound),
+        "smoothness": float(problem.loss.smoothness),
+        "log_risk_at_zero": float(problem.log_risk_at_zero()),
+    }
+    if has_layers:
+        solution = data.max_margin()
+        radius = float(problem.loss.pull_radius(data.num_points))
+        facts |= {
+            "separable": solution.separable,
+            "max_margin": solution.margin if solution.separable else None,
+            "margin_upper_bound": solution.margin_upper,
+            "pull_radius": None if math.isnan(radius) else radius,
+            "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
+        }
+    return facts
+
+
+def _next_gap(signed_inputs: np.ndarray, solution: MaxMargin) -> float | None:
+    r"""The least $\langle z_i, \bar u\rangle/\gamma - 1$ of a point that is not on the margin."""
+    if not solution.separable or len(solution.support) == len(signed_inputs):
+        return None
+    gaps = signed_inputs @ (solution.direction / solution.margin) - 1
+    return float(np.min(np.delete(gaps, solution.support)))
+
+
+@eqx.filter_jit
+def _observe(
+    problem: Problem,
+    weights: Weights,
+    rows: Array,
+    count: Array,
+    reference: obs.Reference | None,
+) -> dict[str, Array]:
+    """The observables of the first ``count`` of ``rows``, one after the other."""
+
+    def one(row: Array) -> dict[str, Array]:
+        at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
+        if reference is None:
+            return obs.general(problem, at)
+        return obs.standard(problem, at, reference)
+
+    def put(k: Array, found: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(lambda column, value: column.at[k].set(value), found, one(rows[k]))
+
+    shapes = jax.eval_shape(one, rows[0])
+    blank = jax.tree.map(lambda leaf: jnp.zeros((rows.shape[0], *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, count, put, blank)
+
+
+def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:
+    """Each array of the weights under the name it has in a record: ``weights_1`` at the input."""
+    leaves = enumerate(jax.tree.leaves(weights), start=1)
+    return [(f"weights_{k}", np.asarray(leaf)) for k, leaf in leaves]

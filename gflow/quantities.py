@@ -1,0 +1,265 @@
+r"""The variables of a record, one declared row each.
+
+Whoever asks what a variable *is* reads its row: the record its dimensions and meaning, the
+certificate how its error is measured and what round-off does to it, the headline below which size
+it is zero, figures its symbol and its axis, `compare` whether the two records are held against each
+other in it. To add an observable write its function in ``problem/observables.py`` and its row here.
+"""
+
+import dataclasses
+import enum
+from typing import Literal
+
+import numpy as np
+
+DIMENSIONS = {"member": 0, "point": 0, "layer": 1, "pair": 1, "coordinate": 0}
+"""The dimensions of records, each with the number of its first entry. Layers count from 1 at the
+input, the pair of layers (k, k+1) is number k."""
+
+Needs = Literal["layers", "reference", "homogeneity"]
+"""What a variable may ask of a problem: a network that is a product of matrices, the
+maximum-margin direction, a degree of homogeneity."""
+
+
+class Kind(enum.Enum):
+    """How large an error of a variable is, and what round-off leaves of the variable."""
+
+    PLAIN = "relative to its size"
+    LOG = "relative to its size, or to one if that is larger"
+    VECTOR = "each component relative to the norm over the last axis"
+    ANGLE = "relative to its size; round-off of float64 vectors is absolute"
+    ANGLE_SQUARED = "as ANGLE: half the square of an angle"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    r"""What there is to know about one variable of a record.
+
+    Attributes:
+        dims: its dimensions.
+        meaning: the formula or the contract, in plain text.
+        symbol: how the paper writes it, for figures; None where its name does.
+        kind: how its error is measured.
+        zero: the size below which a value without a single certain digit is zero to the record's
+            resolution, as misalignment is for balanced layers; 0 for what does not tend to zero.
+        certified: whether a certified flow holds its estimated error, as ``NAME_error``.
+        compared: whether `gflow.compare` takes the difference of two records.
+        decades: whether it is positive and drawn on a logarithmic axis.
+        needs: what it asks of a problem.
+        of_data: whether it belongs to the data, and not to a member of an ensemble.
+        unit: all are dimensionless, in the time of $\dot W = -\nabla R$.
+    """
+
+    dims: tuple[str, ...]
+    meaning: str
+    _: dataclasses.KW_ONLY
+    symbol: str | None = None
+    kind: Kind = Kind.PLAIN
+    zero: float = 0.0
+    certified: bool = False
+    compared: bool = False
+    decades: bool = True
+    needs: tuple[Needs, ...] = ()
+    of_data: bool = False
+    unit: str = "1"
+
+    def size(self, values: np.ndarray) -> np.ndarray:
+        """The size that errors of ``values`` are relative to, in the same shape."""
+        if self.kind is Kind.VECTOR:
+            norms = np.linalg.norm(values, axis=-1, keepdims=True)
+            return np.broadcast_to(norms, np.shape(values))
+        return np.maximum(np.abs(values), 1.0 if self.kind is Kind.LOG else 0.0)
+
+
+POINT, LAYER, PAIR = ("point",), ("point", "layer"), ("point", "pair")
+
+QUANTITIES: dict[str, Quantity] = {
+    # Where the run stands.
+    "log_risk": Quantity(
+        POINT,
+        "log R, natural logarithm of the mean loss",
+        symbol=r"$\log\,R$",
+        kind=Kind.LOG,
+        decades=False,
+        compared=True,
+    ),
+    "log_time": Quantity(
+        POINT,
+        "log t, natural logarithm of the time of dW/dt = -grad R",
+        symbol=r"$\log\,t$",
+        kind=Kind.LOG,
+        decades=False,
+        certified=True,
+        compared=True,
+    ),
+    "num_steps": Quantity(POINT, "accepted solver steps, or descent iterations, so far"),
+    "log_step_size": Quantity(
+        POINT, "logarithm of descent's latest step size", kind=Kind.LOG, decades=False
+    ),
+    # Margins.
+    "margin": Quantity(
+        POINT,
+        "normalised margin min_i q_i / |w|",
+        symbol=r"$\min_i q_i/\|w\|$",
+        certified=True,
+        compared=True,
+        decades=False,
+        needs=("homogeneity",),
+    ),
+    "margin_gap": Quantity(
+        POINT,
+        "max margin minus normalised margin, absolute error 1e-16",
+        symbol=r"$\gamma - \min_i q_i/\|w\|$",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        certified=True,
+        needs=("layers", "reference"),
+    ),
+    "layer_margin": Quantity(
+        POINT, "min_i q_i / prod_k |W_k|_F", certified=True, needs=("layers",)
+    ),
+    "smoothed_margin": Quantity(
+        POINT,
+        "l^-1(sum_i l(q_i)) / prod_k |W_k|_F",
+        certified=True,
+        needs=("homogeneity",),
+    ),
+    "min_margin": Quantity(POINT, "unnormalised margin min_i q_i", certified=True),
+    "norm": Quantity(POINT, "Euclidean norm of all weights", certified=True),
+    # How near the weights are to a maximum of the margin.
+    "kkt_residual": Quantity(
+        POINT,
+        "Lyu and Li's epsilon: |W~ - sum_i lambda_i grad q_i(W~)|",
+        certified=True,
+        needs=("homogeneity",),
+    ),
+    "kkt_slackness": Quantity(
+        POINT,
+        "Lyu and Li's delta: max_i lambda_i (q_i(W~) - 1)",
+        certified=True,
+        needs=("homogeneity",),
+    ),
+    "perpendicular_cosine": Quantity(
+        POINT,
+        "cosine between w off the max-margin direction and grad R(w)",
+        needs=("layers", "reference"),
+    ),
+    "direction_error": Quantity(
+        POINT,
+        "| w/|w| - max-margin direction |",
+        symbol=r"$\|w/\|w\| - \bar u\|$",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        certified=True,
+        needs=("layers", "reference"),
+    ),
+    "direction_alignment": Quantity(
+        POINT, "| <w / prod_k |W_k|_F, v_1> |", certified=True, needs=("layers",)
+    ),
+    # Layers and their neighbours.
+    "alignment": Quantity(
+        PAIR,
+        "|<v_{k+1}, u_k>| of neighbouring layers",
+        certified=True,
+        decades=False,
+        needs=("layers",),
+    ),
+    "misalignment": Quantity(
+        PAIR,
+        "1 - |<v_{k+1}, u_k>|, free of cancellation",
+        symbol=r"$1 - |\langle v_{k+1}, u_k\rangle|$",
+        kind=Kind.ANGLE_SQUARED,
+        zero=1e-14,
+        certified=True,
+        compared=True,
+        needs=("layers",),
+    ),
+    "frobenius_norm": Quantity(
+        LAYER,
+        "|W_k|_F",
+        symbol=r"$\|W_k\|_F$",
+        certified=True,
+        compared=True,
+        needs=("layers",),
+    ),
+    "spectral_norm": Quantity(
+        LAYER,
+        "|W_k|_2",
+        symbol=r"$\|W_k\|_2$",
+        certified=True,
+        compared=True,
+        needs=("layers",),
+    ),
+    "rank_one_residual": Quantity(
+        LAYER,
+        "| W_k/|W_k|_F - u_k v_k^T |_F",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        certified=True,
+        needs=("layers",),
+    ),
+    "rank_one_gap": Quantity(
+        LAYER,
+        "1 - |W_k|_2/|W_k|_F, free of cancellation",
+        symbol=r"$1 - \|W_k\|_2/\|W_k\|_F$",
+        kind=Kind.ANGLE_SQUARED,
+        zero=1e-14,
+        certified=True,
+        needs=("layers",),
+    ),
+    # What a flow proves about itself.
+    "imbalance_drift": Quantity(
+        POINT, "largest change of a conserved matrix / largest |W_k|_F^2", needs=("layers",)
+    ),
+    "clock_value": Quantity(POINT, "s, the coordinate that the solver steps in"),
+    "clock_error": Quantity(
+        POINT,
+        "energy identity R(0) - R(t) = int |grad R|^2 dt: |-log R minus its value by the clock| / "
+        "max(1, |log R|), in a time clock the same of log t",
+    ),
+    "digits_left": Quantity(POINT, "decimal digits that float64 leaves of differences of margins"),
+    "rank_one_slack": Quantity(
+        LAYER, "Lemma 2 (i): D minus |W_k|_F^2 - |W_k|_2^2", needs=("layers",)
+    ),
+    "alignment_slack": Quantity(
+        PAIR,
+        "Lemma 2 (ii): D + |W_{k+1}(0)|_2^2 + |W_k(0)|_2^2 minus "
+        "(1 - <v_{k+1}, u_k>^2) |W_{k+1}|_2^2",
+        needs=("layers",),
+    ),
+    "beyond_hand_over": Quantity(POINT, "1 where the run continues in split coordinates, else 0"),
+    # The function that the network computes.
+    "end_to_end": Quantity(
+        ("point", "coordinate"),
+        "w = (W_L ... W_1)^T",
+        kind=Kind.VECTOR,
+        certified=True,
+        needs=("layers",),
+    ),
+    # The data.
+    "max_margin_direction": Quantity(
+        ("coordinate",), "maximum-margin direction through the origin", of_data=True
+    ),
+    "support": Quantity(("support",), "numbers of the points on the margin", of_data=True),
+    "support_vectors": Quantity(("support", "coordinate"), "y_i x_i on the margin", of_data=True),
+    "dual_weights": Quantity(
+        ("support",), "weights p with sum_i p_i y_i x_i = margin u", of_data=True
+    ),
+}
+
+
+def of_kind(*kinds: Kind) -> list[str]:
+    """The names of the declared variables of these kinds."""
+    return [name for name, quantity in QUANTITIES.items() if quantity.kind in kinds]
+
+
+def quantity(name: str) -> Quantity:
+    """The row of a variable.
+
+    Of one that the table does not list, such as an observable that the caller added, the size of
+    errors is told by its name: ``log_...`` is a logarithm.
+    """
+    if name in QUANTITIES:
+        return QUANTITIES[name]
+    kind = Kind.LOG if name.startswith("log_") else Kind.PLAIN
+    return Quantity(POINT, name.replace("_", " "), kind=kind)
