@@ -99,10 +99,8 @@ def ensemble(
     structure = jax.tree.structure(weights_batch)
     mapping = 'a mapping from name to one value a member, as {"scale": scales}'
     expect("coordinates", coordinates, Mapping | None, mapping)
-    labels = {
-        name: list(values) if np.ndim(values) else []
-        for name, values in (coordinates or {}).items()
-    }
+    given = (coordinates or {}).items()
+    labels = {name: list(values) if np.ndim(values) else [] for name, values in given}
     for name, values in labels.items():
         if len(values) != count:
             raise ValueError(

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from gflow.problem import settings
+from gflow.problem.arguments import numbers_of
 from gflow.problem.network import check_weights, end_to_end
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
@@ -74,7 +75,7 @@ def balanced(
     if end_to_end is None:
         sigma = float(scale)
     else:
-        direction = np.asarray(end_to_end, dtype=np.float64)
+        direction = numbers_of("end_to_end", end_to_end)
         if direction.shape != (shapes[0][1],) or not np.all(np.isfinite(direction)):
             raise ValueError(
                 f"`end_to_end` has shape {direction.shape}; expected ({shapes[0][1]},) finite "

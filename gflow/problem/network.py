@@ -252,8 +252,8 @@ class Network(AbstractNetwork):
             out = jax.eval_shape(self.apply, weights, data.inputs[0])
         except Exception as error:  # whatever it is, it is the network's
             raise ValueError(
-                f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given `weights` "
-                f"as they are and one point `x` of shape ({data.dim},), and is traced by JAX."
+                f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given the "
+                f"weights and one point `x` of shape ({data.dim},), and is traced by JAX."
             ) from error
         if getattr(out, "shape", None) != ():
             what = f"shape {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
@@ -293,12 +293,15 @@ def float_leaves(argument: str, weights: Weights) -> Weights:
 
     def converted(path: Any, leaf: Any) -> np.ndarray:
         where = argument + jax.tree_util.keystr(path)
-        kind = np.asarray(leaf).dtype.kind if not callable(leaf) else "O"
-        if kind in "fV" and not isinstance(leaf, str):
+        try:
+            kind = np.asarray(leaf).dtype.kind
+        except TypeError:  # a random key
+            kind = "O"
+        if kind in "fV":
             return numbers_of(where, leaf)
         outside = (
-            "Hold what is not outside of the weights: `arrays, rest = equinox.partition(model, "
-            "equinox.is_inexact_array)`, and in the network `equinox.combine(arrays, rest)`."
+            "Keep the rest out of the weights: `arrays, rest = equinox.partition(model, "
+            "equinox.is_inexact_array)`, with `equinox.combine(arrays, rest)` in the network."
         )
         if kind in "iub":
             raise ValueError(

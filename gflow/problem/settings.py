@@ -28,7 +28,7 @@ class Settings(NamedTuple):
     @classmethod
     def now(cls) -> "Settings":
         """Those in force, in this thread."""
-        config = jax.config
+        config: Any = jax.config  # whose entries the checker does not know
         return cls(
             config.jax_debug_nans,
             config.jax_debug_infs,

@@ -14,6 +14,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 EMPTY = "a cell without contents"
 
@@ -95,7 +96,7 @@ def _open(value: Any, inside: tuple[int, ...]) -> Any:
 
 def _close(value: Any) -> Any:
     """``value`` with its functions put together, and numbers as they were unless JAX traces."""
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
         return float(value) if value.weak_type and value.ndim == 0 else value
     return value.closed() if isinstance(value, Closure) else _within(value, _close)
 

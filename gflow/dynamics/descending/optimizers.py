@@ -42,7 +42,9 @@ def with_extra_arguments(
     As ``optax.with_extra_args_support``, but equal for equal optimisers: nothing is compiled twice.
     """
     known = extra_arguments(optimizer)
-    return optimizer if known is None else transformation(PlainOptimizer(optimizer, known))
+    if known is None and isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return optimizer
+    return transformation(PlainOptimizer(optimizer, known or ()))
 
 
 def without_extra_arguments(

@@ -200,6 +200,12 @@ def works_entry_by_entry(optimizer: optax.GradientTransformation, weights: Weigh
     return bool(same and np.all(np.isfinite(among)) and np.any(among != 0))
 
 
+def _many(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Array, Any]]:
+    """The optimiser's `update` of many weights, each by itself."""
+    update: Any = optimizer.update
+    return jax.vmap(update)
+
+
 @eqx.filter_jit
 def _trial(
     optimizer: optax.GradientTransformation, weights: Weights, gradients: Weights
@@ -217,7 +223,7 @@ def _trial(
 
     def trial(states: tuple[Any, Any], gradient: Weights) -> tuple[tuple[Any, Any], Any]:
         updates, state = optimizer.update(gradient, states[0], weights)
-        own, update = last_entries(gradient), jax.vmap(optimizer.update)
+        own, update = last_entries(gradient), _many(optimizer)
         answers, lone = update(own, states[1], entries)
         none, zero = jnp.zeros_like(own), jnp.zeros_like(entries)
         idle, _ = update(none, states[1], entries)
