@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.names import merged
 from gflow.quantities import DIMENSIONS, QUANTITIES, quantity
 
 if TYPE_CHECKING:
@@ -75,9 +76,11 @@ def variables(
             ]
             dims, meaning = ("point", *after), name
         found[name] = (dims, stacked, {"long_name": meaning, "units": quantity(name).unit})
-    for name, (dims, value, meaning) in constants.items():
-        found[name] = (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
-    return found
+    fixed: dict[str, Variable] = {
+        name: (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
+        for name, (dims, value, meaning) in constants.items()
+    }
+    return merged(found, fixed)
 
 
 def assemble(found: Mapping[str, Variable], attrs: Mapping[str, Any]) -> "xr.Dataset":

@@ -24,6 +24,7 @@ import numpy as np
 
 from gflow.dynamics.clocks import LogTime
 from gflow.dynamics.field import FlowField, FlowState
+from gflow.problem.arguments import numbers_of
 from gflow.problem.curvature import ends_of_spectrum, relative_hessian
 from gflow.problem.network import Array, Weights, squared_norm
 from gflow.problem.risk import Problem
@@ -92,7 +93,7 @@ def gap_bound(
     """
     import xarray as xr
 
-    log_times = np.asarray(log_times, dtype=np.float64)
+    log_times = numbers_of("log_times", log_times)
     times = np.logaddexp(0.0, log_times)
     if times.ndim != 1 or len(times) == 0 or not np.all(np.isfinite(times)):
         raise ValueError(

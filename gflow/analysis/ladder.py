@@ -23,6 +23,7 @@ import numpy as np
 
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.until import Time
+from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.modified import ORDERS, ModifiedEquation
 from gflow.problem.network import Array, Weights, end_to_end
 from gflow.problem.observables import is_deep_linear
@@ -255,7 +256,12 @@ def _slope(logs: np.ndarray, gaps: np.ndarray, floor: float) -> float:
 
 def _whole_steps(learning_rates: Sequence[float] | np.ndarray, horizon: float) -> np.ndarray:
     """The number of steps of each learning rate, ascending in the rate."""
-    rates = np.array([_positive("learning_rates", rate) for rate in np.ravel(learning_rates)])
+    rates = np.array(
+        [
+            _positive("learning_rates", rate)
+            for rate in np.ravel(numbers_of("learning_rates", learning_rates))
+        ]
+    )
     if len(rates) < 2 or len(np.unique(rates)) < len(rates):
         raise ValueError(
             f"`learning_rates` is {rates.tolist()}; expected at least two different ones, since "
@@ -275,7 +281,6 @@ def _whole_steps(learning_rates: Sequence[float] | np.ndarray, horizon: float) -
 
 
 def _positive(name: str, value: float) -> float:
-    value = float(value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` has {value}; expected positive finite numbers.")
-    return value
+    if not (is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"`{name}` has {shown(value)}; expected positive finite numbers.")
+    return float(value)

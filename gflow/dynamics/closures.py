@@ -13,7 +13,8 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.core import Tracer
 
 EMPTY = "a cell without contents"
 
@@ -84,7 +85,8 @@ class Recipe:
 def _open(value: Any, inside: tuple[int, ...]) -> Any:
     """``value`` with its functions taken apart and its numbers as arrays."""
     if isinstance(value, float):
-        return np.asarray(value, dtype=np.float64)
+        with jax.enable_x64(True):
+            return jnp.asarray(value)  # weakly typed, as the number is: bfloat16 times it stays so
     if isinstance(value, types.FunctionType) and id(value) not in inside:  # not within itself
         inside = (*inside, id(value))
         cells = (_contents(cell) for cell in value.__closure__ or ())
@@ -94,8 +96,8 @@ def _open(value: Any, inside: tuple[int, ...]) -> Any:
 
 def _close(value: Any) -> Any:
     """``value`` with its functions put together, and numbers as they were unless JAX traces."""
-    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == np.float64:
-        return float(value)
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+        return float(value) if value.weak_type and value.ndim == 0 else value
     return value.closed() if isinstance(value, Closure) else _within(value, _close)
 
 

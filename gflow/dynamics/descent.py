@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 import optax
 
@@ -14,7 +13,8 @@ from gflow.dynamics.iterating import misaligning
 from gflow.dynamics.optimizers import along_gradient, describe
 from gflow.dynamics.recorder import Observable, Recorder
 from gflow.dynamics.until import AbstractRule, AnyOf, as_rules
-from gflow.problem.arguments import A_PROBLEM, expect, positive_count
+from gflow.problem import settings
+from gflow.problem.arguments import A_PROBLEM, expect, positive_count, seed_of
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 
@@ -94,15 +94,17 @@ def gradient_descent(
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
     expect("problem", problem, Problem, A_PROBLEM)
-    rules = tuple(rule.on(problem) for rule in as_rules(until))
     max_steps = positive_count("max_steps", max_steps)
     size = _batch_size(batch_size, problem.data.num_points)
-    if misaligning(rules, problem):
-        raise ValueError(
-            f"`until` asks for Misalignment but `problem` has a {type(problem.network).__name__}; "
-            "only the layers of a DeepLinear network have one."
-        )
-    with jax.enable_x64(True):
+    seed = seed_of("seed", seed)
+    with settings.own():
+        rules = tuple(rule.on(problem) for rule in as_rules(until))
+        if misaligning(rules, problem):
+            raise ValueError(
+                f"`until` asks for Misalignment but `problem` has a "
+                f"{type(problem.network).__name__}; only the layers of a DeepLinear network have "
+                "one."
+            )
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)
         run = DescentRun(problem, weights, optimizer, size, seed, max_steps)

@@ -25,7 +25,12 @@ from gflow.dynamics.iterating import (
     look,
     same_weights,
 )
-from gflow.dynamics.optimizers import describe, opened, with_extra_arguments
+from gflow.dynamics.optimizers import (
+    describe,
+    opened,
+    with_extra_arguments,
+    without_extra_arguments,
+)
 from gflow.dynamics.progress import Pace
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.step_meter import StepMeter
@@ -281,27 +286,52 @@ def _started(
 
     One step is traced, so that an optimiser that cannot run says so in plain words.
     """
-    for each in (opened(optimizer), with_extra_arguments(optimizer)):
-        descent = Descent(problem, each, StepMeter.of(each, weights), sampler)
-        carry = descent.start(weights)
+    try:
+        jax.eval_shape(optimizer.init, weights)
+    except Exception as error:  # whatever it is, it is the optimiser's
+        raise ValueError(
+            f"`optimizer` cannot be started: its `init` raises {type(error).__name__}: {error}. "
+            "Expected an optax optimiser of the weights as they are, a pytree of arrays."
+        ) from error
+    failures: list[Exception] = []
+    forms = (opened, with_extra_arguments, without_extra_arguments)
+    for each in (form(optimizer) for form in forms):
         try:
+            descent = Descent(problem, each, StepMeter.of(each, weights), sampler)
+            carry = descent.start(weights)
             arrays, rest = eqx.partition((descent, carry), eqx.is_array)
             leaves, structure = jax.tree.flatten(rest)
             after = _step.eval_shape(structure, tuple(leaves), arrays)
             break
-        except (TypeError, ValueError) as error:
-            failure = error
+        except Exception as error:  # whatever it is, it is the optimiser's
+            failures.append(error)
     else:
+        failure = failures[1]  # of the optimiser as it is
         raise ValueError(
-            f"`optimizer` cannot make a step: {failure}. gradient_descent provides the extra "
-            "arguments value, grad, value_fn, log_risk, log_gradient and log_risk_fn."
+            f"`optimizer` cannot make a step: {type(failure).__name__}: {failure}. "
+            "gradient_descent hands it the gradient and the weights, pytrees of arrays of one "
+            "structure, and the extra arguments value, grad, value_fn, log_risk, log_gradient and "
+            "log_risk_fn; what takes other weights, as the pairs of optax.lookahead, cannot be run."
         ) from failure
-    if jax.tree.structure(after) != jax.tree.structure(carry):
+    _check_step(carry, after)
+    return descent, carry
+
+
+def _check_step(before: Carry, after: Any) -> None:
+    """Raise unless a step leaves the structure of the optimiser's state and all shapes."""
+    if jax.tree.structure(after) != jax.tree.structure(before):
         raise ValueError(
             "`optimizer` changes the structure of its state in a step; expected the structure "
             "that its `init` returns."
         )
-    return descent, carry
+    pairs = zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(before), strict=True)
+    for (path, new), old in pairs:
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise ValueError(
+                f"`optimizer` makes of {jax.tree_util.keystr(path).lstrip('.')} an array of shape "
+                f"{new.shape} and type {new.dtype} in a step; expected {old.shape} and {old.dtype} "
+                "as before. Are its numbers scalars?"
+            )
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # for its cache: it is traced once and never run

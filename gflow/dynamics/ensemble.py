@@ -14,14 +14,16 @@ import optax
 
 from gflow.dynamics import together
 from gflow.dynamics.descent import gradient_descent
-from gflow.dynamics.flow import gradient_flow
+from gflow.dynamics.flow import gradient_flow, tolerances
 from gflow.dynamics.flow_run import HAND_OVER_AT
 from gflow.dynamics.lanes import pool
 from gflow.dynamics.members import Member, Unfinished, joined
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.until import AbstractRule, AnyOf
-from gflow.problem.arguments import A_PROBLEM, expect, positive_count
-from gflow.problem.network import Weights
+from gflow.names import SETTINGS, all_names, check_names
+from gflow.problem import settings
+from gflow.problem.arguments import A_PROBLEM, expect, positive_count, shown
+from gflow.problem.network import Weights, float_leaves
 from gflow.problem.risk import ROUND_OFF, Problem
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def ensemble(
     Warns:
         UserWarning: when members start with $R(W(0)) > R(0)$.
     """
-    leaves = [np.asarray(leaf, dtype=np.float64) for leaf in jax.tree.leaves(weights_batch)]
+    leaves = jax.tree.leaves(float_leaves("weights_batch", weights_batch))
     counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(
@@ -99,25 +101,41 @@ def ensemble(
         )
     count = counts.pop()
     structure = jax.tree.structure(weights_batch)
-    labels = {name: list(values) for name, values in (coordinates or {}).items()}
+    mapping = 'a mapping from name to one value a member, as {"scale": scales}'
+    expect("coordinates", coordinates, Mapping | None, mapping)
+    given = (coordinates or {}).items()
+    labels = {name: list(values) if np.ndim(values) else [] for name, values in given}
     for name, values in labels.items():
         if len(values) != count:
             raise ValueError(
                 f"`coordinates[{name!r}]` has {len(values)} entries; expected {count}, one a "
                 "member."
             )
+    taken = all_names(options.get("observables"))
+    check_names("coordinates", labels, beside=taken, allowed=SETTINGS)
     problems = _each("problem", problem, count, Problem)
     for one in problems:
         expect("problem", one, Problem, f"{A_PROBLEM}, or one a member")
     lanes = positive_count("lanes", lanes)
+    chosen = list(devices) if isinstance(devices, Sequence) else devices
+    if devices is not None and not (
+        chosen and isinstance(chosen, list) and all(isinstance(d, jax.Device) for d in chosen)
+    ):
+        raise ValueError(
+            f"`devices` is {shown(devices)}; expected a list of devices, as `jax.devices()`."
+        )
+    checked = check_options(options, descent=optimizer is not None)
+    whole_function = bool(options.get("function_space"))
+    rtols = _each("rtol", rtol, count, float | int)
+    rtols = [tolerances(each, options.get("atol"), whole_function)[0] for each in rtols]
     work = Work(
         problems,
         [jax.tree.unflatten(structure, [leaf[i] for leaf in leaves]) for i in range(count)],
         _each("optimizer", optimizer, count, tuple | type(None)),
-        _each("rtol", rtol, count, float | int),
+        rtols,
         until,
         save,
-        check_options(options, descent=optimizer is not None),
+        checked,
     )
     with ProgressBar("ensemble", 0.0, float(count), progress) as bar:
 
@@ -155,7 +173,7 @@ def follow(
     """The record of all members; ``tell`` is told how many are done."""
     count, began = len(work.starts), time.perf_counter()
     got = Got([None] * count, np.zeros(count, dtype=bool), np.zeros(2))
-    with warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
+    with settings.own(), warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
         warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told below, once
         _through_lanes(work, got, lanes, devices or jax.local_devices(), tell)
         _by_themselves(work, got, lanes, tell)
@@ -295,6 +313,7 @@ def _each(name: str, value: Any, count: int, kind: Any) -> list[Any]:
     """One value a member."""
     if isinstance(value, kind) or np.ndim(value) == 0:
         return [value] * count
-    if len(value) != count:
-        raise ValueError(f"`{name}` has {len(value)} entries; expected one for all or {count}.")
+    if isinstance(value, str) or len(value) != count:
+        has = shown(value) if isinstance(value, str) else f"{len(value)} entries"
+        raise ValueError(f"`{name}` has {has}; expected one for all or {count}.")
     return list(value)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import diffrax
-import jax
 import numpy as np
 
 from gflow.dynamics import clocks
@@ -22,7 +21,8 @@ from gflow.dynamics.until import (
     Time,
     as_rules,
 )
-from gflow.problem.arguments import A_PROBLEM, expect, positive_count
+from gflow.problem import settings
+from gflow.problem.arguments import A_PROBLEM, expect, flag, number, positive_count
 from gflow.problem.modified import (
     ModifiedEquation,
     ModifiedProblem,
@@ -124,10 +124,14 @@ def gradient_flow(
     expect("clock", clock, clocks.AbstractClock | None, "a clock, as `gflow.clocks.LogTime()`")
     solvers = "an adaptive solver, as `diffrax.Tsit5()` or `gflow.GaussNewton()`"
     expect("solver", solver, diffrax.AbstractAdaptiveSolver | SlowManifold | None, solvers)
-    rtol, atol = _tolerances(rtol, atol, function_space)
+    equation = "a modified equation, as `gflow.ModifiedEquation(0.1)`"
+    expect("modified", modified, ModifiedEquation | None, equation)
+    function_space = bool(flag("function_space", function_space))
+    certify = bool(flag("certify", certify))
+    rtol, atol = tolerances(rtol, atol, function_space)
     max_steps = positive_count("max_steps", max_steps)
-    rules = tuple(rule.on(problem) for rule in as_rules(until))
-    with jax.enable_x64(True):
+    with settings.own():
+        rules = tuple(rule.on(problem) for rule in as_rules(until))
         weights = problem.check(weights)
         recorder = Recorder(problem, weights, observables, keep_weights)
         clock = clock or default_clock(rules[0])
@@ -181,19 +185,16 @@ def default_solvers(problem: Problem, rtol: float) -> tuple[Solver, ...]:
     return diffrax.Dopri8(), GaussNewton(), far
 
 
-def _tolerances(
-    rtol: float, atol: float | None, function_space: bool
-) -> tuple[float, float | None]:
-    if not 1e-14 <= rtol < 1:
-        raise ValueError(
-            f"`rtol` is {rtol}; expected a number from 1e-14, the least that float64 can hold, "
-            "to below 1."
-        )
+def tolerances(rtol: float, atol: float | None, function_space: bool) -> tuple[float, float | None]:
+    """The tolerances of a step, checked."""
+    least = "a number from 1e-14, the least that float64 can hold, to below 1"
+    rtol = number("rtol", rtol, least, lambda value: 1e-14 <= value < 1)
     if atol is not None and function_space:
         raise ValueError(
             f"`atol` is {atol} beside `function_space=True`, in which every error is relative; "
             "expected one or the other."
         )
-    if atol is not None and not 0 < atol < 1:
-        raise ValueError(f"`atol` is {atol}; expected a number between 0 and 1, or None.")
-    return float(rtol), atol
+    if atol is None:
+        return rtol, None
+    between = "a number between 0 and 1, or None"
+    return rtol, number("atol", atol, between, lambda value: 0 < value < 1)

@@ -15,6 +15,7 @@ from gflow.dynamics.far import FarRun, hand_over_error
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.following import Stop
 from gflow.dynamics.near import NearRun
+from gflow.dynamics.reasons import SADDLE, at_level_zero
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.targets import Target
@@ -27,10 +28,6 @@ Solver = diffrax.AbstractAdaptiveSolver | SlowManifold
 
 ARRIVED = 1e-9
 """The clock lands on a risk up to the integration error of the risk itself."""
-
-SADDLE = 1e-4
-"""A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
-on which side the flow would leave it is beyond the tolerances."""
 
 UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
 """A margin of this size is uncertain by one: which points share the slope is then no longer known
@@ -178,12 +175,7 @@ class FlowRun:
             _, squared_slope = risk_and_slope(self.problem, self.now.weights)
             slope = float(np.sqrt(squared_slope))
             if not slope > SADDLE * self.first_slope:
-                return End(
-                    "stalled",
-                    f"the flow runs into a saddle at R = R(0), with |grad log R| = {slope:.2g}, as "
-                    "it may from a start with R(W(0)) > R(0); a time clock "
-                    "(`until=gflow.Time(...)`) shows the approach",
-                )
+                return End("stalled", at_level_zero(self.problem, slope))
             self.above_zero = False
         while self.manifold is not None and isinstance(self.now, NearRun):
             compared = self.early is not None or not self.compares

@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ from gflow.dynamics.checkpoint import Checkpoint, CheckpointError, End
 from gflow.dynamics.progress import ProgressBar
 from gflow.dynamics.recorder import Recorder
 from gflow.dynamics.until import AbstractRule, save_grid
+from gflow.problem.arguments import file_path, flag
 
 
 class Stop(NamedTuple):
@@ -78,6 +78,8 @@ def follow(
         path: of the checkpoint, if there is to be one.
     """
     lead, *others = rules
+    flag("progress", progress, none=True)
+    file = None if path is None else file_path("checkpoint", path)
     run.save(recorder)
     standing = run.progress(rules)
     for rule, at in zip(rules, standing, strict=True):
@@ -86,7 +88,7 @@ def follow(
     grid = save_grid(lead, standing[0], save)
     ends = [Stop(rule, rule.goal) for rule in others]
     kept = Checkpoint(
-        None if path is None else Path(path),
+        file,
         lambda: run.identity(recorder, rules, grid),
         run,
         recorder,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gflow import record
+from gflow.names import merged
 from gflow.quantities import quantity
 from gflow.record import Variable
 
@@ -76,14 +77,18 @@ def joined(
             found["support_points"] = (dims, values, told)
         else:
             found[name] = padded(column)
+    facts: dict[str, Variable] = {}
     for name, kind in PER_MEMBER.items():
         values = [_told(one, name) for one in members]
         if any(value is not None for value in values):
             unknown = "" if kind is str else np.nan
             typed = [unknown if value is None else kind(value) for value in values]
-            found[name] = (("member",), np.array(typed), {"long_name": name})
+            under = f"{name}_used" if name in coordinates else name
+            facts[under] = (("member",), np.array(typed), {"long_name": name})
     for name, values in more.items():
-        found[name] = (("member",), np.asarray(values), {"long_name": name})
+        facts[name] = (("member",), np.asarray(values), {"long_name": name})
+    found = merged(found, facts)
+    merged(found, coordinates)
     common = agreed([one.attrs for one in whole], but=PER_MEMBER)
     one = record.assemble(found, {**common, "num_members": len(members), **attrs})
     return one.assign_coords({name: ("member", list(each)) for name, each in coordinates.items()})

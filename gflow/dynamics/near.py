@@ -15,19 +15,16 @@ from gflow.dynamics import clocks, stepping
 from gflow.dynamics.checkpoint import End, carry_of
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.progress import Pace
+from gflow.dynamics.reasons import why_stalled
 from gflow.dynamics.stepping import Carry, Limits
 from gflow.dynamics.targets import Target, out_of_steps
 from gflow.dynamics.tolerance import FunctionTolerance, Tolerance, default_atol
 from gflow.dynamics.until import AbstractRule, anonymous
-from gflow.problem.network import Array, Weights, as_array, end_to_end
-from gflow.problem.observables import is_deep_linear
+from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.risk import Problem, risk_and_slope
 
 ATTEMPTS_AT_FIRST = 64
 """Steps tried in the first call, before their speed is known."""
-
-LARGE_TERMS = 1e4
-"""Margins whose terms are so many times larger have lost digits worth telling."""
 
 
 class NearRun:
@@ -56,7 +53,9 @@ class NearRun:
             if function_space
             else of_weights
         )
-        s = clock.read(float(risk_and_slope(problem, weights)[0]), -math.inf)
+        log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
+        self.first_slope = math.sqrt(squared)
+        s = clock.read(log_risk, -math.inf)
         self._begin(as_array(np.float64(s)), state)
 
     def _begin(self, s: Array, state: FlowState, before: Carry | None = None) -> None:
@@ -199,6 +198,10 @@ class NearRun:
             self._begin(self.carry.s, self.carry.state, self.carry)
         return int(reason)
 
+    def _why_stalled(self) -> End:
+        rtol = float(self.tolerance.rtol)
+        return why_stalled(self.field.problem, self.weights, self.first_slope, rtol)
+
     def _land_first(self, watched: list[Target]) -> Target:
         """Land on the earliest of the watched rules that the last step crossed."""
         crossed = [target for target in watched if self.progress(target.rule) >= target.progress]
@@ -215,50 +218,6 @@ class NearRun:
         first = int(np.argmin([float(carry.s) for carry in landed]))
         self.carry = landed[first]
         return crossed[first]
-
-    def _why_stalled(self) -> End:
-        log_risk, squared = risk_and_slope(self.field.problem, self.weights)
-        where = f"shorter steps did not help at log R = {float(log_risk):.6g}"
-        slope = f"|grad log R| = {math.sqrt(float(squared)):.2g}"
-        if float(log_risk) >= float(self.field.problem.log_risk_at_zero()):
-            return End(
-                "stalled",
-                f"{where}, not below that of zero weights, with {slope}: the flow is running into "
-                "a saddle, which it may from a start with R(W(0)) > R(0); a time clock "
-                "(`until=gflow.Time(...)`) shows the approach",
-            )
-        if not self.field.problem.data.separable:
-            return End(
-                "stalled",
-                f"{where}, with {slope}: the data are not separable, so that the risk has a "
-                "positive infimum; a time clock (`until=gflow.Time(...)`) shows the approach",
-            )
-        return End(
-            "precision_lost",
-            f"{where}, with {slope}: the error estimate does not fall with the step, round-off "
-            f"exceeds the tolerance{self._why_rounded()}; try a larger `rtol` than "
-            f"{float(self.tolerance.rtol):.0e}",
-        )
-
-    def _why_rounded(self) -> str:
-        """What makes round-off large, where that is known."""
-        problem = self.field.problem
-        if not is_deep_linear(problem):
-            return (
-                ", or the network has a kink there (as ReLU), at which the field jumps and no step "
-                "is short enough"
-            )
-        w, z = np.asarray(end_to_end(self.weights)), np.asarray(problem.data.signed_inputs)
-        terms = float(np.max(np.abs(z) @ np.abs(w)))
-        smallest = float(np.min(z @ w))
-        if terms < LARGE_TERMS * max(1.0, abs(smallest)):
-            return ""
-        lost = float(np.finfo(np.float64).eps) * terms
-        return (
-            f" (margins are sums of terms of size {terms:.1g}, which float64 holds to {lost:.0e}, "
-            "as for data that are almost not separable; once every margin exceeds 1 the default "
-            "solver goes on in coordinates without this loss)"
-        )
 
 
 @eqx.filter_jit

@@ -1,6 +1,7 @@
 """How gflow holds an optax optimiser: with extra arguments, comparable, and described in words."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,19 +37,42 @@ def transformation(rule: Any) -> optax.GradientTransformationExtraArgs:
 def with_extra_arguments(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser, taking extra arguments and ignoring them if it knows none.
+    """The optimiser, taking extra arguments and ignoring those that it does not know.
 
     As ``optax.with_extra_args_support``, but equal for equal optimisers: nothing is compiled twice.
     """
-    if isinstance(optimizer, optax.GradientTransformationExtraArgs):
+    known = extra_arguments(optimizer)
+    if known is None and isinstance(optimizer, optax.GradientTransformationExtraArgs):
         return optimizer
-    return transformation(PlainOptimizer(optimizer))
+    return transformation(PlainOptimizer(optimizer, known or ()))
+
+
+def without_extra_arguments(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, ignoring all extra arguments: parts of it may take none."""
+    return transformation(PlainOptimizer(optimizer, ()))
+
+
+def extra_arguments(optimizer: optax.GradientTransformation) -> tuple[str, ...] | None:
+    """The names of the extra arguments that an optimiser takes; None if it takes any."""
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return ()
+    try:
+        parameters = inspect.signature(optimizer.update).parameters.values()
+    except (TypeError, ValueError):  # a callable that does not tell
+        return None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    named = [each.name for each in parameters if each.kind is not each.POSITIONAL_ONLY]
+    return tuple(name for name in named if name not in ("updates", "state", "params"))
 
 
 class PlainOptimizer(eqx.Module):
-    """An optimiser that ignores extra arguments."""
+    """An optimiser that is not given the extra arguments that it does not know."""
 
     inner: optax.GradientTransformation
+    known: tuple[str, ...] = eqx.field(static=True)
 
     @property
     def along_gradient(self) -> bool:
@@ -59,7 +83,8 @@ class PlainOptimizer(eqx.Module):
         return self.inner.init(params)
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        return self.inner.update(updates, state, params)
+        extra = {name: value for name, value in extra.items() if name in self.known}
+        return self.inner.update(updates, state, params, **extra)
 
     def __repr__(self) -> str:
         return describe(self.inner)
@@ -90,9 +115,8 @@ def opened(
         return transformation(dataclasses.replace(rule, inner=opened(rule.inner)))
     if isinstance(rule, eqx.Module):  # one of ours
         return with_extra_arguments(optimizer)
-    extra = isinstance(optimizer, optax.GradientTransformationExtraArgs)
     functions = open_function(optimizer.init), open_function(optimizer.update)
-    return transformation(OpenOptimizer(*functions, extra))
+    return transformation(OpenOptimizer(*functions, extra_arguments(optimizer)))
 
 
 class OpenOptimizer(eqx.Module):
@@ -100,16 +124,18 @@ class OpenOptimizer(eqx.Module):
 
     start: Callable
     move: Callable
-    extra: bool = eqx.field(static=True)
-    """Whether it takes extra arguments."""
+    known: tuple[str, ...] | None = eqx.field(static=True)
+    """The extra arguments that it takes; None if any."""
 
     def init(self, params: Any) -> Any:
         return self.start(params)
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        # Numbers that were weakly typed are not any more.
+        # A state of low precision meets float64 gradients.
+        if self.known is not None:
+            extra = {name: value for name, value in extra.items() if name in self.known}
         with jax.numpy_dtype_promotion("standard"):
-            return self.move(updates, state, params, **(extra if self.extra else {}))
+            return self.move(updates, state, params, **extra)
 
     @property
     def along_gradient(self) -> bool:

@@ -4,16 +4,19 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gflow import record
+from gflow.dynamics import extras
+from gflow.dynamics.extras import Observable as Observable
+from gflow.names import merged
 from gflow.problem import observables as obs
+from gflow.problem.arguments import flag
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import Array, Weights, widths
 from gflow.problem.risk import Problem
@@ -21,8 +24,6 @@ from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
     import xarray as xr
-
-Observable = Callable[[Problem, Weights], Array]
 
 
 class Recorder:
@@ -41,14 +42,8 @@ class Recorder:
     ):
         self.problem = problem
         self.start = weights
-        self.extra = dict(observables or {})
-        for name, function in self.extra.items():
-            if not callable(function) or name in record.VARIABLES:
-                raise ValueError(
-                    f"`observables[{name!r}]` is {function!r}; expected a function of "
-                    "(problem, weights) under a name that the record does not use already."
-                )
-        self.keep_weights = keep_weights
+        self.extra = extras.checked(observables, problem, weights)
+        self.keep_weights = bool(flag("keep_weights", keep_weights))
         self.deep_linear = obs.is_deep_linear(problem)
         self.reference = None
         if self.deep_linear:
@@ -69,8 +64,9 @@ class Recorder:
             values: observables known better than from the weights, which replace them.
             scalars: further variables.
         """
-        found = _evaluate(self.problem, weights, self.reference, tuple(self.extra.items()))
-        self.points.append({**found, **(values or {}), **scalars})
+        found = {**_evaluate(self.problem, weights, self.reference), **(values or {})}
+        more = extras.evaluate(self.extra, self.problem, weights)
+        self.points.append(merged(found, more, scalars))
         self.last = weights
         if self.keep_weights:
             self.kept.append(jax.tree.map(np.asarray, weights))
@@ -136,7 +132,7 @@ class Recorder:
 
     def contents(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> dict:
         """The arguments of ``record.build`` for this record."""
-        columns = {**self.columns(len(self.points)), **(more or {})}
+        columns = merged(self.columns(len(self.points)), more or {})
         dims: dict[str, tuple[str, ...]] = {}
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
         for label, weights in (("initial", self.start), ("final", self.last)):
@@ -230,13 +226,10 @@ def _evaluate(
     problem: Problem,
     weights: Weights,
     reference: obs.Reference | None,
-    extra: tuple[tuple[str, Observable], ...],
 ) -> dict[str, Array]:
     if reference is None:
-        values = obs.general(problem, weights)
-    else:
-        values = obs.standard(problem, weights, reference)
-    return values | {name: jnp.asarray(function(problem, weights)) for name, function in extra}
+        return obs.general(problem, weights)
+    return obs.standard(problem, weights, reference)
 
 
 @eqx.filter_jit

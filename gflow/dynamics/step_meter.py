@@ -12,6 +12,7 @@ along the gradient, $\eta = -\langle u, \nabla R\rangle/\lVert\nabla R\rVert^2$ 
 exact whenever $u$ is a multiple of the gradient. An update that points uphill counts as zero.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ import optax
 from gflow.dynamics.optimizers import with_extra_arguments
 from gflow.dynamics.step_sizes import OnLogRisk
 from gflow.problem.network import Array, Weights, inner_product
+
+SINGLE = float(np.finfo(np.float32).eps)
+"""A negative step that is smaller than the time so far by this factor is a zero with round-off."""
 
 
 class Elapsed(eqx.Module):
@@ -97,9 +101,13 @@ class StepMeter(eqx.Module):
         if self.constant:
             return self._after(elapsed, elapsed.num_steps + 1)
         answer, state = self._answer(elapsed)
-        log_step = jnp.log(jnp.maximum(-answer, 0.0))
+        step = -answer
+        # Schedules count in float32, and may end a little below the zero that they are to end at.
+        is_zero = jnp.log(jnp.abs(step)) < elapsed.log_time + math.log(SINGLE)
+        step = jnp.where((step < 0) & is_zero, 0.0, step)
+        log_step = jnp.log(jnp.maximum(step, 0.0))
         log_step = log_step - log_risk if self.on_log_risk else log_step
-        return elapsed.add(-answer, log_step, state)
+        return elapsed.add(step, log_step, state)
 
     def _after(self, elapsed: Elapsed, num_steps: Array) -> Elapsed:
         """After so many steps in all, each of the same length: T is their number times it."""
@@ -121,12 +129,13 @@ class StepMeter(eqx.Module):
 
     def _answer(self, elapsed: Elapsed) -> tuple[Array, Any]:
         update, state = self.optimizer.update(jnp.ones(()), elapsed.meter_state, jnp.zeros(()))
-        return jnp.asarray(update), state
+        return jnp.asarray(update, jnp.float64), state
 
     def measured_step(
         self, elapsed: Elapsed, updates: Weights, log_risk: Array, log_gradient: Weights
     ) -> Elapsed:
         r"""After an update at weights with the given $\log R$ and $g = \nabla\log R$."""
+        updates = jax.tree.map(lambda u, g: jnp.asarray(u, g.dtype), updates, log_gradient)
         along = -inner_product(updates, log_gradient)
         squared_norm = inner_product(log_gradient, log_gradient)
         stands = squared_norm == 0
@@ -157,38 +166,55 @@ class StepMeter(eqx.Module):
 
 
 def works_entry_by_entry(optimizer: optax.GradientTransformation, weights: Weights) -> bool:
-    """Whether each entry's update depends on that entry's gradients and weight alone.
+    """Whether each entry's update is a function of its own gradients, and of them alone.
 
-    Tried on a few random gradients, from tiny to huge: one entry of every array, given to the
-    optimiser by itself, must get the update that it gets among all the others. An optimiser that
-    cannot be run like this, or that does not move, is taken not to.
+    Tried on a few random gradients of either sign, from tiny to huge: one entry of every array,
+    given to the optimiser by itself, must get the update that it gets among all the others, and at
+    weight zero, where the nominal step is asked for, the same as at its own weight. What no
+    gradient would get, as by decay of the weights, is taken off first. An optimiser that cannot be
+    run like this, or that does not move, is taken not to.
     """
     leaves = jax.tree.leaves(weights)
     if sum(np.size(leaf) for leaf in leaves) < 2:
         return False
     rng = np.random.default_rng(0)
-    scales = np.array([1.0, 1e-8, 1e8])
+    scales = np.array([1.0, 1e-8, 1e8, -1.0, -1e-8, -1e8])
     gradients = jax.tree.map(
         lambda leaf: (
             scales.reshape(-1, *[1] * np.ndim(leaf))
-            * rng.normal(size=(len(scales), *np.shape(leaf)))
+            * np.abs(rng.normal(size=(len(scales), *np.shape(leaf))))
         ),
         weights,
     )
     try:
-        among, alone = (np.asarray(result) for result in _trial(optimizer, weights, gradients))
+        trials = (np.asarray(result) for result in _trial(optimizer, weights, gradients))
+        among, alone, gain, at_zero, decay = trials
     except Exception:
         # Whatever an unknown optimiser raises when it is given less than it needs.
         return False
+    if among.shape != alone.shape:  # numbers of its own that are no scalars
+        return False
     same = np.allclose(among, alone, rtol=1e-9, atol=0.0)
+    lost = 1e-14 * np.abs(decay)  # by taking the decay off
+    same &= bool(np.all(np.abs(gain - at_zero) <= 1e-9 * np.abs(gain) + lost))
     return bool(same and np.all(np.isfinite(among)) and np.any(among != 0))
+
+
+def _many(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Array, Any]]:
+    """The optimiser's `update` of many weights, each by itself."""
+    update: Any = optimizer.update
+    return jax.vmap(update)
 
 
 @eqx.filter_jit
 def _trial(
     optimizer: optax.GradientTransformation, weights: Weights, gradients: Weights
-) -> tuple[Array, Array]:
-    """The last entry of each array's updates, among the others and alone: (trials, arrays)."""
+) -> tuple[Array, ...]:
+    """The last entry of each array's updates, (trials, arrays).
+
+    Among the others; alone; that less what no gradient gets; the same at weight zero; what no
+    gradient gets.
+    """
 
     def last_entries(tree: Weights) -> Array:
         return jnp.stack([jnp.ravel(leaf)[-1] for leaf in jax.tree.leaves(tree)])
@@ -197,8 +223,12 @@ def _trial(
 
     def trial(states: tuple[Any, Any], gradient: Weights) -> tuple[tuple[Any, Any], Any]:
         updates, state = optimizer.update(gradient, states[0], weights)
-        answers, lone = jax.vmap(optimizer.update)(last_entries(gradient), states[1], entries)
-        return (state, lone), (last_entries(updates), answers)
+        own, update = last_entries(gradient), _many(optimizer)
+        answers, lone = update(own, states[1], entries)
+        none, zero = jnp.zeros_like(own), jnp.zeros_like(entries)
+        idle, _ = update(none, states[1], entries)
+        at_zero = update(own, states[1], zero)[0] - update(none, states[1], zero)[0]
+        return (state, lone), (last_entries(updates), answers, answers - idle, at_zero, idle)
 
     start = optimizer.init(weights), jax.vmap(optimizer.init)(entries)
     _, results = jax.lax.scan(trial, start, gradients)

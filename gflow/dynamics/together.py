@@ -11,15 +11,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics import iterating
 from gflow.dynamics.iterating import Carry, Descent, Goals, Watch
+from gflow.problem import settings
 from gflow.problem.network import Array
 
 _CALLS: "ContextVar[Calls | None]" = ContextVar("calls", default=None)
@@ -57,7 +59,7 @@ def side_by_side(runs: Sequence[Callable[[], None]], workers: int) -> None:
             calls.leave()
 
     with ThreadPoolExecutor(max(workers, 1)) as threads:
-        parts = [threads.submit(work) for _ in range(workers)]
+        parts = [threads.submit(copy_context().run, work) for _ in range(workers)]
         try:
             for part in parts:
                 part.result()
@@ -117,7 +119,7 @@ class Calls:
         for kind, group in alike.items():
             requests = [self.requests[who] for who in group]
             try:
-                with jax.enable_x64(True):
+                with settings.own():
                     answers = self._joined(kind, requests)
             except Exception as error:  # each member tells it as its own
                 answers = [error] * len(group)
@@ -139,13 +141,18 @@ class Calls:
             if isinstance(leaf, _Shape):
                 same = all(each is column[0] for each in column)
                 axes.append(None if same else 0)
-                varying.append(column[0] if same else np.stack([np.asarray(c) for c in column]))
+                varying.append(column[0] if same else _stacked(column, weak=leaf[-1]))
         after = jax.device_get(_advance_all(structure, told, tuple(axes), *varying))
         return [jax.tree.map(lambda leaf, k=k: leaf[k], after) for k in range(len(requests))]
 
 
+def _stacked(column: Sequence[Any], *, weak: bool) -> Any:
+    """Arrays on a new leading axis; numbers of an optimiser stay weakly typed."""
+    return jnp.stack(column) if weak else np.stack([np.asarray(each) for each in column])
+
+
 class _Shape(tuple):
-    """Of an array, where a leaf of another kind stands for itself."""
+    """Of an array, and whether it is weakly typed; a leaf of another kind stands for itself."""
 
     __slots__ = ()
 
@@ -154,7 +161,7 @@ def _kind(request: Any) -> tuple[Any, tuple[Any, ...]]:
     """What requests that can be joined have in common."""
     leaves, structure = jax.tree.flatten(request)
     return structure, tuple(
-        _Shape((leaf.shape, str(leaf.dtype)))
+        _Shape((leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)))
         if isinstance(leaf, jax.Array | np.ndarray | np.generic)
         else leaf
         for leaf in leaves

@@ -6,6 +6,7 @@ sensible one (roughly the logarithm of the coordinate).
 """
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
@@ -16,9 +17,12 @@ import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
-from gflow.problem.arguments import whole
+from gflow.problem.arguments import is_number, numbers_of, shown, whole
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
+
+LARGE = 10.0
+"""A log risk to fall to that is likely to have the wrong sign."""
 
 LEAST = 1e-300
 """A variable that tends to zero is followed down to this."""
@@ -68,6 +72,11 @@ class AbstractRule(eqx.Module):
         return progress
 
     @property
+    def doubt(self) -> str | None:
+        """Why this is hardly what was meant, if there is a reason to think so."""
+        return None
+
+    @property
     def goal(self) -> float:
         """The progress at which the rule is met."""
         return float(self.progress_of(np.array([self.value], dtype=np.float64))[0])
@@ -84,6 +93,15 @@ class LogRisk(AbstractRule):
 
     def __init__(self, value: float):
         self.value = _finite("LogRisk", value)
+
+    @property
+    def doubt(self) -> str | None:
+        if self.value < LARGE:
+            return None
+        return (
+            f"hardly any run begins above the risk exp({self.value:g}). Small risks have negative "
+            f"logarithms: is it LogRisk({-self.value:g})?"
+        )
 
     def progress(self, at: Coordinates) -> Array:
         return jnp.arcsinh(-at.log_risk)
@@ -139,8 +157,8 @@ class Steps(AbstractRule):
     value: int
 
     def __init__(self, value: int):
-        if int(value) != value or value < 1:
-            raise ValueError(f"`Steps({value})`: expected a positive whole number of steps.")
+        if not whole(value) or value < 1:
+            raise ValueError(f"`Steps({shown(value)})`: expected a positive whole number of steps.")
         self.value = int(value)
 
     def progress(self, at: Coordinates) -> Array:
@@ -247,10 +265,12 @@ class AnyOf(eqx.Module):
 
 def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
     """The rules joined in ``until``, the leading one first."""
-    if isinstance(until, AnyOf):
-        return until.rules
-    if isinstance(until, AbstractRule):
-        return (until,)
+    if isinstance(until, AbstractRule | AnyOf):
+        rules = until.rules if isinstance(until, AnyOf) else (until,)
+        for rule in rules:
+            if rule.doubt:
+                warnings.warn(f"`until` holds {rule!r}: {rule.doubt}", UserWarning, stacklevel=3)
+        return rules
     raise ValueError(
         f"`until` is {until!r}; expected a stopping rule: gflow.LogRisk(v), Time(t), LogTime(v), "
         "Steps(k), Misalignment(v), MarginGap(v) or KKT(v), joined with | if there are several."
@@ -294,7 +314,7 @@ def save_grid(
             start = goal - count  # the variable is undefined there
         grid = rule.rounded(np.linspace(start, goal, count))
         return np.append(np.unique(grid[(grid > start) & (grid < goal)]), goal)
-    values = np.asarray(save, dtype=np.float64)
+    values = numbers_of("save", save)
     if values.ndim != 1 or not np.all(np.isfinite(values)):
         raise ValueError(
             f"`save` has shape {values.shape} or entries that are not finite; expected a 1-d "
@@ -316,10 +336,9 @@ def save_grid(
 
 
 def _finite(name: str, value: float) -> float:
-    value = float(value)
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}({value})`: expected a finite number.")
-    return value
+    if not is_number(value) or not math.isfinite(value):
+        raise ValueError(f"`{name}({shown(value)})`: expected a finite number.")
+    return float(value)
 
 
 def _positive(name: str, value: float) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from gflow.problem import tables
+from gflow.problem.arguments import expect_unmasked, is_number, numbers_of, shown
 from gflow.problem.max_margin import MaxMargin, max_margin
 
 # The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
@@ -52,8 +53,8 @@ class Dataset(eqx.Module):
     def __init__(
         self, inputs: ArrayLike | Sequence, labels: ArrayLike | Sequence, *, name: str = "data"
     ):
-        inputs = _real_array("inputs", inputs)
-        labels = _real_array("labels", labels)
+        inputs = numbers_of("inputs", inputs, booleans=True)
+        labels = _labels(labels)
         _check_inputs(inputs)
         _check_labels(labels, len(inputs))
         self.inputs = _frozen(inputs)
@@ -112,8 +113,10 @@ class Dataset(eqx.Module):
 
     def with_bias(self, value: float = 1.0) -> "Dataset":
         """The same data with one more feature, last, that is `value` for every point."""
-        if not (np.isfinite(value) and value != 0.0):
-            raise ValueError(f"`value` is {value!r}; expected a finite number other than zero.")
+        if not (is_number(value) and np.isfinite(value) and value != 0.0):
+            raise ValueError(
+                f"`value` is {shown(value)}; expected a finite number other than zero."
+            )
         constant = np.full((self.num_points, 1), float(value))
         return Dataset(np.concatenate([self.inputs, constant], axis=1), self.labels, name=self.name)
 
@@ -121,7 +124,7 @@ class Dataset(eqx.Module):
         if not isinstance(self.inputs, np.ndarray):  # inside a transformation
             return f"Dataset(name={self.name!r}, inputs={self.inputs}, labels={self.labels})"
         positive = int((self.labels > 0).sum())
-        largest = np.linalg.norm(self.inputs, axis=1).max()
+        largest = _largest_norm(self.inputs)
         solution = _SOLUTIONS.get(id(self))
         known = "" if solution is None else f", {solution.summary}"
         return (
@@ -253,18 +256,39 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _real_array(argument: str, value: Any) -> np.ndarray:
+def _largest_norm(inputs: np.ndarray) -> float:
+    """The largest norm of a row, whose square may be beyond float64's range."""
+    largest = float(np.abs(inputs).max())
+    if largest == 0.0:
+        return 0.0
+    return largest * float(np.linalg.norm(inputs / largest, axis=1).max())
+
+
+def _labels(values: Any) -> np.ndarray:
+    """Labels as numbers, with the conversion of what are none."""
+    expect_unmasked("labels", values)
     try:
-        array = np.asarray(value)
-    except ValueError as error:
+        array = np.asarray(values)
+    except Exception:
+        return numbers_of("labels", values)  # says what is wrong
+    kinds = {type(each) for each in array.flat} if array.dtype == object else {array.dtype.type}
+    words = any(issubclass(kind, str | bytes) for kind in kinds)
+    gaps = [k for k, each in enumerate(array.flat) if words and not isinstance(each, str | bytes)]
+    if gaps and array.ndim == 1:
         raise ValueError(
-            f"`{argument}` is not a table: {error}. Expected rows of equal length."
-        ) from error
-    if array.dtype.kind not in "fiub" or array.dtype == object:
-        raise ValueError(f"`{argument}` has the type {array.dtype}; expected real numbers.")
-    if argument == "labels" and array.dtype == bool:
+            f"`labels[{gaps[0]}]` is {shown(array[gaps[0]])}; expected a label at every point. "
+            "Drop the points without one."
+        )
+    if array.size and all(issubclass(kind, bool | np.bool_) for kind in kinds):
         raise ValueError("`labels` are booleans; expected -1 and +1. Convert: 2.0 * labels - 1.0")
-    return array.astype(np.float64)
+    if words:
+        last = np.unique(array.astype(str))[-1]
+        raise ValueError(
+            f"`labels` has the type {array.dtype}; expected real numbers, -1 and +1. Convert: "
+            f"np.where(np.asarray(labels) == {str(last)!r}, 1.0, -1.0), after points without a "
+            "label are dropped."
+        )
+    return numbers_of("labels", values)
 
 
 def _check_inputs(inputs: np.ndarray) -> None:

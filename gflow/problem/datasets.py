@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gflow.problem.arguments import numbers_of
 from gflow.problem.data import Dataset
 
 # -------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def one_datum(z: Sequence[float] = (1.0, 0.9, 0.3)) -> Dataset:
     The default tells norms apart: the direction of the largest margin is $z/\lVert z\rVert$ for
     norm 2, $(1, 1, 1)$ for norm infinity and $(1, 0, 0)$ for norm 1.
     """
-    return Dataset(np.asarray(z, dtype=np.float64)[None, :], [1.0], name="one datum")
+    return Dataset(numbers_of("z", z)[None, :], [1.0], name="one datum")
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -8,9 +8,10 @@ same on every machine and every version of JAX.
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import jax
 import numpy as np
 
+from gflow.problem import settings
+from gflow.problem.arguments import numbers_of
 from gflow.problem.network import check_weights, end_to_end
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
@@ -74,7 +75,7 @@ def balanced(
     if end_to_end is None:
         sigma = float(scale)
     else:
-        direction = np.asarray(end_to_end, dtype=np.float64)
+        direction = numbers_of("end_to_end", end_to_end)
         if direction.shape != (shapes[0][1],) or not np.all(np.isfinite(direction)):
             raise ValueError(
                 f"`end_to_end` has shape {direction.shape}; expected ({shapes[0][1]},) finite "
@@ -108,6 +109,7 @@ def from_arrays(arrays: Sequence[np.ndarray]) -> LayerWeights:
     return tuple(np.array(layer) for layer in check_weights(tuple(arrays)))
 
 
+@settings.own()
 def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
     r"""The nearest start of the same shape that satisfies $R(W(0)) \le R(0)$.
 
@@ -120,16 +122,15 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
         ValueError: when the product is orthogonal to the gradient at zero, so no scaling helps.
     """
     *rest, last = from_arrays(weights)
-    with jax.enable_x64(True):
-        at_zero = float(problem.log_risk_at_zero())
+    at_zero = float(problem.log_risk_at_zero())
 
-        def excess(factor: float) -> float:
-            return float(risk_and_slope(problem, (*rest, factor * last))[0]) - at_zero
+    def excess(factor: float) -> float:
+        return float(risk_and_slope(problem, (*rest, factor * last))[0]) - at_zero
 
-        if excess(1.0) <= ROUND_OFF:
-            return (*rest, last)
-        # R(0) has the gradient l'(0) mean_i z_i, with l' < 0.
-        w = np.asarray(end_to_end((*rest, last)))
+    if excess(1.0) <= ROUND_OFF:
+        return (*rest, last)
+    # R(0) has the gradient l'(0) mean_i z_i, with l' < 0.
+    w = np.asarray(end_to_end((*rest, last)))
     factor = float(np.sign(np.mean(problem.data.signed_inputs, axis=0) @ w))
     if factor == 0.0:
         raise ValueError(
@@ -137,9 +138,8 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
             "no sign or scale of the last layer brings the risk below that of zero. Use another "
             "seed, or `gflow.init.zero_first`."
         )
-    with jax.enable_x64(True):
-        while excess(factor) > ROUND_OFF:
-            factor /= 2
+    while excess(factor) > ROUND_OFF:
+        factor /= 2
     return (*rest, factor * last)
 
 

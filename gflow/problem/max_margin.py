@@ -80,6 +80,11 @@ class MaxMargin(eqx.Module):
         return self.duality_gap / self.margin_upper if self.margin_upper > 0.0 else 0.0
 
     @property
+    def verdict(self) -> str:
+        """Whether the data are separable through the origin, in a sentence."""
+        return "the data are not separable, so that the risk has a positive infimum"
+
+    @property
     def summary(self) -> str:
         """The verdict in a few words."""
         if self.separable:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.data import Dataset
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def as_array(values: Any) -> Array:
     """``values``, which are NumPy's, where an array of either kind is taken."""
     return values
 
+
+FEW_POINTS = 8
+"""Points on which the degree of a network is tried."""
+
+OFF_DEGREE = 1e-2
+"""Relative difference from it: networks may compute in low precision."""
 
 Weights = PyTree[Array]
 """A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
@@ -121,6 +128,18 @@ class Network(AbstractNetwork):
     apply: Callable[[Any, Array], Array] = eqx.field(static=True)
     homogeneity: float | None = eqx.field(static=True, default=None)
 
+    def __check_init__(self):
+        if not callable(self.apply):
+            raise ValueError(
+                f"`apply` is {shown(self.apply)}; expected the function `apply(weights, x)`."
+            )
+        degree = self.homogeneity
+        if degree is not None and not (is_number(degree) and 0 < degree < np.inf):
+            raise ValueError(
+                f"`homogeneity` is {shown(degree)}; expected the degree L > 0 with "
+                "f(aW; x) = a^L f(W; x), or None if there is none."
+            )
+
     def design(self, data: Dataset) -> None:
         return None
 
@@ -140,20 +159,79 @@ class Network(AbstractNetwork):
         return coordinates, pull
 
     def check(self, weights: Weights, data: Dataset) -> Weights:
-        weights = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=np.float64), weights)
+        weights = float_leaves("weights", weights)
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
             if not np.all(np.isfinite(leaf)):
                 raise ValueError(
                     f"`weights{jax.tree_util.keystr(path)}` has NaN or infinite entries; "
                     "expected finite numbers."
                 )
-        out = jax.eval_shape(self.apply, weights, data.inputs[0])
-        if out.shape != ():
+        try:
+            out = jax.eval_shape(self.apply, weights, data.inputs[0])
+        except Exception as error:  # whatever it is, it is the network's
             raise ValueError(
-                f"`apply(weights, x)` returns shape {out.shape}; expected a scalar, shape (). "
+                f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given the "
+                f"weights and one point `x` of shape ({data.dim},), and is traced by JAX."
+            ) from error
+        if getattr(out, "shape", None) != ():
+            what = f"shape {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
+            raise ValueError(
+                f"`apply(weights, x)` returns {what}; expected a scalar, shape (). "
                 "Only networks with one output are supported: index or squeeze the output."
             )
+        if self.homogeneity is not None:
+            self._check_homogeneity(weights, data)
         return weights
+
+    def _check_homogeneity(self, weights: Weights, data: Dataset) -> None:
+        """Raise where f(2W) = 2^L f(W) does not hold, on a few points."""
+        assert self.homogeneity is not None
+        few = jnp.asarray(data.inputs[:FEW_POINTS])
+        double = jax.tree.map(lambda leaf: 2 * leaf, weights)
+        one, two = (
+            np.asarray(jax.vmap(lambda x, at=at: self.apply(at, x))(few), dtype=np.float64)
+            for at in (weights, double)
+        )
+        expected = 2.0**self.homogeneity * one
+        worst = int(np.argmax(np.abs(two - expected)))
+        if not np.all(np.abs(two - expected) <= OFF_DEGREE * (np.abs(two) + np.abs(expected))):
+            raise ValueError(
+                f"`homogeneity` is {self.homogeneity:g}, but with twice the weights the output is "
+                f"{two[worst]:.6g} instead of 2^{self.homogeneity:g} times {one[worst]:.6g}; "
+                "expected the degree of the network, or None if it has none, as with biases."
+            )
+
+
+def float_leaves(argument: str, weights: Weights) -> Weights:
+    """Any pytree of weights as float64 NumPy arrays.
+
+    Raises:
+        ValueError: that names a leaf which is not to be trained: a function, a setting, an integer.
+    """
+
+    def converted(path: Any, leaf: Any) -> np.ndarray:
+        where = argument + jax.tree_util.keystr(path)
+        try:
+            kind = np.asarray(leaf).dtype.kind
+        except TypeError:  # a random key
+            kind = "O"
+        if kind in "fV":
+            return numbers_of(where, leaf)
+        outside = (
+            "Keep the rest out of the weights: `arrays, rest = equinox.partition(model, "
+            "equinox.is_inexact_array)`, with `equinox.combine(arrays, rest)` in the network."
+        )
+        if kind in "iub":
+            raise ValueError(
+                f"`{where}` is of the type {np.asarray(leaf).dtype}, {shown(leaf)}; expected real "
+                f"numbers with a decimal point: every leaf is trained. {outside}"
+            )
+        raise ValueError(
+            f"`{where}` is {shown(leaf)}; expected an array of real numbers: every leaf is "
+            f"trained. {outside}"
+        )
+
+    return jax.tree_util.tree_map_with_path(converted, weights)
 
 
 def left_products(weights: Weights) -> list[Array]:
@@ -222,7 +300,7 @@ def check_weights(weights: Sequence[Any]) -> tuple[np.ndarray, ...]:
         raise ValueError("`weights` is empty; expected at least one matrix, shape (1, d).")
     checked: list[np.ndarray] = []
     for k, layer in enumerate(weights):
-        matrix = np.asarray(layer, dtype=np.float64)
+        matrix = numbers_of(f"weights[{k}]", layer)
         if matrix.ndim != 2:
             raise ValueError(
                 f"`weights[{k}]` has shape {matrix.shape}; expected a matrix, "

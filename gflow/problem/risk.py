@@ -9,6 +9,7 @@ g = \nabla\log R = -\sum_i s_i \nabla q_i, \qquad
 s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gflow.problem import settings
 from gflow.problem.arguments import expect
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Logistic
@@ -91,7 +93,7 @@ class Problem(eqx.Module):
                 "expected equally many on each. Choose fewer devices, or leave points out."
             )
         rows = NamedSharding(Mesh(np.array(devices), ("points",)), PartitionSpec("points", None))
-        with jax.enable_x64(True):
+        with settings.own():
             design = jax.device_put(np.asarray(self.design), rows)
         return eqx.tree_at(lambda p: p.design, self, design)
 
@@ -141,6 +143,11 @@ class Problem(eqx.Module):
         r"""$A^\top s$: from a covector on the margins to one on the coordinates."""
         return slopes if self.design is None else slopes @ self.design
 
+    def _largest_slope(self, weights: Weights) -> float:
+        """The largest entry of the gradient of log R."""
+        _, gradient = self.log_risk_and_gradient(weights)
+        return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
+
     def check(self, weights: Weights) -> Weights:
         """``weights`` in float64, validated; warns where the paper's assumption fails.
 
@@ -148,15 +155,22 @@ class Problem(eqx.Module):
             ValueError: when the weights do not fit the data or the gradient vanishes there.
         """
         weights = self.network.check(weights, self.data)
-        with jax.enable_x64(True):
+        with settings.own():
             log_risk, norm = (float(value) for value in risk_and_slope(self, weights))
             at_zero = float(self.log_risk_at_zero())
+            largest = self._largest_slope(weights) if norm == 0.0 else math.inf
         if not np.isfinite(log_risk):
             raise ValueError(
                 f"`weights` give log R = {log_risk}; expected a finite risk. The margins overflow: "
                 "start from smaller weights."
             )
         if norm == 0.0:
+            if largest > 0.0:
+                raise ValueError(
+                    f"`weights` have a gradient of log R of size {largest:.2g}, whose square "
+                    "is below the range of float64; start from larger weights, or scale the data "
+                    "(`data.scaled()`)."
+                )
             raise ValueError(
                 "`weights` have zero gradient: the start is a saddle of the risk and gradient flow "
                 "stays there for ever. Start from weights whose product or gradient is not zero "

@@ -17,9 +17,9 @@ from gflow.dynamics.ensemble import LANES, Work, check_options, follow
 from gflow.dynamics.members import Unfinished, agreed, filled
 from gflow.dynamics.optimizers import describe
 from gflow.dynamics.progress import ProgressBar
+from gflow.names import SETTINGS, all_names, check_names
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
-from gflow.quantities import DIMENSIONS
 from gflow.report.groups import Folder
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ def sweep(
                 f"`grid` has {sorted(unknown)}; expected dimensions of the file: {list(own)}."
             )
         grid = {**own, **(grid or {})}
+    taken = all_names(options.get("observables"))
+    check_names("grid", grid or (), beside=taken, allowed=SETTINGS)
+    check_names("observables", options.get("observables") or ())
     axes = {name: _axis(name, values) for name, values in (grid or {}).items()}
     if not axes:
         raise ValueError("`grid` is empty; expected values for at least one name.")
@@ -171,10 +174,6 @@ class Group(NamedTuple):
 
 def _axis(name: str, values: Any) -> tuple[list[Any], list[Any]]:
     """Labels and values along a dimension."""
-    if name in record.VARIABLES or name in DIMENSIONS:
-        raise ValueError(
-            f"`grid` has {name!r}, which a record uses already; expected another name."
-        )
     labels, values = (
         (list(values), list(values.values()))
         if isinstance(values, Mapping)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gflow.names import SETTINGS, is_taken
 from gflow.problem.data import Dataset
 from gflow.report.config import build, data_of, parsed
 from gflow.report.table import Table
@@ -23,7 +24,8 @@ def read_sweep(path: str | Path) -> Variation:
 
     Under ``[sweep]``, ``TABLE.KEY = [...]`` lists the values of a key of another table, and
     ``TABLE.KEY = { count = 20 }`` is short for 0 … 19. The dimension has the key's name, or
-    ``TABLE_KEY`` where two tables have the key. The function takes one value for each dimension.
+    ``TABLE_KEY`` where two tables have the key or a record has a variable of that name, as
+    ``data_margin``. The function takes one value for each dimension.
 
     Raises:
         OSError: if the file cannot be read.
@@ -40,7 +42,12 @@ def read_sweep(path: str | Path) -> Variation:
         )
     values = _values(varied)
     keys = [key for _, key in values]
-    names = {place: place[1] if keys.count(place[1]) == 1 else "_".join(place) for place in values}
+    names = {
+        place: place[1]
+        if keys.count(place[1]) == 1 and (place[1] in SETTINGS or not is_taken(place[1]))
+        else "_".join(place)
+        for place in values
+    }
     datasets: dict[str, Dataset] = {}
 
     def read_data(table: Table, folder: Path) -> Dataset:

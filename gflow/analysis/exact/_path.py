@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import ArrayLike as _ArrayLike, Float, Real
 
 from gflow.analysis.exact import _quadrature as quadrature
+from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
 
 Times = Real[_ArrayLike, "*times"] | Sequence[float] | None
@@ -198,7 +199,7 @@ def requested(log_time: Times, log_risk: Times) -> tuple[np.ndarray | None, np.n
             "times, or when its risk has fallen to these values"
         )
     name, value = ("log_time", log_time) if log_risk is None else ("log_risk", log_risk)
-    value = np.asarray(value, dtype=np.float64)
+    value = numbers_of(name, value)
     if (
         np.any(np.isnan(value))
         or np.any(value == np.inf)
@@ -221,7 +222,7 @@ def check_reachable(log_risk: np.ndarray, start: float) -> None:
 
 def vector(name: str, value, dim: int | None = None, *, nonzero: bool = False) -> np.ndarray:
     """A finite float64 vector, of a given size where `dim` is given."""
-    result = np.asarray(value, dtype=np.float64)
+    result = numbers_of(name, value)
     if result.ndim != 1 or result.size == 0 or (dim is not None and result.size != dim):
         expected = "a non-empty vector" if dim is None else f"a vector of {dim} numbers"
         raise ValueError(f"`{name}` has shape {result.shape}; expected {expected}")
@@ -234,10 +235,9 @@ def vector(name: str, value, dim: int | None = None, *, nonzero: bool = False) -
 
 def positive(name: str, value: float) -> float:
     """A positive finite number."""
-    result = float(value)
-    if not (0.0 < result < np.inf):
-        raise ValueError(f"`{name}` must be positive and finite; got {value}")
-    return result
+    if not is_number(value) or not (0.0 < float(value) < np.inf):
+        raise ValueError(f"`{name}` must be positive and finite; got {shown(value)}")
+    return float(value)
 
 
 def depth_at_least(smallest: int, depth: int) -> int:

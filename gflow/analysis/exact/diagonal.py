@@ -19,6 +19,7 @@ from jaxtyping import Float, Real
 from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.analysis.exact._path import ExactFlow, Times
 from gflow.analysis.exact.one_datum import Vector
+from gflow.problem.arguments import numbers_of
 from gflow.problem.losses import AbstractLoss, Exponential
 
 
@@ -50,7 +51,7 @@ def diagonal_network(
     """
     depth = _path.depth_at_least(2, depth)
     scale = _path.positive("scale", scale)
-    slopes = np.asarray(accumulated_slopes, dtype=np.float64)
+    slopes = numbers_of("accumulated_slopes", accumulated_slopes)
     if depth == 2:
         return 2.0 * scale**2 * np.sinh(4.0 * slopes)
     x = depth * (depth - 2) * scale ** (depth - 2) * slopes

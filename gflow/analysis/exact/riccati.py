@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Real
 
 from gflow.analysis.exact.square_loss import SquareLossFlow, Times, checked_times
+from gflow.problem.arguments import numbers_of
 
 # Rows of the start that differ by less than this (relative) are taken as dependent.
 _INDEPENDENT = 1e-9
@@ -51,8 +52,8 @@ def two_layer_riccati(
         ICLR 2025, arXiv 2409.14623, for any $\lambda$.
     """
     times = checked_times(time)
-    sigma = np.asarray(target, dtype=np.float64)
-    first, second = (np.asarray(layer, dtype=np.float64) for layer in weights)
+    sigma = numbers_of("target", target)
+    first, second = (numbers_of("weights", layer) for layer in weights)
     level = _check_layers(sigma, first, second)
     modes = _decompose(sigma, level, np.concatenate([first.T, second]))
     results = [modes.at(float(t)) for t in times.ravel()]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import ArrayLike as _ArrayLike, Float, Real
 
 from gflow.analysis.exact import _path, _quadrature as quadrature
+from gflow.problem.arguments import numbers_of
 
 Times = Real[_ArrayLike, "*times"] | Sequence[float]
 
@@ -156,7 +157,7 @@ def two_layer_square_loss(
 
 def checked_times(time: Times) -> np.ndarray:
     """Finite times, none before the start."""
-    times = np.asarray(time, dtype=np.float64)
+    times = numbers_of("time", time)
     if not np.all((times >= 0.0) & np.isfinite(times)):
         raise ValueError(f"`time` must be finite and at least zero; got {times}")
     return times

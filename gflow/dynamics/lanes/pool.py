@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import equinox as eqx
@@ -20,6 +21,7 @@ from gflow.dynamics.members import Member
 from gflow.dynamics.recorder import Recorder, observe_members
 from gflow.dynamics.tolerance import default_atol
 from gflow.dynamics.until import AbstractRule, AnyOf, LogRisk, as_rules, save_grid
+from gflow.problem import settings
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import is_deep_linear
 from gflow.problem.risk import ROUND_OFF, Problem
@@ -90,7 +92,7 @@ class Pool:
 
     def run(self) -> dict[int, Member]:
         """Follow the members; after Ctrl-C ``found`` has those that were done."""
-        with jax.enable_x64(True):
+        with settings.own():
             members = self._ready()
         if not members:
             return {}
@@ -99,7 +101,9 @@ class Pool:
         width = min(self.lanes, -(-len(members) // len(devices)))
         # In threads, for one device too: Ctrl-C reaches this one and leaves no record half made.
         with ThreadPoolExecutor(len(devices)) as threads:
-            parts = [threads.submit(self._drive, device, width) for device in devices]
+            parts = [
+                threads.submit(copy_context().run, self._drive, device, width) for device in devices
+            ]
             try:
                 for part in parts:
                     part.result()
@@ -152,7 +156,7 @@ class Pool:
         rows: list[tuple[int, lane.Saved, int, int]] = []
         # What a lane has one of meets what it has many of: ranks differ on purpose.
         allow = jax.numpy_rank_promotion("allow")
-        with jax.enable_x64(True), jax.default_device(device), allow:
+        with settings.own(), jax.default_device(device), allow:
             holds = self._take([None] * width)
             members, fresh = self._seat(holds)
             now, saved = self.machine.start(*fresh, members)
