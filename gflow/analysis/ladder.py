@@ -23,7 +23,7 @@ import numpy as np
 
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.until import Time
-from gflow.problem.arguments import is_number, numbers_of, shown
+from gflow.problem.arguments import numbers_of, positive
 from gflow.problem.modified import ORDERS, ModifiedEquation
 from gflow.problem.network import Array, Weights, end_to_end
 from gflow.problem.observables import is_deep_linear
@@ -90,7 +90,7 @@ def ladder(
         UserWarning: when $R(W(0)) > R(0)$.
     """
     began = timer.perf_counter()
-    horizon = _positive("time", time)
+    horizon = positive("time", time)
     steps = _whole_steps(learning_rates, horizon)
     rates = horizon / steps
     flows = _Flows(problem, weights, horizon, rtol)
@@ -258,8 +258,8 @@ def _whole_steps(learning_rates: Sequence[float] | np.ndarray, horizon: float) -
     """The number of steps of each learning rate, ascending in the rate."""
     rates = np.array(
         [
-            _positive("learning_rates", rate)
-            for rate in np.ravel(numbers_of("learning_rates", learning_rates))
+            positive(f"learning_rates[{i}]", float(rate))
+            for i, rate in enumerate(np.ravel(numbers_of("learning_rates", learning_rates)))
         ]
     )
     if len(rates) < 2 or len(np.unique(rates)) < len(rates):
@@ -278,9 +278,3 @@ def _whole_steps(learning_rates: Sequence[float] | np.ndarray, horizon: float) -
                 f"that divide it are {' and '.join(f'{each:.12g}' for each in nearest)}."
             )
     return np.sort(steps)[::-1].copy()
-
-
-def _positive(name: str, value: float) -> float:
-    if not (is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"`{name}` has {shown(value)}; expected positive finite numbers.")
-    return float(value)
