@@ -14,9 +14,7 @@ import optax
 import pytest
 
 import gflow
-from gflow.dynamics.lanes.pool import Pool
 from gflow.dynamics.drive.progress import ProgressBar
-from gflow.dynamics.together import Calls
 
 WIDTHS, GOAL, POINTS = (2, 3, 1), -1e3, 4
 SCALES = (0.1, 0.3, 1.0, 2.0, 0.1)

@@ -166,10 +166,10 @@ def test_far_out_the_modified_field_is_that_of_the_flow():
     [
         ([0.1], 1.0, "`learning_rates` is .0.1.; expected at least two different"),
         ([0.1, 0.1], 1.0, "at least two different"),
-        ([0.1, -0.2], 1.0, "`learning_rates` has -0.2; expected positive finite"),
+        ([0.1, -0.2], 1.0, r"`learning_rates\[1\]` is -0.2; expected a positive finite number"),
         ([0.1, 0.3], 1.0, "`learning_rates` has 0.3, .* 0.25 and 0.333333333333"),
         ([0.1, 2.0], 1.0, "`learning_rates` has 2, .* nearest .* 1"),
-        ([0.1, 0.2], np.inf, "`time` has inf"),
+        ([0.1, 0.2], np.inf, "`time` is inf"),
     ],
 )
 def test_the_ladder_refuses_rates_that_give_no_order(rates, time, message):
