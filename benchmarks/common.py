@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 import gflow
 from gflow.dynamics import stepping
-from gflow.dynamics.tolerance import Tolerance, default_atol
+from gflow.dynamics.march.tolerance import Tolerance, default_atol
 from gflow.problem.observables import Reference, standard
 from gflow.record import versions
 

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
 import gflow
-from gflow.dynamics.tolerance import default_atol
+from gflow.dynamics.march.tolerance import default_atol
 
 GREY = "#7F7F7F"
 PALETTE = (*gflow.plot.COLORS[:-1], GREY)

@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.linalg import lu_factor, lu_solve
 
 import gflow
-from gflow.dynamics.tolerance import default_atol
+from gflow.dynamics.march.tolerance import default_atol
 
 GOALS = (-1e2, -1e4, -1e6)
 

@@ -15,23 +15,24 @@ from gflow.analysis.gap_bound import gap_bound as gap_bound
 from gflow.analysis.ladder import ladder as ladder
 from gflow.analysis.theorems import Claim as Claim, Claims as Claims, verify as verify
 from gflow.dynamics import clocks as clocks
-from gflow.dynamics.descent import gradient_descent as gradient_descent
-from gflow.dynamics.ensemble import ensemble as ensemble
-from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
-from gflow.dynamics.flow import gradient_flow as gradient_flow
-from gflow.dynamics.gauss_newton import GaussNewton as GaussNewton
-from gflow.dynamics.paper_steps import (
+from gflow.dynamics.descending.paper_steps import (
     ball_smoothness as ball_smoothness,
     paper_steps as paper_steps,
 )
-from gflow.dynamics.split.slow_manifold import SlowManifold as SlowManifold
-from gflow.dynamics.step_sizes import (
+from gflow.dynamics.descending.step_sizes import (
     loss_line_search as loss_line_search,
     loss_scaled as loss_scaled,
     on_log_risk as on_log_risk,
     polyak as polyak,
 )
-from gflow.dynamics.until import (
+from gflow.dynamics.descent import gradient_descent as gradient_descent
+from gflow.dynamics.ensemble import ensemble as ensemble
+from gflow.dynamics.field import FlowField as FlowField, FlowState as FlowState
+from gflow.dynamics.flow import gradient_flow as gradient_flow
+from gflow.dynamics.modified import ModifiedEquation as ModifiedEquation
+from gflow.dynamics.radau.gauss_newton import GaussNewton as GaussNewton
+from gflow.dynamics.split.slow_manifold import SlowManifold as SlowManifold
+from gflow.dynamics.stops import (
     KKT as KKT,
     LogRisk as LogRisk,
     LogTime as LogTime,
@@ -48,7 +49,6 @@ from gflow.problem.losses import (
     Logistic as Logistic,
 )
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
-from gflow.problem.modified import ModifiedEquation as ModifiedEquation
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.risk import Problem as Problem

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import gflow
-from gflow.dynamics.closures import open_function
-from gflow.dynamics.optimizers import opened
+from gflow.dynamics.descending.closures import open_function
+from gflow.dynamics.descending.optimizers import opened
 
 MAKERS = {
     "sgd": optax.sgd,

@@ -10,7 +10,7 @@ import pytest
 
 import gflow
 from gflow.dynamics import gauss_newton
-from gflow.dynamics.radau import radau
+from gflow.dynamics.radau.tableau import radau
 
 # The error of a whole run at step tolerance 1e-8: the requirement is eight correct digits.
 EIGHT_DIGITS = 1e-8

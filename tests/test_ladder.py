@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gflow
-from gflow.problem.modified import ModifiedProblem
+from gflow.dynamics.modified import ModifiedField
 
 DATA = gflow.datasets.separable(n=8, d=2, margin=0.2, seed=1)
 PROBLEM = gflow.Problem(DATA, loss=gflow.Exponential())
@@ -146,8 +146,8 @@ def test_the_modified_fields_are_the_derivatives_of_the_risk():
 
     g, *expected = by_differentiation(flat)
     for order, field in enumerate(expected, start=1):
-        modified = ModifiedProblem(PROBLEM, gflow.ModifiedEquation(rate, order))
-        log_risk, direction, descent = eqx.filter_jit(modified.log_risk_gradient_and_norm)(weights)
+        modified = ModifiedField(PROBLEM, gflow.clocks.LogRisk(), gflow.ModifiedEquation(rate, order))
+        log_risk, direction, descent = eqx.filter_jit(modified.direction)(weights)
         risk = np.exp(log_risk)
         np.testing.assert_allclose(ravel_pytree(direction)[0] * risk, field, atol=DERIVATIVES)
         np.testing.assert_allclose(descent * risk**2, field @ g, rtol=DERIVATIVES)
@@ -155,9 +155,9 @@ def test_the_modified_fields_are_the_derivatives_of_the_risk():
 
 def test_far_out_the_modified_field_is_that_of_the_flow():
     far = (1e4 * DATUM[None],)
-    modified = ModifiedProblem(ONE_DATUM, gflow.ModifiedEquation(0.3))
+    modified = ModifiedField(ONE_DATUM, gflow.clocks.LogRisk(), gflow.ModifiedEquation(0.3))
     _, plain = ONE_DATUM.log_risk_and_gradient(far)
-    _, direction = eqx.filter_jit(modified.log_risk_and_gradient)(far)
+    _, direction, _ = eqx.filter_jit(modified.direction)(far)
     np.testing.assert_array_equal(direction[0], plain[0])
 
 

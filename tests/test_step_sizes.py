@@ -8,7 +8,7 @@ import pytest
 
 import gflow
 from gflow.dynamics import optimizers
-from gflow.dynamics.step_meter import works_entry_by_entry
+from gflow.dynamics.descending.step_meter import works_entry_by_entry
 from gflow.problem.network import inner_product
 
 PROBLEM = gflow.Problem(gflow.datasets.two_point(), loss=gflow.Logistic())

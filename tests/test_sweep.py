@@ -14,7 +14,7 @@ import pytest
 import gflow
 from gflow.__main__ import main
 from gflow.dynamics import ensemble
-from gflow.dynamics.members import Unfinished
+from gflow.dynamics.drive.members import Unfinished
 
 GOAL = gflow.Steps(50)
 STEPS = optax.sgd(0.3)

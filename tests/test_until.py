@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gflow
-from gflow.dynamics.until import Coordinates, as_rules, save_grid
+from gflow.dynamics.stops import Coordinates, as_rules, save_grid
 
 HERE = Coordinates(
     log_risk=np.float64(-3.0),

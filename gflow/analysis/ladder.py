@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.flow import gradient_flow
-from gflow.dynamics.until import Time
+from gflow.dynamics.modified import ORDERS, ModifiedEquation
+from gflow.dynamics.stops import Time
 from gflow.problem.arguments import numbers_of, positive
-from gflow.problem.modified import ORDERS, ModifiedEquation
 from gflow.problem.network import Array, Weights, end_to_end
-from gflow.problem.observables import is_deep_linear
 from gflow.problem.risk import Problem
 from gflow.record import versions
 
@@ -111,7 +110,7 @@ def ladder(
         [(run, end) for end in (plain, *ends)] for run, ends in zip(descent, modified, strict=True)
     ]
     columns = {"gap": np.array([[_distance(*pair) for pair in row] for row in pairs])}
-    if is_deep_linear(problem):
+    if problem.network.layers(weights) is not None:
         columns["direction_gap"] = np.array([[_turn(*pair) for pair in row] for row in pairs])
     return _dataset(
         rates,

@@ -157,7 +157,7 @@ def _free_from(record: "xr.Dataset", law: Limits, state: SplitState) -> Limits:
 def _integrate(problem: "Problem", weights: Weights) -> Weights:
     """The flow's weights at ``HAND_OVER``."""
     from gflow.dynamics.flow import gradient_flow
-    from gflow.dynamics.until import LogRisk
+    from gflow.dynamics.stops import LogRisk
 
     record = gradient_flow(
         problem, weights, until=LogRisk(HAND_OVER), save=2, rtol=1e-11, progress=False

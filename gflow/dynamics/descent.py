@@ -2,17 +2,17 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import optax
 
-from gflow.dynamics.descent_run import DescentRun
-from gflow.dynamics.following import follow
-from gflow.dynamics.iterating import misaligning
-from gflow.dynamics.optimizers import along_gradient, describe
-from gflow.dynamics.recorder import Observable, Recorder
-from gflow.dynamics.until import AbstractRule, AnyOf, as_rules
+from gflow.dynamics.descending.optimizers import along_gradient, describe
+from gflow.dynamics.descending.run import DescentRun
+from gflow.dynamics.drive.drive import follow
+from gflow.dynamics.drive.events import course
+from gflow.dynamics.drive.recorder import Observable, Recorder
+from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count, seed_of
 from gflow.problem.network import Weights
@@ -93,34 +93,76 @@ def gradient_descent(
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
-    expect("problem", problem, Problem, A_PROBLEM)
-    max_steps = positive_count("max_steps", max_steps)
-    size = _batch_size(batch_size, problem.data.num_points)
-    seed = seed_of("seed", seed)
+    options = Options(observables, keep_weights, batch_size, seed, max_steps)
+    check(problem, options)
     with settings.own():
-        rules = tuple(rule.on(problem) for rule in as_rules(until))
-        if misaligning(rules, problem):
-            raise ValueError(
-                f"`until` asks for Misalignment but `problem` has a "
-                f"{type(problem.network).__name__}; only the layers of a DeepLinear network have "
-                "one."
-            )
-        weights = problem.check(weights)
-        recorder = Recorder(problem, weights, observables, keep_weights)
-        run = DescentRun(problem, weights, optimizer, size, seed, max_steps)
-        end = follow(run, recorder, rules, save=save, progress=progress, path=checkpoint)
-        status, message = run.judged(*end)
-        return recorder.record(
-            kind="descent",
-            status=status,
-            message=message,
-            until=" | ".join(map(repr, rules)),
-            optimizer=describe(optimizer),
-            along_gradient=along_gradient(optimizer),
-            step_size="nominal" if run.descent.meter.nominal else "measured",
-            batch_size=size,
-            seed=None if size is None else seed,
-        )
+        run = descent_of(problem, weights, optimizer, until, save, options)
+        follow(run, progress=progress, path=checkpoint)
+        return run.recorder.record(**attributes(run, optimizer, options))
+
+
+class Options(NamedTuple):
+    """How a descent is followed and what is recorded: arguments of :func:`gradient_descent`."""
+
+    observables: Mapping[str, Observable] | None = None
+    keep_weights: bool = False
+    batch_size: int | None = None
+    seed: int = 0
+    max_steps: int = 10_000_000
+
+
+def check(problem: Problem, options: Options) -> None:
+    """Refuse what no start could make right.
+
+    Raises:
+        ValueError: that names the argument.
+    """
+    expect("problem", problem, Problem, A_PROBLEM)
+    positive_count("max_steps", options.max_steps)
+    _batch_size(options.batch_size, problem.data.num_points)
+    seed_of("seed", options.seed)
+
+
+def descent_of(
+    problem: Problem,
+    weights: Weights,
+    optimizer: optax.GradientTransformation,
+    until: AbstractRule | AnyOf,
+    save: int | Sequence[float] | np.ndarray,
+    options: Options,
+) -> DescentRun:
+    """A descent at its start, with the first point recorded.
+
+    Raises:
+        ValueError: when the weights do not fit the problem, the gradient vanishes there, the
+            optimiser does not work, or the points to save are no sensible ones.
+    """
+    weights = problem.check(weights)
+    rules = rules_on(problem, weights, until)
+    recorder = Recorder(problem, weights, options.observables, options.keep_weights)
+    way = course(problem, weights, rules, save, None)
+    size = _batch_size(options.batch_size, problem.data.num_points)
+    seed, most = seed_of("seed", options.seed), int(options.max_steps)
+    return DescentRun(problem, optimizer, size, seed, most, recorder, rules, way)
+
+
+def attributes(
+    run: DescentRun, optimizer: optax.GradientTransformation, options: Options
+) -> dict[str, Any]:
+    """What a record says of how a descent was followed."""
+    assert run.end is not None
+    status, message = run.judged(run.end)
+    return {
+        "kind": "descent",
+        "status": status,
+        "message": message,
+        "until": " | ".join(map(repr, run.rules)),
+        "optimizer": describe(optimizer),
+        "along_gradient": along_gradient(optimizer),
+        "step_size": "nominal" if run.descent.meter.nominal else "measured",
+        "batch_size": options.batch_size,
+        "seed": None if options.batch_size is None else options.seed,
+    }
 
 
 def _batch_size(batch_size: int | None, num_points: int) -> int | None:

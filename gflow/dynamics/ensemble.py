@@ -1,8 +1,7 @@
 """Many trajectories at once: one labelled record with a dimension ``member``."""
 
-import contextlib
-import functools
 import inspect
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +11,15 @@ import jax
 import numpy as np
 import optax
 
-from gflow.dynamics import together
-from gflow.dynamics.descent import gradient_descent
-from gflow.dynamics.flow import gradient_flow, tolerances
-from gflow.dynamics.flow_run import HAND_OVER_AT
-from gflow.dynamics.lanes import pool
-from gflow.dynamics.members import Member, Unfinished, joined
-from gflow.dynamics.progress import ProgressBar
-from gflow.dynamics.until import AbstractRule, AnyOf
+from gflow import record
+from gflow.dynamics import descent, flow
+from gflow.dynamics.descending.run import DescentRun
+from gflow.dynamics.drive.drive import Drive
+from gflow.dynamics.drive.flow_run import FlowRun
+from gflow.dynamics.drive.members import Member, joined
+from gflow.dynamics.drive.progress import ProgressBar
+from gflow.dynamics.reasons import Reason
+from gflow.dynamics.stops import AbstractRule, AnyOf
 from gflow.names import SETTINGS, all_names, check_names
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count, shown
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 LANES = 32
 """Members side by side on a device: more fill the vector units better, but the last ones to land
 leave more lanes idle."""
-
-IN_LANES = {"atol", "keep_weights", "max_steps"}
-"""Arguments of ``gradient_flow`` that lanes know. Others are for members one after the other."""
-
 
 def ensemble(
     problem: Problem | Sequence[Problem],
@@ -124,10 +120,10 @@ def ensemble(
         raise ValueError(
             f"`devices` is {shown(devices)}; expected a list of devices, as `jax.devices()`."
         )
-    checked = check_options(options, descent=optimizer is not None)
-    whole_function = bool(options.get("function_space"))
+    checked = check_options(options, descends=optimizer is not None)
     rtols = _each("rtol", rtol, count, float | int)
-    rtols = [tolerances(each, options.get("atol"), whole_function)[0] for each in rtols]
+    for one, each in zip(problems, rtols, strict=True):
+        flow.check(one, flow.Options(rtol=each))
     work = Work(
         problems,
         [jax.tree.unflatten(structure, [leaf[i] for leaf in leaves]) for i in range(count)],
@@ -172,12 +168,32 @@ def follow(
 ) -> "xr.Dataset":
     """The record of all members; ``tell`` is told how many are done."""
     count, began = len(work.starts), time.perf_counter()
-    got = Got([None] * count, np.zeros(count, dtype=bool), np.zeros(2))
-    with settings.own(), warnings.catch_warnings(), contextlib.suppress(KeyboardInterrupt):
+    with settings.own(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told below, once
-        _through_lanes(work, got, lanes, devices or jax.local_devices(), tell)
-        _by_themselves(work, got, lanes, tell)
-    members = [Unfinished() if member is None else member for member in got.members]
+        begun = [_begun(work, i) for i in range(count)]
+        runs = [one for one in begun if not isinstance(one, Exception)]
+        # Those nearest to the saddle at zero take longest: first, so that lanes end together.
+        drive = Drive(
+            sorted(runs, key=_size_of_start),
+            width=lanes,
+            devices=devices or jax.local_devices(),
+            look=lambda: tell(count - len(runs) + sum(run.part_done for run in runs)),
+            isolate=True,
+        )
+        seconds: dict[int, FlowRun] = {}
+        try:
+            drive.go()
+            if work.options.get("certify"):
+                seconds = {
+                    i: flow.second_run(run, _flow_options(work, i))
+                    for i, run in enumerate(begun)
+                    if isinstance(run, FlowRun) and run.end is not None
+                }
+                Drive(list(seconds.values()), width=lanes, isolate=True).go()
+        except KeyboardInterrupt:
+            if all(run.end is None for run in runs):
+                raise
+        members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
     admissible = [_admissible(member) for member in members]
     if not all(admissible):
         warnings.warn(
@@ -187,74 +203,66 @@ def follow(
             UserWarning,
             stacklevel=3,
         )
-    spent, all_trips = got.trips
-    used = {"utilisation": float(spent / all_trips)} if all_trips else {}
+    spent, trips = drive.work
+    used = {"utilisation": spent / trips} if trips else {}
+    in_lanes = [not isinstance(one, Exception) and one.in_lanes for one in begun]
     return joined(
         members,
-        more={"in_lanes": got.in_lanes, "admissible": admissible},
+        more={"in_lanes": in_lanes, "admissible": admissible},
         coordinates=labels,
         wall_time=time.perf_counter() - began,
         **used,
     )
 
 
-class Got(NamedTuple):
-    """What the members gave so far."""
-
-    members: list[Member | Exception | None]
-    in_lanes: np.ndarray
-    trips: np.ndarray
-    """Trips of lanes spent on members, and all."""
-
-
-def _through_lanes(
-    work: Work, got: Got, lanes: int, devices: Sequence[Any], tell: Callable[[float], None]
-) -> None:
-    """Follow side by side the members that can be."""
-    for group in _side_by_side(work):
-        before = int(np.sum(got.in_lanes))
-        chosen = pool.Pool(
-            [work.problems[i] for i in group],
-            [work.starts[i] for i in group],
-            [work.rtol[i] for i in group],
-            until=work.until,
-            save=work.save,
-            lanes=lanes,
-            devices=list(devices),
-            options=work.options,
-            tell=lambda landed, before=before: tell(before + landed),
-        )
-        try:
-            chosen.run()
-        finally:  # after Ctrl-C too
-            for k, member in chosen.found.items():
-                got.members[group[k]], got.in_lanes[group[k]] = member, True
-            got.trips[:] += chosen.work
+def _begun(work: Work, i: int) -> FlowRun | DescentRun | Exception:
+    """A member at its start, or the error that keeps it from being followed."""
+    problem, start, optimizer = work.problems[i], work.starts[i], work.optimizers[i]
+    try:
+        if optimizer is None:
+            return flow.flow_of(problem, start, work.until, work.save, _flow_options(work, i))
+        options = descent.Options(**work.options)
+        descent.check(problem, options)
+        return descent.descent_of(problem, start, optimizer, work.until, work.save, options)
+    except Exception as error:  # whatever it is, the other members are not to suffer
+        return error
 
 
-def _by_themselves(work: Work, got: Got, lanes: int, tell: Callable[[float], None]) -> None:
-    """Follow the other members; descents make their steps together."""
-    rest = [i for i, member in enumerate(got.members) if member is None]
-
-    def alone(i: int) -> None:
-        got.members[i] = _alone(work, i)
-        tell(float(sum(member is not None for member in got.members)))
-
-    for problem in {id(p): p for p in work.problems}.values():
-        problem.data.max_margin()  # once, not in every thread
-    descents = [i for i in rest if work.optimizers[i] is not None]
-    together.side_by_side([functools.partial(alone, i) for i in descents], lanes)
-    for i in rest:
-        if work.optimizers[i] is None:
-            alone(i)
-            member = got.members[i]
-            if isinstance(member, Member) and member.attrs["status"] == "interrupted":
-                break
+def _flow_options(work: Work, i: int) -> flow.Options:
+    given = {name: value for name, value in work.options.items() if name != "certify"}
+    options = flow.Options(**given, rtol=work.rtol[i])
+    flow.check(work.problems[i], options)
+    return options
 
 
-def check_options(options: Mapping[str, Any], *, descent: bool) -> Mapping[str, Any]:
+def _size_of_start(run: FlowRun | DescentRun) -> float:
+    """The logarithm of the product of the norms of the starting weights."""
+    leaves = jax.tree.leaves(run.recorder.start)
+    return sum(math.log(np.linalg.norm(leaf) + 1e-300) for leaf in leaves)
+
+
+def _member(
+    work: Work, i: int, run: FlowRun | DescentRun | Exception, seconds: Mapping[int, FlowRun]
+) -> Member | Exception:
+    """What a member gave."""
+    if isinstance(run, Exception):
+        return run
+    if run.end is None:
+        run.end = Reason.INTERRUPTED.end()
+    run.close()
+    if isinstance(run, FlowRun):
+        variables, attrs = flow.told(run, _flow_options(work, i), seconds.get(i))
+    else:
+        optimizer = work.optimizers[i]
+        variables, attrs = {}, descent.attributes(run, optimizer, descent.Options(**work.options))
+    contents = run.recorder.contents(variables, **attrs, wall_time=None)  # of all together only
+    attrs = contents.pop("attrs")
+    return Member(record.variables(**contents), attrs)
+
+
+def check_options(options: Mapping[str, Any], *, descends: bool) -> Mapping[str, Any]:
     """``options`` if the verb takes them all for many members, or a ValueError that names one."""
-    verb = gradient_descent if descent else gradient_flow
+    verb = descent.gradient_descent if descends else flow.gradient_flow
     known = {
         name
         for name, parameter in inspect.signature(verb).parameters.items()
@@ -267,39 +275,6 @@ def check_options(options: Mapping[str, Any], *, descent: bool) -> Mapping[str, 
                 f"{', '.join(sorted(known))}."
             )
     return options
-
-
-def _side_by_side(work: Work) -> list[list[int]]:
-    """Groups of members that can run in lanes."""
-    if set(work.options) - IN_LANES:
-        return []
-    groups: dict[Any, list[int]] = {}
-    different = {id(problem): problem for problem in work.problems}.items()
-    fit = {key for key, problem in different if pool.fits(problem, work.until, HAND_OVER_AT)}
-    losses = {key: repr(problem.loss) for key, problem in different}
-    for i, problem in enumerate(work.problems):
-        if work.optimizers[i] is not None or id(problem) not in fit:
-            continue
-        try:
-            problem.network.check(work.starts[i], problem.data)
-        except ValueError:
-            continue
-        groups.setdefault((losses[id(problem)], problem.data.inputs.shape), []).append(i)
-    return list(groups.values())
-
-
-def _alone(work: Work, i: int) -> Member | Exception:
-    """What a member gives by itself, or the error that keeps it from being followed."""
-    given = {"until": work.until, "save": work.save, "progress": False, **work.options}
-    problem, start, optimizer = work.problems[i], work.starts[i], work.optimizers[i]
-    try:
-        if optimizer is None:
-            found = gradient_flow(problem, start, rtol=work.rtol[i], **given)
-        else:
-            found = gradient_descent(problem, start, optimizer, **given)
-        return Member.of(found)
-    except Exception as error:  # whatever it is, the other members are not to suffer
-        return error
 
 
 def _admissible(member: Member | Exception) -> bool:

@@ -7,8 +7,14 @@ $$\frac{dW}{ds} = -\mu\,g, \qquad \frac{du}{ds} = \mu\,(1 - u\lVert g\rVert^2), 
 \log t = \log u - \log R,$$
 
 linear in $u$, which relaxes to $1/\lVert g\rVert^2$ and never leaves float64's range.
+
+A field may go down the risk in another direction $h$ (``modified.py``); then $h$ stands in the
+place of $g$ and $\langle g, h\rangle$ in that of $\lVert g\rVert^2$, and every clock keeps its
+meaning.
 """
 
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gflow.dynamics.clocks import AbstractClock
-from gflow.problem.network import Array, Weights
+from gflow.problem.network import Array, Factors, Weights
 from gflow.problem.risk import Problem
 
 
@@ -28,7 +34,68 @@ class FlowState(NamedTuple):
     scaled_time: Array
 
 
-class FlowField(eqx.Module):
+class AbstractField(eqx.Module):
+    """A field that lowers the risk of a problem, in a clock."""
+
+    problem: eqx.AbstractVar[Problem]
+    clock: eqx.AbstractVar[AbstractClock]
+
+    @abstractmethod
+    def direction(self, weights: Weights) -> tuple[Array, Weights, Array]:
+        r"""$\log R$, $h$ and $\langle g, h\rangle$, which is not positive where $h$ does not fall."""
+
+    def __call__(self, s: ArrayLike, state: FlowState, args: Any = None) -> FlowState:
+        log_risk, direction, descent = self.direction(state.weights)
+        rate = self.clock.rate(jnp.asarray(s), log_risk, descent)
+        return FlowState(
+            weights=jax.tree.map(lambda h: -rate * h, direction),
+            scaled_time=rate * (1 - state.scaled_time * descent),
+        )
+
+    def log_time(self, state: FlowState) -> Array:
+        r"""$\log t = \log u - \log R$; minus infinity at the start."""
+        return jnp.log(state.scaled_time) - self.problem.log_risk(state.weights)
+
+    # What the implicit solver asks for, at the stages of a step: see ``AbstractNetwork.along``.
+
+    @abstractmethod
+    def no_vectors(self, weights: Weights) -> Factors:
+        """No vectors of weight space, in the form of those that ``along`` takes and gives."""
+
+    @abstractmethod
+    def along(
+        self, weights: Weights, vectors: Factors, coefficients: Array
+    ) -> tuple[Array, Callable[[Array], Factors]]:
+        """Coordinates and pullback at ``weights + coefficients[i] @ vectors``."""
+
+    @abstractmethod
+    def bent(
+        self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
+    ) -> tuple[Factors, Array]:
+        r"""$-h$ and $\langle g, h\rangle$ at these points, for $-g$ given, a vector a stage."""
+
+    # What the plan of a run asks for.
+
+    @property
+    @abstractmethod
+    def dense(self) -> bool:
+        """Whether the implicit solver's dense systems cost less than an explicit solver's steps."""
+
+    @abstractmethod
+    def faded(self, weights: Weights) -> str | None:
+        """None where the field is gradient flow to the last digit, else how it differs."""
+
+    @abstractmethod
+    def ended(self, weights: Weights) -> str | None:
+        """Why the field has lost its meaning at given weights; None where it has not."""
+
+
+SMALL_SYSTEM = 64
+"""Up to so many coordinates the implicit solver's dense systems cost less than an explicit
+solver's extra evaluations, and one compilation serves the whole run."""
+
+
+class FlowField(AbstractField):
     """The field of gradient flow: ``diffrax.ODETerm(FlowField(problem, clock))`` is its term.
 
     A solver that exploits the problem's structure finds it here, as ``terms.vector_field``.
@@ -37,14 +104,32 @@ class FlowField(eqx.Module):
     problem: Problem
     clock: AbstractClock
 
-    def __call__(self, s: ArrayLike, state: FlowState, args: Any = None) -> FlowState:
-        log_risk, gradient, squared_norm = self.problem.log_risk_gradient_and_norm(state.weights)
-        rate = self.clock.rate(jnp.asarray(s), log_risk, squared_norm)
-        return FlowState(
-            weights=jax.tree.map(lambda g: -rate * g, gradient),
-            scaled_time=rate * (1 - state.scaled_time * squared_norm),
-        )
+    def direction(self, weights: Weights) -> tuple[Array, Weights, Array]:
+        return self.problem.log_risk_gradient_and_norm(weights)
 
-    def log_time(self, state: FlowState) -> Array:
-        r"""$\log t = \log u - \log R$; minus infinity at the start."""
-        return jnp.log(state.scaled_time) - self.problem.log_risk(state.weights)
+    def no_vectors(self, weights: Weights) -> Factors:
+        return self.problem.network.no_vectors(weights)
+
+    def along(
+        self, weights: Weights, vectors: Factors, coefficients: Array
+    ) -> tuple[Array, Callable[[Array], Factors]]:
+        return self.problem.network.along(weights, vectors, coefficients, self.problem.data)
+
+    def bent(
+        self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
+    ) -> tuple[Factors, Array]:
+        squares = [
+            jnp.sum(left**2, 1) * jnp.sum(right**2, 1)
+            for left, right in zip(*slopes, strict=True)
+        ]
+        return slopes, sum(squares[1:], squares[0])
+
+    @property
+    def dense(self) -> bool:
+        return self.problem.num_coordinates <= SMALL_SYSTEM
+
+    def faded(self, weights: Weights) -> None:
+        return None
+
+    def ended(self, weights: Weights) -> None:
+        return None

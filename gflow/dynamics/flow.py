@@ -2,43 +2,39 @@ r"""Gradient flow: one call from weights to a record of the whole trajectory."""
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffrax
 import numpy as np
 
 from gflow.dynamics import clocks
-from gflow.dynamics.certify import certify_by, evidence, second_tolerance
-from gflow.dynamics.flow_run import FlowRun, Solver
-from gflow.dynamics.following import follow
-from gflow.dynamics.gauss_newton import GaussNewton
-from gflow.dynamics.recorder import Observable, Recorder
-from gflow.dynamics.split.slow_manifold import SlowManifold
-from gflow.dynamics.until import (
-    AbstractRule,
-    AnyOf,
-    LogTime,
-    Time,
-    as_rules,
+from gflow.dynamics.drive.certify import certificate, evidence, second_tolerance, shorter
+from gflow.dynamics.drive.drive import follow
+from gflow.dynamics.drive.events import Action, Course, Event, course
+from gflow.dynamics.drive.flow_run import FlowRun, Plan
+from gflow.dynamics.drive.recorder import Observable, Recorder
+from gflow.dynamics.field import AbstractField, FlowField, FlowState
+from gflow.dynamics.march.method import method_of
+from gflow.dynamics.march.tolerance import (
+    AbstractTolerance,
+    FunctionTolerance,
+    Tolerance,
+    default_atol,
 )
+from gflow.dynamics.modified import ModifiedEquation, modified_field
+from gflow.dynamics.radau.gauss_newton import GaussNewton
+from gflow.dynamics.reasons import Reason
+from gflow.dynamics.split.slow_manifold import SlowManifold
+from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, flag, number, positive_count
-from gflow.problem.modified import (
-    ModifiedEquation,
-    ModifiedProblem,
-    expect_faded,
-    modify,
-    why_stopped,
-)
-from gflow.problem.network import Weights
+from gflow.problem.network import Weights, as_array
 from gflow.problem.risk import Problem
 
 if TYPE_CHECKING:
     import xarray as xr
 
-SMALL_SYSTEM = 64
-"""Up to so many coordinates the implicit solver's dense systems cost less than an explicit
-solver's extra evaluations, and one compilation serves the whole run."""
+Solver = diffrax.AbstractAdaptiveSolver | SlowManifold
 
 
 def gradient_flow(
@@ -103,7 +99,7 @@ def gradient_flow(
         max_steps: steps to try in all before giving up.
         certify: follow the flow a second time, at a tenth of the tolerance, and record the error of
             every observable, as ``margin_error`` that of ``margin`` (see
-            ``gflow.dynamics.certify``). It compiles nothing, costs about another run and is not
+            ``gflow.dynamics.drive.certify``). It compiles nothing, costs about another run and is not
             part of ``checkpoint``: after a kill it is repeated.
 
     Returns:
@@ -120,81 +116,173 @@ def gradient_flow(
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
-    expect("problem", problem, Problem, A_PROBLEM)
-    expect("clock", clock, clocks.AbstractClock | None, "a clock, as `gflow.clocks.LogTime()`")
-    solvers = "an adaptive solver, as `diffrax.Tsit5()` or `gflow.GaussNewton()`"
-    expect("solver", solver, diffrax.AbstractAdaptiveSolver | SlowManifold | None, solvers)
-    equation = "a modified equation, as `gflow.ModifiedEquation(0.1)`"
-    expect("modified", modified, ModifiedEquation | None, equation)
-    function_space = bool(flag("function_space", function_space))
+    options = Options(
+        observables, keep_weights, clock, solver, modified, rtol, atol, function_space, max_steps
+    )
+    check(problem, options)
     certify = bool(flag("certify", certify))
-    rtol, atol = tolerances(rtol, atol, function_space)
-    max_steps = positive_count("max_steps", max_steps)
     with settings.own():
-        rules = tuple(rule.on(problem) for rule in as_rules(until))
-        weights = problem.check(weights)
-        recorder = Recorder(problem, weights, observables, keep_weights)
-        clock = clock or default_clock(rules[0])
-        followed = problem if modified is None else modify(problem, weights, modified)
-        if isinstance(followed, ModifiedProblem) and isinstance(solver, SlowManifold):
-            expect_faded(followed, weights)
-
-        def new_run(rtol: float, atol: float | None) -> FlowRun:
-            chosen = (solver,) if solver else default_solvers(followed, rtol)
-            return FlowRun(followed, clock, chosen, weights, rtol, atol, max_steps, function_space)
-
-        run = new_run(rtol, atol)
-        status, message = follow(
-            run, recorder, rules, save=save, progress=progress, path=checkpoint
-        )
-        if isinstance(followed, ModifiedProblem) and status in ("stalled", "precision_lost"):
-            status, message = why_stopped(problem, followed, run.weights) or (status, message)
-        facts = {"wall_time": recorder.seconds(), **run.facts()}
-        more = evidence(recorder, conserved=modified is None)
+        run = flow_of(problem, weights, until, save, options)
+        follow(run, progress=progress, path=checkpoint)
+        wall_time, second = run.recorder.seconds(), None
         if certify:
-            second = second_tolerance(rtol)
-            other = new_run(second, atol and atol * second / rtol)
-            errors, told = certify_by(other, recorder, second, progress)
-            more, facts = more | errors, facts | told
-        return recorder.record(
-            more,
-            kind="flow" if modified is None else "modified flow",
-            modified_step=modified and modified.step,
-            modified_order=modified and modified.order,
-            status=status,
-            message=message,
-            until=" | ".join(map(repr, rules)),
-            clock=clock.name,
-            rtol=rtol,
-            function_space=function_space,
-            **facts,
+            second = second_run(run, options)
+            follow(second, progress=progress)
+        more, attrs = told(run, options, second)
+        return run.recorder.record(more, **attrs, wall_time=wall_time)
+
+
+class Options(NamedTuple):
+    """How a flow is followed and what is recorded: arguments of :func:`gradient_flow`."""
+
+    observables: Mapping[str, Observable] | None = None
+    keep_weights: bool = False
+    clock: clocks.AbstractClock | None = None
+    solver: Solver | None = None
+    modified: ModifiedEquation | None = None
+    rtol: float = 1e-9
+    atol: float | None = None
+    function_space: bool = False
+    max_steps: int = 1_000_000
+
+
+def check(problem: Problem, options: Options) -> None:
+    """Refuse what no start could make right.
+
+    Raises:
+        ValueError: that names the argument.
+    """
+    expect("problem", problem, Problem, A_PROBLEM)
+    clock = "a clock, as `gflow.clocks.LogTime()`"
+    expect("clock", options.clock, clocks.AbstractClock | None, clock)
+    solvers = "an adaptive solver, as `diffrax.Tsit5()` or `gflow.GaussNewton()`"
+    expect("solver", options.solver, diffrax.AbstractAdaptiveSolver | SlowManifold | None, solvers)
+    equation = "a modified equation, as `gflow.ModifiedEquation(0.1)`"
+    expect("modified", options.modified, ModifiedEquation | None, equation)
+    flag("function_space", options.function_space)
+    positive_count("max_steps", options.max_steps)
+    least = "a number from 1e-14, the least that float64 can hold, to below 1"
+    number("rtol", options.rtol, least, lambda value: 1e-14 <= value < 1)
+    if options.atol is None:
+        return
+    if options.function_space:
+        raise ValueError(
+            f"`atol` is {options.atol} beside `function_space=True`, in which every error is "
+            "relative; expected one or the other."
         )
+    between = "a number between 0 and 1, or None"
+    number("atol", options.atol, between, lambda value: 0 < value < 1)
+
+
+def flow_of(
+    problem: Problem,
+    weights: Weights,
+    until: AbstractRule | AnyOf,
+    save: int | Sequence[float] | np.ndarray,
+    options: Options,
+) -> FlowRun:
+    """A flow at its start, with the first point recorded.
+
+    Raises:
+        ValueError: when the weights do not fit the problem, the gradient vanishes there, or the
+            points to save are no sensible ones.
+    """
+    weights = problem.check(weights)
+    rules = rules_on(problem, weights, until)
+    clock = options.clock or default_clock(rules[0])
+    recorder = Recorder(problem, weights, options.observables, options.keep_weights)
+    way = course(problem, weights, rules, save, clock)
+    return FlowRun(plan(problem, weights, clock, options), recorder, rules, way)
+
+
+def plan(
+    problem: Problem, weights: Weights, clock: clocks.AbstractClock, options: Options
+) -> Plan:
+    """The field, the solvers in the order of their use, and how exact they are to be."""
+    field: AbstractField = FlowField(problem, clock)
+    if options.modified is not None:
+        field = modified_field(problem, clock, options.modified, weights)
+    rtol, split = options.rtol, None
+    match options.solver:
+        case None:
+            methods = ([] if field.dense else [diffrax.Dopri8()]) + [GaussNewton()]
+            split = SlowManifold(rtol=max(rtol, 1e-13))
+        case SlowManifold() as split:
+            methods = []
+            if (why := field.faded(weights)) is not None:
+                raise ValueError(
+                    "`solver` is SlowManifold, whose coordinates are those of the plain flow; at "
+                    f"the start {why}. Leave `solver` out: the default goes on in these "
+                    "coordinates from where nothing is added."
+                )
+        case solver:
+            methods = [solver]
+    state = FlowState(weights, as_array(np.zeros(())))
+    atol = default_atol(state, rtol) if options.atol is None else float(options.atol)
+    tolerance: AbstractTolerance = Tolerance(as_array(np.float64(rtol)), as_array(np.float64(atol)))
+    if options.function_space:
+        tolerance = FunctionTolerance(tolerance.rtol, problem, tolerance)
+    return Plan(field, tuple(map(method_of, methods)), split, tolerance, atol, options.max_steps)
+
+
+def second_run(run: FlowRun, options: Options) -> FlowRun:
+    """The run that certifies another: at another tolerance, over the same points.
+
+    Between saved points joined by few steps it may be the saved points, or what Newton bears, that
+    shorten the steps, whatever the tolerance. There the second run takes shorter ones.
+    """
+    rtol = second_tolerance(run.plan.tolerance.rtol.item())
+    atol = None if options.atol is None else options.atol * rtol / options.rtol
+    options = options._replace(rtol=rtol, atol=atol)
+    recorder, points = run.recorder, run.recorder.points
+    taken = np.diff([int(point["num_steps"]) for point in points]).tolist()
+    saves = [
+        Event.at(float(point["clock_value"]), shorter(steps), run.clock)
+        for point, steps in zip(points[1:], taken, strict=True)
+    ]
+    saves[-1:] = [last._replace(action=Action.STOP) for last in saves[-1:]]
+    again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
+    followed = plan(recorder.problem, recorder.start, run.clock, options)
+    end = None if saves else Reason.REACHED_AT_START.end(rule=run.rules[0])
+    other = FlowRun(followed, again, run.rules, Course(saves, [], end), compares=False)
+    other.name = "certificate"
+    return other
+
+
+def told(
+    run: FlowRun, options: Options, second: FlowRun | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What a record says of a flow beside the points that were recorded on the way.
+
+    Args:
+        run: at its end.
+        options: of the flow.
+        second: the run that certifies it, at its end, if there is one.
+
+    Returns:
+        Variables, and attributes.
+    """
+    modified, end = options.modified, run.end
+    assert end is not None
+    variables = evidence(run.recorder, conserved=modified is None)
+    attrs = {
+        "kind": "flow" if modified is None else "modified flow",
+        "modified_step": modified and modified.step,
+        "modified_order": modified and modified.order,
+        "status": end.status,
+        "message": end.message,
+        "until": " | ".join(map(repr, run.rules)),
+        "clock": run.clock.name,
+        "rtol": float(options.rtol),
+        "function_space": bool(options.function_space),
+        **run.facts(),
+    }
+    if second is not None:
+        errors, facts = certificate(run, second)
+        variables, attrs = variables | errors, attrs | facts
+    return variables, attrs
 
 
 def default_clock(rule: AbstractRule) -> clocks.AbstractClock:
     """The clock that lands on the leading rule's values by itself."""
-    return clocks.LogTime() if isinstance(rule, Time | LogTime) else clocks.LogRisk()
-
-
-def default_solvers(problem: Problem, rtol: float) -> tuple[Solver, ...]:
-    """The solvers that gflow chooses, in the order of their use."""
-    far = SlowManifold(rtol=max(rtol, 1e-13))
-    coordinates = problem.data.num_points if problem.design is None else min(problem.design.shape)
-    if coordinates <= SMALL_SYSTEM and not isinstance(problem, ModifiedProblem):
-        return GaussNewton(), far
-    return diffrax.Dopri8(), GaussNewton(), far
-
-
-def tolerances(rtol: float, atol: float | None, function_space: bool) -> tuple[float, float | None]:
-    """The tolerances of a step, checked."""
-    least = "a number from 1e-14, the least that float64 can hold, to below 1"
-    rtol = number("rtol", rtol, least, lambda value: 1e-14 <= value < 1)
-    if atol is not None and function_space:
-        raise ValueError(
-            f"`atol` is {atol} beside `function_space=True`, in which every error is relative; "
-            "expected one or the other."
-        )
-    if atol is None:
-        return rtol, None
-    between = "a number between 0 and 1, or None"
-    return rtol, number("atol", atol, between, lambda value: 0 < value < 1)
+    return clocks.LogTime() if rule.of_time else clocks.LogRisk()

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from gflow.problem import tables
-from gflow.problem.arguments import expect_unmasked, is_number, numbers_of, shown
+from gflow.problem.arguments import expect_unmasked, file_path, flag, is_number, numbers_of, shown
+from gflow.problem.cells import is_missing
 from gflow.problem.max_margin import MaxMargin, max_margin
 
 # The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
@@ -25,6 +26,18 @@ from gflow.problem.max_margin import MaxMargin, max_margin
 # solving would make every compiled function compile again. The arrays are read-only, so no entry
 # goes stale.
 _SOLUTIONS: dict[int, MaxMargin] = {}
+
+
+READERS = {
+    ".arff": ", as by scipy.io.arff.loadarff",
+    ".libsvm": ", as by sklearn.datasets.load_svmlight_file",
+    ".svm": ", as by sklearn.datasets.load_svmlight_file",
+    ".mat": ", as by scipy.io.loadmat",
+    ".npy": ", as by numpy.load",
+    ".xlsx": ", as by pandas.read_excel",
+    ".parquet": ", as by pandas.read_parquet",
+}
+"""What reads formats that are not read here."""
 
 
 class Dataset(eqx.Module):
@@ -82,8 +95,8 @@ class Dataset(eqx.Module):
     def separable(self) -> bool:
         r"""Whether some $w$ has $\langle w, z_i\rangle > 0$ for every $i$.
 
-        `max_margin()` has the certificate: a direction with a proven positive margin, or weights on
-        the points that leave no room for one.
+        Whether that is proven: `max_margin()` has the certificate, a direction with a positive
+        margin. Its `inseparable` tells whether there is none.
         """
         return self.max_margin().separable
 
@@ -145,7 +158,8 @@ class Dataset(eqx.Module):
             path: the file.
             **options: keyword arguments of the reader.
         """
-        suffix = Path(path).suffix.lower()
+        path = file_path("path", path)
+        suffix = path.suffix.lower()
         if suffix == ".npz":
             return cls.from_npz(path, **options)
         if suffix == ".tsv":
@@ -154,7 +168,8 @@ class Dataset(eqx.Module):
             return cls.from_csv(path, **options)
         raise ValueError(
             f"`path` is {str(path)!r} with the suffix {suffix!r}; expected .csv, .tsv, .txt or "
-            ".npz. For other formats read the arrays yourself and call Dataset(inputs, labels)."
+            ".npz. For other formats read the arrays yourself and call Dataset(inputs, labels)"
+            f"{READERS.get(suffix, '')}."
         )
 
     @classmethod
@@ -164,39 +179,48 @@ class Dataset(eqx.Module):
         *,
         label_column: int | str = -1,
         positive: str | float | None = None,
+        negative: str | float | Sequence[str | float] | None = None,
         delimiter: str = ",",
+        header: bool | None = None,
         name: str | None = None,
     ) -> "Dataset":
         """Read a text table: one line a point, one column the label, every other column a feature.
 
-        A first line that has no number in it is taken as a header. Empty lines and lines that start
-        with `#` are skipped.
+        Empty lines and lines that start with `#` are skipped, and so are first columns without a
+        name that number the rows, as pandas' `to_csv` and R's `write.csv` write them.
 
         Args:
             path: the file, in UTF-8.
             label_column: the column of the labels, by its name in the header or its position
                 (counted from 0; negative from the end).
-            positive: the label that becomes +1; every other label becomes -1. Without it the labels
-                must be -1 and +1 already.
+            positive: the label that becomes +1. Without it the labels must be -1 and +1 already.
+            negative: the label that becomes -1, or several, needed where there are more than two
+                labels; points with other labels are left out.
             delimiter: what separates the columns.
+            header: whether the first line names the columns. By default it is looked at: it does if
+                it has a word above a column of numbers or no number at all; where it cannot be
+                told, as for the names 0, 1, 2 that pandas gives, there is an error that asks.
             name: the name of the data set; the name of the file without its suffix unless given.
 
         Raises:
             OSError: if the file cannot be read.
             ValueError: if it is malformed, with the line and the column.
         """
-        path = Path(path)
-        table = tables.read(path, delimiter)
+        path = file_path("path", path)
+        header = flag("header", header, none=True)
+        table = tables.read(
+            path, delimiter, header=header, label_column=label_column, positive=positive
+        )
         column = tables.position(table, label_column)
-        features = [j for j in range(len(table.rows[0])) if j != column]
+        features = tables.features(table, column, told=header is not None)
         if not features:
             raise ValueError(
                 f"{path}: it has one column, the labels; expected at least one more. Is "
                 f"{delimiter!r} the right `delimiter`?"
             )
-        inputs = tables.numbers(table, features)
-        labels = tables.signs(table, column, positive)
-        return cls(inputs, labels, name=path.stem if name is None else name)
+        labels, chosen = tables.signs(table, column, positive, negative)
+        inputs = tables.numbers(table.only(chosen), features)
+        return cls(inputs, labels[chosen], name=path.stem if name is None else name)
 
     @classmethod
     def from_npz(
@@ -205,7 +229,8 @@ class Dataset(eqx.Module):
         *,
         inputs: str = "inputs",
         labels: str = "labels",
-        positive: float | None = None,
+        positive: str | float | None = None,
+        negative: str | float | Sequence[str | float] | None = None,
         name: str | None = None,
     ) -> "Dataset":
         """Read two arrays of an NPZ file.
@@ -214,15 +239,14 @@ class Dataset(eqx.Module):
             path: the file.
             inputs: the key of the (points, features) array.
             labels: the key of the (points,) array.
-            positive: the label that becomes +1; every other label becomes -1. Without it the labels
-                must be -1 and +1 already.
+            positive, negative: as for `from_csv`.
             name: the name of the data set; the name of the file without its suffix unless given.
 
         Raises:
             OSError: if the file cannot be read.
             ValueError: if it is not an NPZ file, lacks a key, or does not hold plain numbers.
         """
-        path = Path(path)
+        path = file_path("path", path)
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise ValueError(f"{path}: it is not an NPZ file, as numpy.savez writes them.")
@@ -240,8 +264,10 @@ class Dataset(eqx.Module):
                     f"{path}: an array cannot be read, {error}. Expected arrays of plain numbers, "
                     "as numpy.savez(path, inputs=..., labels=...) writes them."
                 ) from error
-        if positive is not None:
-            signs = tables.one_against_rest(signs, positive)
+        if positive is not None or negative is not None:
+            signs, chosen = _classes(path, labels, signs, positive, negative)
+            values = values[chosen] if np.shape(values)[:1] == chosen.shape else values
+            signs = signs[chosen]
         return cls(values, signs, name=path.stem if name is None else name)
 
 
@@ -262,6 +288,28 @@ def _largest_norm(inputs: np.ndarray) -> float:
     if largest == 0.0:
         return 0.0
     return largest * float(np.linalg.norm(inputs / largest, axis=1).max())
+
+
+def _classes(
+    path: Path, key: str, labels: np.ndarray, positive: Any, negative: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of an NPZ file as -1 and +1, and which points have one that is asked for."""
+    if labels.ndim != 1:
+        raise ValueError(
+            f"{path}: {key!r} has shape {labels.shape}; expected one label a point, (points,)."
+        )
+    named = {str(each) for each in (positive, *tables.several(negative))}
+    if labels.dtype.kind in "US":
+        labels = labels.astype(str)
+        gaps = [k for k, v in enumerate(labels) if is_missing(v) and v not in named]
+    else:
+        gaps = np.flatnonzero(np.isnan(labels)) if labels.dtype.kind == "f" else []
+    if len(gaps):
+        raise ValueError(
+            f"{path}: `{key}[{gaps[0]}]` is {labels[gaps[0]].item()!r}, no label ({len(gaps)} "
+            "such entries); expected one at every point. Drop the points without a label."
+        )
+    return tables.two_classes(labels, positive, negative)
 
 
 def _labels(values: Any) -> np.ndarray:

@@ -19,22 +19,25 @@ Values smaller than 2.2e-308 in magnitude are flushed to zero, as XLA does on a 
 import abc
 import math
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import softplus
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, ArrayLike, Float
+
+from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms
 
 # ---------------------------------------------------------------------------------------------
 # The interface
 # ---------------------------------------------------------------------------------------------
 
 
-class AbstractLoss(eqx.Module):
-    r"""A margin loss $\ell(q)$: decreasing, convex, from $\infty$ to $0$.
+class AbstractLoss(AbstractJointLoss):
+    r"""A margin loss $\ell(q)$: decreasing, convex, from $\infty$ to $0$; the risk is its mean.
 
-    All methods act elementwise on arrays of any shape and may be used under `jit`, `vmap` and
-    `grad`.
+    The methods to implement act elementwise on arrays of any shape and may be used under `jit`,
+    `vmap` and `grad`.
     """
 
     @abc.abstractmethod
@@ -56,6 +59,40 @@ class AbstractLoss(eqx.Module):
     def slope(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$-\ell'(q)$, which underflows as the loss does."""
         return jnp.exp(self.log_slope(margin))
+
+    def terms(self, offsets: Array, level: Array | None = None) -> LossTerms:
+        r"""$\log R$, the slopes $-\ell'_i/\sum_j\ell_j$ and the diagonal of $\ell''_i/\sum_j\ell_j$.
+
+        Where the loss is exponential up to a bounded factor, that factor is taken at the margin and
+        the exponential at the offset, so that a large level costs no digits.
+        """
+        margins, shift, base = offsets, jnp.zeros_like(offsets), jnp.zeros(())
+        if level is not None:
+            margins = offsets + level
+            if self.exponential_tail:
+                margins = jnp.minimum(margins, self.tail_from)  # beyond it the factor is constant
+                shift, base = margins - offsets, level
+        log_total = logsumexp(self.log_value(margins) + shift)
+        return LossTerms(
+            log_risk=log_total - base - np.log(offsets.shape[0]),
+            slopes=jnp.exp(self.log_slope(margins) + shift - log_total),
+            curvature=Diagonal(jnp.exp(self.log_curvature(margins) + shift - log_total)),
+        )
+
+    def risk_slopes(self, margins: Array) -> Array:
+        return self.slope(margins) / margins.shape[0]
+
+    def log_risk_at_zero(self, num_points: int) -> Array:
+        return self.log_value(jnp.zeros(()))
+
+    # Newton's method predicts how shares of the slopes change, linearly. Where a share is to grow
+    # by more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
+    def advance(self, offsets: Array, change: Array) -> tuple[Array, Array]:
+        if not self.exponential_tail:
+            return super().advance(offsets, change)
+        share = jax.nn.log_softmax(-offsets)
+        limit = jnp.maximum(share + 1 + jnp.log(jnp.maximum(-change, 1.0)), -5.0)
+        return -jnp.minimum(share - change, limit), share - change > limit
 
     @property
     @abc.abstractmethod
@@ -88,11 +125,6 @@ class AbstractLoss(eqx.Module):
     @abc.abstractmethod
     def exponential_tail(self) -> bool:
         r"""Whether $\ell(q) e^{q}$ tends to a positive constant as $q \to \infty$."""
-
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """A short name for tables and records."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,6 +181,11 @@ class Exponential(AbstractLoss):
     def exponential_tail(self) -> bool:
         """True."""
         return True
+
+    @property
+    def tail_from(self) -> float:
+        """Any margin would do: it is its own tail."""
+        return 0.0
 
     @property
     def name(self) -> str:

@@ -32,7 +32,8 @@ def lower_bound(
     achieved = smallest / size
     # What is left: ulps of `smallest`, of `size` and of their ratio, and the squared epsilon of the
     # sums.
-    lower = achieved - 4 * EPSILON * abs(achieved) - 256 * EPSILON**2 * magnitudes.max() / size
+    sure = float((margins - 256 * EPSILON**2 * magnitudes).min()) / size
+    lower = sure - 4 * EPSILON * abs(achieved)
     return float(achieved), float(lower), support
 
 

@@ -32,7 +32,7 @@ def euclidean(z: Float[np.ndarray, "points dim"]) -> tuple[Pair | None, Pair]:
         # A bound above what rounding does to the data is no proof yet.
         if upper_bound(z, weights, 2.0) < 8 * EPSILON * np.linalg.norm(z, axis=1).max():
             return None, weights
-    w, rows, a = _active_set(z, rows)
+    w, rows, a = active_set(z, rows)
     return w, Pair.scattered(len(z), rows, a)
 
 
@@ -86,7 +86,7 @@ def _support_by_least_squares(z: np.ndarray) -> tuple[np.ndarray, bool]:
     return rows, True
 
 
-def _active_set(z: np.ndarray, rows: np.ndarray) -> tuple[Pair | None, np.ndarray, Pair]:
+def active_set(z: np.ndarray, rows: np.ndarray) -> tuple[Pair | None, np.ndarray, Pair]:
     r"""The exact solution, from a guess of the support.
 
     $$\min\tfrac12\lVert w\rVert^2 \quad\text{subject to}\quad \langle w, z_i\rangle\ge1$$

@@ -20,6 +20,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gflow.problem import settings
+from gflow.problem.arguments import expect_unmasked, numbers_of
 from gflow.problem.compensated import Pair
 from gflow.problem.margin_bounds import lower_bound, norm_of, upper_bound
 
@@ -58,6 +60,9 @@ class MaxMargin(eqx.Module):
     separable, those with $p_i > 0$."""
     norm: float = eqx.field(static=True)
     """The norm of the direction: 1, 2 or infinity."""
+    inseparable: bool = eqx.field(static=True, default=False)
+    r"""Whether no direction separates the data beyond their round-off, whatever units their columns
+    and rows are in. If neither this nor `separable` holds it is not known."""
 
     @property
     def separable(self) -> bool:
@@ -82,14 +87,22 @@ class MaxMargin(eqx.Module):
     @property
     def verdict(self) -> str:
         """Whether the data are separable through the origin, in a sentence."""
-        return "the data are not separable, so that the risk has a positive infimum"
+        if self.separable:
+            return "the data are separable"
+        if self.inseparable:
+            return "the data are not separable, so that the risk has a positive infimum"
+        return (
+            "it is not known whether the data are separable: none was proven of directions, and "
+            f"the margin is at most {self.margin_upper:.2g}"
+        )
 
     @property
     def summary(self) -> str:
         """The verdict in a few words."""
         if self.separable:
             return f"max margin {self.margin:.6g} (certified to {self.relative_gap:.0e})"
-        return f"no direction separates by more than {self.margin_upper:.2g}"
+        known = "" if self.inseparable else "not known whether separable: "
+        return f"{known}no direction separates by more than {self.margin_upper:.2g}"
 
     def __repr__(self) -> str:
         if not isinstance(self.dual, np.ndarray):  # inside a transformation
@@ -101,13 +114,15 @@ class MaxMargin(eqx.Module):
                 f"[{self.margin_lower:.17g}, {self.margin_upper:.17g}], relative gap "
                 f"{self.relative_gap:.1e}; support: {points})"
             )
+        known = "not separable" if self.inseparable else "not known whether separable"
         return (
-            f"MaxMargin(norm {self.norm:g}: no direction through the origin separates the data by "
-            f"more than {self.margin_upper:.3g}, proven by {points} whose weighted mean has that "
-            "norm)"
+            f"MaxMargin(norm {self.norm:g}: {known}; no direction through the origin separates the "
+            f"data by more than {self.margin_upper:.3g}, proven by {points} whose weighted mean "
+            "has that norm)"
         )
 
 
+@settings.own()
 def max_margin(
     data: HasSignedInputs | Float[np.ndarray, "points dim"], *, norm: float = 2
 ) -> MaxMargin:
@@ -118,7 +133,7 @@ def max_margin(
     For norm 2 this is the hard-margin support vector machine without bias.
 
     Args:
-        data: a data set, or its signed inputs $z_i = y_i x_i$, one row a point.
+        data: a data set, a problem, or its signed inputs $z_i = y_i x_i$, one row a point.
         norm: of the direction $w$, not of the data: 2, 1 or `inf`.
 
     Returns:
@@ -136,25 +151,35 @@ def max_margin(
     # Imported here because SciPy's solvers are slow to import.
     from gflow.problem.margin_euclidean import euclidean
     from gflow.problem.margin_polyhedral import polyhedral
+    from gflow.problem.margin_units import in_equal_units
 
     z = _signed_inputs(data)
     if norm not in (1, 2, math.inf):
         raise ValueError(f"`norm` is {norm!r}; expected 2, 1 or math.inf.")
     # Entries of order one; by a power of two, so that scaling is exact.
-    exponent = math.frexp(float(np.abs(z).max()))[1]
+    given, exponent = z, math.frexp(float(np.abs(z).max()))[1]
     scale = math.ldexp(1.0, exponent)
     z = np.ldexp(z, -exponent)
     w, p = euclidean(z)
     solution = _certified(z, w, p, 2.0, scale)
+    hopeless = False
+    if not solution.separable:
+        told = in_equal_units(given)
+        hopeless = told.hopeless
+        if told.w is not None or upper_bound(z, told.p, 2.0) < upper_bound(z, p, 2.0):
+            w, p = told.w, told.p
+        solution = _certified(z, w, p, 2.0, scale, hopeless)
     if norm == 2:
         return solution
     # Separability does not depend on the norm.
     if w is not None and solution.separable:
         w, p = polyhedral(z, float(norm), w)
-    return _certified(z, w, p, float(norm), scale)
+    return _certified(z, w, p, float(norm), scale, hopeless)
 
 
-def _certified(z: np.ndarray, w: Pair | None, p: Pair, norm: float, scale: float) -> MaxMargin:
+def _certified(
+    z: np.ndarray, w: Pair | None, p: Pair, norm: float, scale: float, hopeless: bool = False
+) -> MaxMargin:
     """Everything there is to say about the problem that is `scale` times `z`, from `w` and `p`."""
     upper = upper_bound(z, p, norm)
     dual = p.high / p.high.sum()
@@ -179,19 +204,25 @@ def _certified(z: np.ndarray, w: Pair | None, p: Pair, norm: float, scale: float
         dual=dual,
         support=np.flatnonzero(dual > 0.0),
         norm=norm,
+        inseparable=hopeless,
     )
 
 
 def _signed_inputs(data: Any) -> np.ndarray:
-    z = np.asarray(getattr(data, "signed_inputs", data))
+    of = getattr(data, "data", data)  # of a problem, and of an array its memory
+    held = next((each for each in (data, of) if hasattr(each, "signed_inputs")), None)
+    given = data if held is None else held.signed_inputs
+    expect_unmasked("data", given)
+    z = np.asarray(given)
+    if z.dtype.kind in "O":
+        z = numbers_of("data", given)
     if z.dtype.kind not in "fiu" or z.ndim != 2 or 0 in z.shape:
         raise ValueError(
             f"`data` has shape {z.shape} and type {z.dtype}; expected a `Dataset`, or its signed "
             "inputs y_i x_i as a table of numbers with one row a point."
         )
-    z = z.astype(np.float64)
     bad = np.argwhere(~np.isfinite(z))
     if len(bad):
         row, column = (int(i) for i in bad[0])
         raise ValueError(f"`data[{row}, {column}]` is {z[row, column]}; expected finite numbers.")
-    return z
+    return z.astype(np.float64)

@@ -13,7 +13,7 @@ needs only the $m \times m$ matrices that live in these coordinates.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -45,8 +45,19 @@ Weights = PyTree[Array]
 """A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
 
 
+class Factors(NamedTuple):
+    """Vectors of weight space: vector j is ``outer(lefts[k][j], rights[k][j])`` in array k."""
+
+    lefts: list[Array]
+    rights: list[Array]
+
+
 class AbstractNetwork(eqx.Module):
     """A network with one real output, seen through the margins of a data set."""
+
+    homogeneity: eqx.AbstractVar[float | None]
+    """The degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$; None where there is none. A chain
+    of matrices has as many as it has layers and says so by :meth:`layers`."""
 
     @abstractmethod
     def design(self, data: Dataset) -> Array | None:
@@ -71,12 +82,58 @@ class AbstractNetwork(eqx.Module):
     def check(self, weights: Weights, data: Dataset) -> Weights:
         """``weights`` as float64 NumPy arrays; a ValueError says what does not fit ``data``."""
 
+    def layers(self, weights: Weights) -> tuple[Array, ...] | None:
+        """The matrices whose product the network is, from input to output; None if it is none."""
+        return None
+
+    # An implicit solver moves along few vectors K_j at all its stages. What follows serves it; a
+    # network whose pullback has low rank in every array overrides both.
+
+    def no_vectors(self, weights: Weights) -> Factors:
+        """No vectors, in the form that :meth:`along` gives them; an array is a single row."""
+        leaves = [jnp.asarray(leaf).reshape(1, -1) for leaf in jax.tree.leaves(weights)]
+        return Factors([leaf.T[:0, :1] for leaf in leaves], [leaf[:0] for leaf in leaves])
+
+    def along(
+        self, weights: Weights, vectors: Factors, coefficients: Array, data: Dataset
+    ) -> tuple[Array, Callable[[Array], Factors]]:
+        r"""The network at ``weights + coefficients[i] @ vectors``, one point a stage i.
+
+        Args:
+            weights: where the step begins.
+            vectors: J vectors.
+            coefficients: shape (stages, J).
+            data: the points.
+
+        Returns:
+            The coordinates c (stages, m), and the map from cotangents (stages, m) to the pullbacks
+            $G^\top \bar c$, one vector a stage.
+        """
+        moved = jax.vmap(lambda row: move(weights, vectors, row))(coefficients)
+        coordinates, vjp = jax.vjp(
+            lambda at: jax.vmap(lambda each: self.coordinates(each, data))(at), moved
+        )
+
+        def pull(cotangents: Array) -> Factors:
+            leaves = jax.tree.leaves(vjp(cotangents)[0])
+            ones = jnp.ones_like(cotangents[:, :1])
+            return Factors([ones] * len(leaves), [leaf.reshape(len(ones), -1) for leaf in leaves])
+
+        return coordinates, pull
+
 
 class DeepLinear(AbstractNetwork):
     r"""The deep linear network $x \mapsto W_L \cdots W_1 x$ of any widths, one output.
 
     Its depth and widths are those of the weights it is given.
     """
+
+    @property
+    def homogeneity(self) -> None:
+        """None: it is homogeneous in each layer, of a degree that the weights tell."""
+
+    def layers(self, weights: Weights) -> tuple[Array, ...]:
+        return tuple(weights)
 
     def design(self, data: Dataset) -> Array:
         return as_array(data.signed_inputs)
@@ -103,6 +160,31 @@ class DeepLinear(AbstractNetwork):
             return tuple(gradient), squared_norm
 
         return lefts[0], pull
+
+    def no_vectors(self, weights: Weights) -> Factors:
+        layers = [jnp.asarray(matrix) for matrix in weights]
+        return Factors([matrix.T[:0] for matrix in layers], [matrix[:0] for matrix in layers])
+
+    # The pullback of v is (W_L ... W_{k+1})^T (W_{k-1} ... W_1 v)^T in layer k, an outer product.
+    # W_0 + sum_j c_j K_j with such K_j is applied to vectors without being formed: all stages of a
+    # step share the products with W_0, and the rest costs as little as the vectors.
+    def along(
+        self, weights: Weights, vectors: Factors, coefficients: Array, data: Dataset
+    ) -> tuple[Array, Callable[[Array], Factors]]:
+        layers = list(zip(weights, *vectors, strict=True))
+        row, rows = jnp.ones((coefficients.shape[0], 1), coefficients.dtype), []
+        for matrix, left, right in reversed(layers):
+            rows.append(row)
+            row = row @ matrix + (coefficients * (row @ left.T)) @ right
+
+        def pull(cotangents: Array) -> Factors:
+            column, columns = cotangents, []
+            for matrix, left, right in layers:
+                columns.append(column)
+                column = column @ matrix.T + (coefficients * (column @ right.T)) @ left
+            return Factors(rows[::-1], columns)
+
+        return row, pull
 
     def check(self, weights: Weights, data: Dataset) -> Weights:
         weights = check_weights(weights)
@@ -255,6 +337,19 @@ def end_to_end(weights: Weights) -> Float[Array, " d"]:
     [3.0, 6.0]
     """
     return left_products(weights)[0]
+
+
+def move(weights: Weights, vectors: Factors, coefficients: Array) -> Weights:
+    """``weights + coefficients @ vectors``."""
+    moves = [(coefficients[:, None] * a).T @ b for a, b in zip(*vectors, strict=True)]
+    return jax.tree.map(jnp.add, weights, shaped(moves, weights))
+
+
+def shaped(leaves: list[Array], weights: Weights) -> Weights:
+    """The arrays in ``leaves`` as a tree of the weights' structure and shapes."""
+    old, structure = jax.tree.flatten(weights)
+    shaped = [new.reshape(jnp.shape(leaf)) for new, leaf in zip(leaves, old, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
 
 
 def squared_norm(tree: PyTree[Array]) -> Array:

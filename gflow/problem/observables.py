@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +24,14 @@ from gflow.problem.curvature import (
     sharpness_error as sharpness_error,
 )
 from gflow.problem.max_margin import MaxMargin
-from gflow.problem.network import Array, DeepLinear, Weights, as_array, end_to_end, squared_norm
+from gflow.problem.network import (
+    Array,
+    Weights,
+    as_array,
+    end_to_end,
+    inner_product,
+    squared_norm,
+)
 from gflow.problem.risk import Problem
 
 
@@ -135,8 +143,7 @@ def smoothed_margin(problem: Problem, weights: Weights) -> Array:
     Never decreases along the flow once $\sum_i\ell(q_i) < \ell(0)$ (arXiv 1906.05890,
     theorem 4.1, in its form for multi-homogeneous networks).
     """
-    losses = problem.loss_slopes(problem.margins(weights))
-    return problem.loss.inverse(losses.log_total) / _norm_product(weights)
+    return problem.loss.inverse(_log_total(problem, weights)) / _norm_product(weights)
 
 
 def gradient_alignment(problem: Problem, weights: Weights) -> Array:
@@ -145,8 +152,7 @@ def gradient_alignment(problem: Problem, weights: Weights) -> Array:
     Tends to one for homogeneous networks (Ji and Telgarsky, arXiv 2006.06657).
     """
     _, gradient = problem.log_risk_and_gradient(weights)
-    inner = sum(jnp.sum(w * g) for w, g in zip(weights, gradient, strict=True))
-    return -inner / jnp.sqrt(squared_norm(weights) * squared_norm(gradient))
+    return -inner_product(weights, gradient) / jnp.sqrt(squared_norm(weights) * squared_norm(gradient))
 
 
 class Reference(eqx.Module):
@@ -198,17 +204,16 @@ def kkt(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     """
     coordinates, pull = problem.network.pullback(weights, problem.data)
     margins = problem.spread(coordinates)
-    slopes = problem.loss_slopes(margins).slopes
+    slopes = problem.loss.terms(margins).slopes
     gradient, squared_slope = pull(-problem.gather(slopes))
     smallest = jnp.min(margins)
     scale = jnp.where(smallest > 0, smallest, jnp.nan)
     size, slope = jnp.sqrt(squared_norm(weights)), jnp.sqrt(squared_slope)
-    apart = sum(
-        jnp.sum((w / size + g / slope) ** 2) for w, g in zip(weights, gradient, strict=True)
-    )
-    depth = len(weights)
-    residual = size / scale ** (1 / depth) * jnp.sqrt(apart)
-    multipliers = size * scale ** (1 - 2 / depth) * slopes / slope
+    apart = squared_norm(jax.tree.map(lambda w, g: w / size + g / slope, weights, gradient))
+    degree = problem.degree(weights)
+    assert degree is not None
+    residual = size / scale ** (1 / degree) * jnp.sqrt(apart)
+    multipliers = size * scale ** (1 - 2 / degree) * slopes / slope
     return residual, jnp.max(multipliers * (margins - smallest) / scale)
 
 
@@ -227,7 +232,7 @@ def perpendicular_cosine(problem: Problem, w: Array, reference: Reference) -> Ar
         w: the end-to-end vector, shape (d,).
         reference: of the run.
     """
-    slopes = problem.loss_slopes(problem.spread(w)).slopes
+    slopes = problem.loss.terms(problem.spread(w)).slopes
     gradient = -problem.gather(slopes)
     across = w - jnp.dot(w, reference.direction) * reference.direction
     size = jnp.linalg.norm(across) * jnp.linalg.norm(gradient)
@@ -279,17 +284,18 @@ def general(problem: Problem, weights: Weights) -> dict[str, Array]:
     margins = problem.margins(weights)
     norm = jnp.sqrt(squared_norm(weights))
     found = {"log_risk": problem.log_risk(weights), "min_margin": jnp.min(margins), "norm": norm}
-    homogeneity = getattr(problem.network, "homogeneity", None)
-    if homogeneity is not None:
-        total = problem.loss_slopes(margins).log_total
-        found["margin"] = jnp.min(margins) / norm**homogeneity
-        found["smoothed_margin"] = problem.loss.inverse(total) / norm**homogeneity
+    degree = problem.degree(weights)
+    if degree is not None:
+        total = _log_total(problem, weights)
+        found["margin"] = jnp.min(margins) / norm**degree
+        found["smoothed_margin"] = problem.loss.inverse(total) / norm**degree
+        found["kkt_residual"], found["kkt_slackness"] = kkt(problem, weights)
     return found
 
 
-def is_deep_linear(problem: Problem) -> bool:
-    """Whether the layer-wise observables apply."""
-    return isinstance(problem.network, DeepLinear)
+def _log_total(problem: Problem, weights: Weights) -> Array:
+    r"""$\log\sum_i\ell(q_i)$."""
+    return problem.log_risk(weights) + np.log(problem.data.num_points)
 
 
 def _norm_product(weights: Weights) -> Array:

@@ -11,35 +11,24 @@ s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gflow.problem import settings
 from gflow.problem.arguments import expect
 from gflow.problem.data import Dataset
-from gflow.problem.losses import AbstractLoss, Logistic
+from gflow.problem.losses import Logistic
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
+from gflow.problem.terms import AbstractJointLoss
 
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""
-
-
-class LossSlopes(NamedTuple):
-    """The loss at the margins: what the risk, its gradient and its curvature are made of."""
-
-    log_risk: Array
-    slopes: Array
-    r"""$s_i = -\ell'(q_i)/\sum_j\ell(q_j)$, shape (points,); their sum is 1 for
-    exponential loss."""
-    log_total: Array
-    r"""$\log\sum_j\ell(q_j)$."""
 
 
 class Problem(eqx.Module):
@@ -52,19 +41,19 @@ class Problem(eqx.Module):
 
     data: Dataset
     network: AbstractNetwork
-    loss: AbstractLoss
+    loss: AbstractJointLoss
     design: Array | None
 
     def __init__(
         self,
         data: Dataset,
         network: AbstractNetwork | None = None,
-        loss: AbstractLoss | None = None,
+        loss: AbstractJointLoss | None = None,
     ):
         self.data, self.network, self.loss = data, network or DeepLinear(), loss or Logistic()
         expect("data", self.data, Dataset, "a gflow Dataset")
         expect("network", self.network, AbstractNetwork, "a gflow AbstractNetwork")
-        expect("loss", self.loss, AbstractLoss, "a gflow AbstractLoss")
+        expect("loss", self.loss, AbstractJointLoss, "a gflow AbstractLoss")
         self.design = self.network.design(self.data)
 
     def sharded(self, devices: Sequence[Any] | None = None) -> "Problem":
@@ -103,7 +92,7 @@ class Problem(eqx.Module):
 
     def log_risk(self, weights: Weights) -> Array:
         r"""$\log R(W)$, natural logarithm of the mean loss."""
-        return self.loss_slopes(self.margins(weights)).log_risk
+        return self.loss.terms(self.margins(weights)).log_risk
 
     def log_risk_and_gradient(self, weights: Weights) -> tuple[Array, Weights]:
         r"""$\log R$ and $g = \nabla \log R$, the latter shaped as the weights."""
@@ -113,34 +102,59 @@ class Problem(eqx.Module):
     def log_risk_gradient_and_norm(self, weights: Weights) -> tuple[Array, Weights, Array]:
         r"""$\log R$, $g = \nabla\log R$ and $\lVert g\rVert^2$."""
         coordinates, pull = self.network.pullback(weights, self.data)
-        losses = self.loss_slopes(self.spread(coordinates))
-        gradient, squared_norm = pull(-self.gather(losses.slopes))
-        return losses.log_risk, gradient, squared_norm
+        log_risk, slopes, _ = self.loss.terms(self.spread(coordinates))
+        gradient, squared_norm = pull(-self.gather(slopes))
+        return log_risk, gradient, squared_norm
 
-    @property
-    def outer(self) -> bool:
-        """Whether the field is an outer product in every layer."""
-        return isinstance(self.network, DeepLinear)
+    def degree(self, weights: Weights) -> float | None:
+        """The L with $q(aW) = a^L q(W)$ for a > 0; None where there is none."""
+        layers = self.network.layers(weights)
+        return self.network.homogeneity if layers is None else len(layers)
+
+    def expect_needs(self, where: str, needs: Collection[str], weights: Weights) -> None:
+        """Refuse what asks for more than this problem has, as a variable of a record may.
+
+        Args:
+            where: what asks, in words.
+            needs: some of "layers" (a network that is a product of matrices), "reference" (a
+                maximum-margin direction) and "homogeneity" (of a known degree).
+            weights: of the network.
+
+        Raises:
+            ValueError: that says what is missing.
+        """
+        kind = type(self.network).__name__
+        if "layers" in needs and self.network.layers(weights) is None:
+            raise ValueError(
+                f"{where}, which looks at the layers of a product of matrices; `problem` has a "
+                f"{kind}, which is none. Choose another rule, or a DeepLinear network."
+            )
+        if "homogeneity" in needs and self.degree(weights) is None:
+            raise ValueError(
+                f"{where}, which needs a homogeneous network; `problem` has a {kind} of no known "
+                "degree. Say it: Network(apply, homogeneity=L)."
+            )
+        if "reference" in needs and not (solution := self.data.max_margin()).separable:
+            raise ValueError(
+                f"{where}, but {solution.verdict}: there is no maximum margin to approach. Choose "
+                "another rule."
+            )
 
     def log_risk_at_zero(self) -> Array:
         r"""$\log R(0) = \log\ell(0)$, the level of the paper's assumption on the start."""
-        return self.loss.log_value(jnp.zeros(()))
+        return self.loss.log_risk_at_zero(self.data.num_points)
 
-    def loss_slopes(self, margins: Array) -> LossSlopes:
-        """The log risk and the slopes $s_i$ at given margins."""
-        log_total = logsumexp(self.loss.log_value(margins))
-        return LossSlopes(
-            log_risk=log_total - np.log(margins.shape[0]),
-            slopes=jnp.exp(self.loss.log_slope(margins) - log_total),
-            log_total=log_total,
-        )
+    @property
+    def num_coordinates(self) -> int:
+        """The number m of coordinates that the implicit solver works in."""
+        return self.data.num_points if self.design is None else min(self.design.shape)
 
     def spread(self, coordinates: Array) -> Array:
-        """$A c$: from the network's coordinates to the margins."""
-        return coordinates if self.design is None else self.design @ coordinates
+        """$A c$: from the network's coordinates to the margins, along the last axis."""
+        return coordinates if self.design is None else coordinates @ self.design.T
 
     def gather(self, slopes: Array) -> Array:
-        r"""$A^\top s$: from a covector on the margins to one on the coordinates."""
+        r"""$A^\top s$: from covectors on the margins to those on the coordinates, likewise."""
         return slopes if self.design is None else slopes @ self.design
 
     def _largest_slope(self, weights: Weights) -> float:

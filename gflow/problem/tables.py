@@ -1,11 +1,26 @@
 """Text tables of points: reading them, and saying where they are malformed."""
 
 import csv
+import re
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
+
+from gflow.problem.arguments import shown, whole
+from gflow.problem.cells import UnsureError, has_header, is_missing, is_number, row_numbers
+
+Label = str | float
+
+LIBSVM = re.compile(r"\d+:[+-]?[\d.]+([eE][+-]?\d+)?")
+IS_LIBSVM = (
+    "it looks like libsvm's format. Read it by sklearn.datasets.load_svmlight_file and call "
+    "Dataset(inputs.toarray(), labels)."
+)
+
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 class Table(NamedTuple):
@@ -17,22 +32,42 @@ class Table(NamedTuple):
     lines: list[int]
     """The line of the file that each row ends on, from 1."""
 
+    def only(self, chosen: np.ndarray) -> "Table":
+        """Some of the rows."""
+        at = np.flatnonzero(chosen)
+        rows, lines = [self.rows[i] for i in at], [self.lines[i] for i in at]
+        return self._replace(rows=rows, lines=lines)
+
     def place(self, row: int, column: int) -> str:
         """Where a cell is, in words."""
         name = "" if self.header is None else f" ({self.header[column]!r})"
         return f"{self.path}, line {self.lines[row]}, column {column + 1}{name}"
 
 
-def read(path: Path, delimiter: str) -> Table:
+def read(
+    path: Path,
+    delimiter: str,
+    *,
+    header: bool | None = None,
+    label_column: int | str = -1,
+    positive: str | float | None = None,
+) -> Table:
     """Read a table whose rows all have as many cells as its first.
 
-    A first line without any number is the header; empty lines and lines starting with `#` are
-    skipped.
+    Empty lines and lines starting with `#` are skipped.
+
+    Args:
+        path: the file.
+        delimiter: between cells.
+        header: whether the first line names the columns; None looks (see `cells.has_header`).
+        label_column, positive: of `Dataset.from_csv`, by which it is seen whether it does.
     """
     rows: list[list[str]] = []
     lines: list[int] = []
-    if len(delimiter) != 1:
-        raise ValueError(f"`delimiter` is {delimiter!r}; expected one character.")
+    if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '\r\n"':
+        raise ValueError(
+            f"`delimiter` is {shown(delimiter)}; expected one character, such as ',' or '\\t'."
+        )
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
@@ -42,11 +77,18 @@ def read(path: Path, delimiter: str) -> Table:
                     continue
                 rows.append(cells)
                 lines.append(reader.line_num)
+                if cells[0].lower().startswith(("@relation", "@attribute")):
+                    raise ValueError(
+                        f"{path}: it is an ARFF file. Read it by scipy.io.arff.loadarff and call "
+                        "Dataset(inputs, labels)."
+                    )
+                if len(rows) == 1 and _is_libsvm(delimiter.join(cells)):
+                    raise ValueError(f"{path}, line {lines[0]}: {IS_LIBSVM}")
                 if len(cells) != len(rows[0]):
                     raise ValueError(
                         f"{path}, line {lines[-1]}: it has {len(cells)} columns; expected "
-                        f"{len(rows[0])}, as in line {lines[0]}. Is {delimiter!r} the right "
-                        "`delimiter`?"
+                        f"{len(rows[0])}, as in line {lines[0]}. "
+                        + _why_uneven(rows[0], cells, delimiter)
                     )
         except UnicodeDecodeError as error:
             raise ValueError(
@@ -55,18 +97,65 @@ def read(path: Path, delimiter: str) -> Table:
             ) from error
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
-    header = None
-    if rows and not any(_is_number(cell) for cell in rows[0]):
-        header, rows, lines = rows[0], rows[1:], lines[1:]
     if not rows:
-        found = "nothing" if header is None else "only a header"
-        raise ValueError(f"{path}: it holds {found}; expected one line a point.")
-    return Table(path, header, rows, lines)
+        raise ValueError(f"{path}: it holds nothing; expected one line a point.")
+    try:
+        named = has_header(rows, label_column, positive) if header is None else header
+    except UnsureError as error:
+        raise ValueError(
+            f"{path}, line {lines[0]}: {delimiter.join(rows[0])[:80]!r} {error}. Say which: "
+            "`header=True` or `header=False`."
+        ) from error
+    names = None
+    if named:
+        names, rows, lines = rows[0], rows[1:], lines[1:]
+    if not rows:
+        raise ValueError(f"{path}: it holds only a header; expected one line a point.")
+    return Table(path, names, rows, lines)
+
+
+def _is_libsvm(line: str) -> bool:
+    """Whether a line is a label and numbered values, as ``1 3:0.5 7:2``."""
+    label, *values = line.split() or [""]
+    return bool(values) and is_number(label) and all(map(LIBSVM.fullmatch, values))
+
+
+def _why_uneven(first: list[str], cells: list[str], delimiter: str) -> str:
+    """What may be the reason for rows of unequal length."""
+    if len(cells) == len(first) + 1 > 2 and not any(map(is_number, first)):
+        return (
+            "R's write.table leaves the name of its row numbers out: write the table with "
+            "row.names=FALSE."
+        )
+    return f"Is {delimiter!r} the right `delimiter`?"
+
+
+def features(table: Table, label: int, *, told: bool) -> list[int]:
+    """The columns that are features: all but the labels and the numbers of rows.
+
+    Args:
+        table: the cells.
+        label: the position of the labels.
+        told: whether the caller said whether there is a header.
+    """
+    try:
+        without = {label, *row_numbers(table.rows, table.header, label, told=told)}
+    except UnsureError as error:
+        raise ValueError(
+            f"{table.path}: {error}; if it is not, leave it out of the file (pandas: index=False, "
+            "R: row.names=FALSE)."
+        ) from error
+    return [j for j in range(len(table.rows[0])) if j not in without]
 
 
 def position(table: Table, column: int | str) -> int:
     """The position of the label column, from its name or a position that may count from the end."""
     width = len(table.rows[0])
+    if not isinstance(column, str) and not whole(column):
+        raise ValueError(
+            f"`label_column` is {shown(column)}; expected a name in the header, or a position from "
+            f"{-width} to {width - 1}."
+        )
     if isinstance(column, str):
         if table.header is None:
             raise ValueError(
@@ -85,7 +174,7 @@ def position(table: Table, column: int | str) -> int:
             f"`label_column` is {column}; expected a position from {-width} to {width - 1}: "
             f"{table.path} has {width} columns."
         )
-    return column % width
+    return int(column) % width
 
 
 def numbers(table: Table, columns: list[int]) -> Float[np.ndarray, "rows columns"]:
@@ -99,50 +188,141 @@ def numbers(table: Table, columns: list[int]) -> Float[np.ndarray, "rows columns
         return values
     for i, row in enumerate(text):
         for j, cell in zip(columns, row, strict=True):
-            if not (_is_number(cell) and np.isfinite(float(cell))):
+            if not (is_number(cell) and np.isfinite(float(cell))):
                 raise ValueError(
-                    f"{table.place(i, j)}: got {cell!r}, expected a finite number. Encode or drop "
-                    "a column of words; drop or impute a point with gaps."
+                    f"{table.place(i, j)}: got {cell!r}, expected a finite number. {_hint(cell)}"
                 )
     return np.array([[float(cell) for cell in row] for row in text])
 
 
-def signs(table: Table, column: int, positive: str | float | None) -> Float[np.ndarray, " rows"]:
-    """The labels of a column: +1 where it is `positive`, else -1; without that, as they are."""
-    labels = [row[column] for row in table.rows]
-    if positive is not None:
-        if all(_is_number(label) for label in labels) and _is_number(str(positive)):
-            return one_against_rest(np.array([float(v) for v in labels]), float(positive))
-        return one_against_rest(np.array(labels), str(positive))
-    for i, label in enumerate(labels):
-        if not (_is_number(label) and abs(float(label)) == 1.0):
-            values = sorted(set(labels))
+def _hint(cell: str) -> str:
+    """What to do with a cell that is no number."""
+    if DECIMAL_COMMA.fullmatch(cell):
+        return "It has a decimal comma; write numbers with a point, as pandas' decimal='.'."
+    if is_missing(cell):
+        return "Drop or impute a point with gaps."
+    return "Encode or drop a column of words; drop or impute a point with gaps."
+
+
+def labels(table: Table, column: int, named: Container[str] = ()) -> list[str]:
+    """The labels of a column, every one of which is there.
+
+    Args:
+        table: the cells.
+        column: the position of the labels.
+        named: what is a label although it stands for a missing value elsewhere.
+
+    Raises:
+        ValueError: that names line and column of a label that is missing.
+    """
+    found = [row[column] for row in table.rows]
+    gaps = [i for i, label in enumerate(found) if is_missing(label) and label not in named]
+    if len(gaps) == len(found):
+        raise ValueError(
+            f"{table.place(0, column)}: the column of labels is empty. Does every line end with a "
+            "delimiter? Choose another `label_column`."
+        )
+    if gaps:
+        raise ValueError(
+            f"{table.place(gaps[0], column)}: the label is missing, {found[gaps[0]]!r}"
+            f"{_more(len(gaps))}; expected one at every point. Drop the points without a label."
+        )
+    return found
+
+
+def signs(
+    table: Table,
+    column: int,
+    positive: str | float | None,
+    negative: Label | Sequence[Label] | None = None,
+) -> tuple[Float[np.ndarray, " rows"], np.ndarray]:
+    """The labels of a column as -1 and +1, and which points have one of them.
+
+    Args:
+        table: the cells.
+        column: the position of the labels.
+        positive, negative: as of `Dataset.from_csv`.
+    """
+    named = {str(each) for each in (positive, *several(negative)) if each is not None}
+    found = labels(table, column, named)
+    if positive is not None or negative is not None:
+        if all(is_number(label) for label in (*found, *named)):
+            return two_classes(np.array([float(v) for v in found]), positive, negative)
+        return two_classes(np.array(found), positive, negative)
+    for i, label in enumerate(found):
+        if not (is_number(label) and abs(float(label)) == 1.0):
+            values = sorted(set(found))
             shown = ", ".join(map(repr, values[:6])) + (", ..." if len(values) > 6 else "")
             raise ValueError(
                 f"{table.place(i, column)}: the label is {label!r}, expected -1 or +1. The labels "
                 f"are {shown}: say which one is +1, for example `positive={values[-1]!r}`, or "
                 "choose another `label_column`."
             )
-    return np.array([float(label) for label in labels])
+    return np.array([float(label) for label in found]), np.ones(len(found), dtype=bool)
 
 
-def one_against_rest(
-    labels: Shaped[np.ndarray, " points"], positive: str | float
-) -> Float[np.ndarray, " points"]:
-    """+1 where the label is `positive`, -1 elsewhere; both must occur."""
-    hits = np.asarray(labels == positive)
-    if hits.shape != labels.shape or not hits.any() or hits.all():
-        values = np.unique(labels)
-        shown = ", ".join(repr(v.item()) for v in values[:8]) + (", ..." if len(values) > 8 else "")
+def two_classes(
+    values: Shaped[np.ndarray, " points"],
+    positive: Label | None,
+    negative: Label | Sequence[Label] | None = None,
+) -> tuple[Float[np.ndarray, " points"], np.ndarray]:
+    """Labels as -1 and +1, and which points have one of the labels that are asked for.
+
+    Args:
+        values: the labels, none of which is missing.
+        positive: the label that becomes +1.
+        negative: the label, or labels, that become -1; None stands for the only other one.
+
+    Raises:
+        ValueError: when a label that is asked for does not occur, or another one does and it is not
+            said which of them is -1.
+    """
+    known = [value.item() for value in np.unique(values)]
+    shown_values = ", ".join(map(repr, known[:8])) + (", ..." if len(known) > 8 else "")
+    told = f"The labels are {shown_values}."
+    of_numbers = values.dtype.kind in "fiub"
+    if positive is None:
+        raise ValueError(f"`negative` is {negative!r} without `positive`, the label of +1. {told}")
+
+    def hits(name: str, label: Any) -> np.ndarray:
+        found = np.asarray(values == (label if of_numbers else str(label)))
+        if found.shape != values.shape or not found.any() or found.all():
+            raise ValueError(f"`{name}` is {label!r}; expected one of several labels. {told}")
+        return found
+
+    if of_numbers:  # numbers may be given as text, as they are in a file
+        positive, negative = _as_number(positive), _each_as_number(negative)
+    plus = hits("positive", positive)
+    others = [value for value in known if value != (positive if of_numbers else str(positive))]
+    if negative is None and len(others) > 1:
         raise ValueError(
-            f"`positive` is {positive!r}; expected one of several labels. The labels are {shown}."
+            f"`positive` is {positive!r}, and there are {len(others)} other labels: "
+            f"{', '.join(map(repr, others[:8]))}{', ...' if len(others) > 8 else ''}. Say which of "
+            f"them is -1: `negative={others[0]!r}`, which leaves points with other labels out, or "
+            f"a list of labels."
         )
-    return np.where(hits, 1.0, -1.0)
+    minus = ~plus if negative is None else np.zeros_like(plus)
+    for label in several(negative):
+        minus |= hits("negative", label)
+    if np.any(plus & minus):
+        raise ValueError(f"`positive` and `negative` are both {positive!r}; expected two labels.")
+    return np.where(plus, 1.0, -1.0), plus | minus
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+def several(labels: Any) -> list[Any]:
+    """Labels as a list: none, one or several."""
+    if labels is None:
+        return []
+    return list(labels) if isinstance(labels, list | tuple | set) else [labels]
+
+
+def _as_number(label: Any) -> Any:
+    return float(label) if isinstance(label, str) and is_number(label) else label
+
+
+def _each_as_number(labels: Any) -> Any:
+    return None if labels is None else [_as_number(each) for each in several(labels)]
+
+
+def _more(count: int) -> str:
+    return f" ({count} such lines)" if count > 1 else ""

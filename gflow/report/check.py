@@ -18,7 +18,7 @@ import numpy as np
 from gflow.analysis import exact
 from gflow.analysis.table import Table, line
 from gflow.dynamics.flow import gradient_flow
-from gflow.dynamics.until import LogRisk
+from gflow.dynamics.stops import LogRisk
 from gflow.problem import init
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic

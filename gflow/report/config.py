@@ -253,7 +253,7 @@ def _flow(table: Table, problem: Problem, starts: "list[init.LayerWeights]") -> 
 
 
 def _descent(table: Table, problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
-    from gflow.dynamics.step_sizes import on_log_risk
+    from gflow.dynamics.descending.step_sizes import on_log_risk
 
     until = _until(table)
     options = _common(table)

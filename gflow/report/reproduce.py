@@ -14,8 +14,8 @@ import diffrax
 import optax
 
 from gflow.analysis.table import aligned, markdown
-from gflow.dynamics.step_sizes import polyak
-from gflow.dynamics.until import LogRisk, Steps
+from gflow.dynamics.descending.step_sizes import polyak
+from gflow.dynamics.stops import LogRisk, Steps
 from gflow.problem import datasets, init
 from gflow.problem.data import Dataset
 from gflow.problem.losses import Logistic

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from gflow import record
+from gflow.dynamics.descending.optimizers import describe
+from gflow.dynamics.drive.members import agreed, filled
+from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
-from gflow.dynamics.members import Unfinished, agreed, filled
-from gflow.dynamics.optimizers import describe
-from gflow.dynamics.progress import ProgressBar
 from gflow.names import SETTINGS, all_names, check_names
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
@@ -218,7 +218,7 @@ def _trial(given: Any, shared: Mapping[str, Any], known: dict[Any, Problem]) -> 
     if options["until"] is None:
         raise ValueError("`until` is missing; expected it here or in the options of the point.")
     rest = {k: v for k, v in options.items() if k not in ("until", "save", "rtol", "optimizer")}
-    check_options(rest, descent=options.get("optimizer") is not None)
+    check_options(rest, descends=options.get("optimizer") is not None)
     problem = known.setdefault(_digest(problem), problem)
     return Trial(problem, problem.network.check(weights, problem.data), options)
 

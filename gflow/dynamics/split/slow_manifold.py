@@ -40,20 +40,16 @@ from gflow.dynamics.split.geometry import Geometry
 from gflow.dynamics.split.observables import observables
 from gflow.dynamics.split.state import SplitState, split
 from gflow.dynamics.split.walk import Walk
-from gflow.problem.losses import Exponential
-from gflow.problem.network import DeepLinear, Weights
+from gflow.problem.network import Weights
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
     from gflow.problem.risk import Problem
 
-LEAST_MARGIN = 40.0
-r"""Logistic loss is exponential to $e^{-40}$ = 4e-18 from here on."""
-
 STEPS_A_LOOK = 16
-"""After so many accepted steps a walk begins anew from its state, whether or not anybody looks, so
-that a run that was stopped there goes on bit for bit."""
+"""After so many accepted steps a walk ends and begins anew from its state, so that a run that was
+stopped there goes on bit for bit."""
 
 LARGEST = 1e140
 r"""Squares of $s^{2-2/L}$ must stay in the range of float64."""
@@ -82,14 +78,14 @@ class SlowManifold(eqx.Module):
     @staticmethod
     def obstacle(problem: "Problem", weights: Weights) -> str | None:
         """Why the flow cannot be continued from ``weights``, or None if it can."""
-        if not isinstance(problem.network, DeepLinear):
+        if problem.network.layers(weights) is None:
             return "the network is not deep linear"
         if not problem.loss.exponential_tail:
             return f"{problem.loss!r} has no exponential tail, so that all points keep their weight"
         if not problem.data.max_margin().separable:
             return "the data are not separable, so that the flow has a finite limit"
         lowest = float(np.min(_margins(problem, weights)))
-        least = 1.0 if isinstance(problem.loss, Exponential) else LEAST_MARGIN
+        least = max(1.0, problem.loss.tail_from)
         if lowest < least:
             return f"the smallest margin is {lowest:.3g}, below {least:g}"
         return None
@@ -135,81 +131,80 @@ class SlowManifold(eqx.Module):
         Raises:
             ManifoldError: when ``max_steps`` do not suffice; it carries the state reached.
         """
-        return self.advance_until(state, log_risk)
+        left = self.max_steps
+        while state.minus_log_risk < -log_risk:
+            walked = self.walk(state, log_risk, tries=left)
+            state, left = walked.state, left - walked.tried
+            if walked.spent:
+                raise ManifoldError(
+                    f"{self.max_steps} steps were tried before log R = {log_risk:.6g} was reached, "
+                    f"up to {state.log_risk:.6g}; raise `max_steps`, or loosen `rtol`.",
+                    state,
+                )
+        return state
 
-    def advance_until(
+    def walk(
         self,
         state: SplitState,
         log_risk: float,
-        watch: Callable[[SplitState], bool] | None = None,
-        look: Callable[[SplitState], None] | None = None,
+        ahead: Callable[[SplitState], float] | None = None,
         longest: float = np.inf,
-    ) -> SplitState:
-        """Advance to ``log_risk``, or to the first accepted step at which ``watch`` is true.
+        tries: int = 20_000,
+    ) -> "Walked":
+        r"""Some steps on: from what they reach, the same steps follow as if there were no stop.
 
-        Now and then ``look`` is shown a state from which the same steps would follow. No step is
-        longer than ``longest`` in the logarithm of -log R.
+        Args:
+            state: where from.
+            log_risk: the risk to stop at.
+            ahead: an increasing function of the state, to stop where it is zero.
+            longest: no step is longer in the logarithm of -log R.
+            tries: steps to try.
         """
         goal = -float(log_risk)
         if not goal <= LARGEST:
             raise ValueError(f"`log_risk` is {log_risk}; expected at least {-LARGEST:g}.")
-        if goal <= state.minus_log_risk:
-            return state
+        if goal <= state.minus_log_risk or (ahead is not None and ahead(state) >= 0):
+            return Walked(state, arrived=True)
         with _one_blas_thread():
-            walk = Walk(state, self.rtol, longest)
-            for _ in range(self.max_steps):
+            walk, before = Walk(state, self.rtol, longest), state
+            for tried in range(1, tries + 1):
                 if not walk.step(np.log(goal)):
                     continue
-                if walk.tau >= np.log(goal):
-                    return walk.state(goal)
-                if watch is not None and watch(walk.state()):
-                    return walk.state()
+                at_goal = walk.tau >= np.log(goal)
+                if ahead is not None:
+                    now = walk.state(goal if at_goal else None)
+                    if ahead(now) >= 0:
+                        return Walked(self._landed(before, now, ahead), arrived=True, tried=tried)
+                    before = now
+                if at_goal:
+                    return Walked(walk.state(goal), arrived=True, tried=tried)
                 if walk.num_steps == STEPS_A_LOOK:
-                    walk = Walk(walk.state(), self.rtol, longest)
-                    if look is not None:
-                        look(walk.begin)
-        raise ManifoldError(
-            f"{self.max_steps} steps were tried between log R = {state.log_risk:.6g} and "
-            f"{log_risk:.6g}; raise `max_steps`, or loosen `rtol`.",
-            walk.state(),
-        )
+                    return Walked(walk.state(), tried=tried)
+        return Walked(walk.state(), spent=True, tried=tries)
 
-    def reach(
-        self,
-        state: SplitState,
-        progress: Callable[[SplitState], float],
-        goal: float,
-        log_risk: float = -LARGEST,
-        look: Callable[[SplitState], None] | None = None,
-        longest: float = np.inf,
+    def _landed(
+        self, before: SplitState, after: SplitState, ahead: Callable[[SplitState], float]
     ) -> SplitState:
-        """The state at which an increasing ``progress`` reaches ``goal``.
-
-        Stops at ``log_risk`` if that comes first: compare the ``log_risk`` of what is returned.
-        """
+        """The state between two at which ``ahead`` is zero."""
         from scipy.optimize import brentq
 
-        if progress(state) >= goal:
-            return state
-        before = state
-
-        def crossed(now: SplitState) -> bool:
-            nonlocal before
-            if progress(now) >= goal:
-                return True
-            before = now
-            return False
-
-        after = self.advance_until(state, log_risk, crossed, look, longest)
-        if progress(after) < goal:
-            return after
-
         def miss(tau: float) -> float:
-            return progress(self.advance(before, -float(np.exp(tau)))) - goal
+            return ahead(self.advance(before, -float(np.exp(tau))))
 
         ends = np.log([before.minus_log_risk, after.minus_log_risk])
         root = brentq(miss, ends[0], ends[1], xtol=1e-14)
         return self.advance(before, -math.exp(root))  # pyright: ignore[reportArgumentType]
+
+
+class Walked(NamedTuple):
+    """What some steps in split coordinates came to."""
+
+    state: SplitState
+    arrived: bool = False
+    """At the risk or the event asked for."""
+    spent: bool = False
+    """All tries were used."""
+    tried: int = 0
 
 
 @functools.cache
@@ -233,40 +228,6 @@ class ManifoldError(RuntimeError):
     def __init__(self, message: str, state: SplitState):
         super().__init__(message)
         self.state = state
-
-
-class Continuation(NamedTuple):
-    """What ``continue_on_manifold`` returns."""
-
-    states: list[SplitState]
-    status: str
-    message: str
-
-
-def continue_on_manifold(
-    problem: "Problem",
-    weights: Weights,
-    log_risk: float,
-    log_time: float,
-    log_risk_targets: Sequence[float],
-    *,
-    rtol: float = 1e-9,
-    imbalance: Sequence[np.ndarray] | None = None,
-    max_steps: int = 20_000,
-) -> Continuation:
-    """The states at each of ``log_risk_targets``, in order, and whether all were reached."""
-    solver = SlowManifold(rtol=rtol, max_steps=max_steps)
-    state = solver.start(
-        problem, weights, log_risk=log_risk, log_time=log_time, imbalance=imbalance
-    )
-    states: list[SplitState] = []
-    for target in log_risk_targets:
-        try:
-            state = solver.advance(state, float(target))
-        except ManifoldError as error:
-            return Continuation(states, "max_steps", str(error))
-        states.append(state)
-    return Continuation(states, "reached", f"{state.num_steps} steps on the slow manifold")
 
 
 def difference(state: SplitState, other: SplitState) -> dict[str, float]:

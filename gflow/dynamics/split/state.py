@@ -41,6 +41,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from gflow.dynamics.split.geometry import Geometry
@@ -133,25 +134,25 @@ class SplitState:
     num_steps: int = 0
     momentum: Momentum | None = dataclasses.field(default=None, repr=False)
 
-    def stored(self) -> dict[str, Any]:
-        """Everything but what follows from the data: numbers and arrays, mappings among them."""
-        found = {name: getattr(self, name) for name in _STORED}
-        return found | {
-            "widths": np.array(self.layout.widths),
-            "imbalance": dict(enumerate(self.imbalance)),
-            "momentum": self.momentum and self.momentum._asdict(),
-        }
+    def facts(self) -> dict[str, Any]:
+        """What a blank of this state is made from."""
+        return {"widths": list(self.layout.widths), "has_momentum": self.momentum is not None}
 
     @classmethod
-    def restored(cls, geometry: Geometry, stored: Mapping[str, Any]) -> "SplitState":
-        """The state that ``stored`` was made of, on the same data."""
-        momentum, imbalance = stored.get("momentum"), stored.get("imbalance", {})
+    def blank(cls, geometry: Geometry, facts: Mapping[str, Any]) -> "SplitState":
+        """A state of the structure that ``facts`` tell, its numbers yet to be filled in."""
+        widths, nothing = facts["widths"], np.zeros(0)
         return cls(
             geometry=geometry,
-            layout=Layout(np.asarray(stored["widths"]).tolist()),
-            imbalance=tuple(imbalance[k] for k in sorted(imbalance, key=int)),
-            momentum=momentum and Momentum(**{name: _plain(momentum[name]) for name in momentum}),
-            **{name: _plain(stored[name]) for name in _STORED},
+            layout=Layout(widths),
+            imbalance=(nothing,) * (len(widths) - 2),
+            momentum=Momentum(nothing, nothing, 0.0, 0.0, 0.0) if facts["has_momentum"] else None,
+            input_basis=nothing,
+            across=nothing,
+            slow=nothing,
+            minus_log_risk=0.0,
+            along=0.0,
+            scaled_time=0.0,
         )
 
     @property
@@ -214,7 +215,7 @@ class SplitState:
         return tuple(reversed(matrices))
 
 
-_STORED = (
+_NUMBERS = (
     "input_basis",
     "minus_log_risk",
     "along",
@@ -224,10 +225,12 @@ _STORED = (
     "num_steps",
 )
 
-
-def _plain(value: Any) -> Any:
-    """An array of no dimensions as a number."""
-    return value.item() if np.ndim(value) == 0 else value
+# A pytree, so that a checkpoint serialises it as it does any other state.
+jax.tree_util.register_dataclass(
+    SplitState,
+    data_fields=[*_NUMBERS, "imbalance", "momentum"],
+    meta_fields=["geometry", "layout"],
+)
 
 
 def split(

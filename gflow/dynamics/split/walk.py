@@ -6,10 +6,12 @@ $-\log R$ costs a handful of them, at any horizon.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
 
+from gflow.dynamics.march.control import propose
 from gflow.dynamics.split.field import Chain, Motion, Solved, SplitField, solve
 from gflow.dynamics.split.state import Momentum, SplitState
 
@@ -41,7 +43,7 @@ def _tableau() -> _Tableau:
 
 
 TABLEAU = _tableau()
-ORDER = 5
+ORDER, GROW = 5, 5.0
 
 
 class Walk:
@@ -99,7 +101,7 @@ class Walk:
             guess = base + implicit * slopes[i - 1]
             solved = field.solve(chain, base, implicit, guess, along * s / s_before)
             if solved is None:
-                return self._reject(size, 0.25)
+                return self._reject(0.25 * size)
             along, s_before = solved.along, s
             slopes[i] = solved.slope
             slow[i] = field.slow(chain, solved.motion)
@@ -108,14 +110,23 @@ class Walk:
             times[i] = (time - time_base) / implicit
         after = self.slow + size * (table.weights @ slow)
         error = self._error(size, after, slow, slopes, times, solved, s, time)
-        if not error <= 1:
-            return self._reject(size, max(0.2, 0.9 * error ** (-1 / ORDER)))
+        accept, following = propose(
+            size,
+            error if math.isfinite(error) else np.inf,
+            go_on.last_error,
+            exponent=1 / ORDER,
+            rtol=self.rtol,
+            grow=GROW,
+            xp=np,
+        )
+        if not accept:
+            return self._reject(float(following))
         # The last stage again, at the end values of the slow variables: consistent slopes for the
         # next step. Where b is stiff it also gives the better b.
         chain = field.chain(after, s)
         again = field.solve(chain, base, implicit, solved.scaled, along)
         if again is None:
-            return self._reject(size, 0.25)
+            return self._reject(0.25 * size)
         moved = again.scaled - solved.scaled
         if len(moved):
             moved = moved - solve(again.matrix, moved)
@@ -123,8 +134,7 @@ class Walk:
         self.time = self._time(chain, again.motion, time_base, implicit)
         self.tau = end if last else self.tau + size
         self.num_steps += 1
-        factor = 0.9 * max(error, 1e-10) ** (-0.7 / ORDER) * go_on.last_error ** (0.4 / ORDER)
-        proposed = size * min(5.0, max(0.2, factor))
+        proposed = float(following)
         self.go_on = Momentum(
             slope=again.slope,
             slow_slope=field.slow(chain, again.motion),
@@ -134,8 +144,8 @@ class Walk:
         )
         return True
 
-    def _reject(self, size: float, factor: float) -> bool:
-        self.go_on = self.go_on._replace(step_size=size * factor)
+    def _reject(self, step_size: float) -> bool:
+        self.go_on = self.go_on._replace(step_size=step_size)
         return False
 
     def _error(

@@ -7,7 +7,6 @@ written never changes a number: the host only looks at what the device has compu
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -18,18 +17,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from gflow.dynamics.recorder import Recorder
+from gflow.dynamics.drive.recorder import Recorder
+from gflow.dynamics.reasons import End
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 from gflow.record import versions, whole_file
 
-SCHEMA = "gflow-checkpoint-1"
+SCHEMA = "gflow-checkpoint-2"
 
 SECONDS_A_SEGMENT = 2.0
 """A run that is killed loses at most so much, and what the device computes between two looks."""
@@ -37,25 +36,45 @@ SECONDS_A_SEGMENT = 2.0
 SHARE = 20.0
 """Writing takes at most one part in so many of the time: a large file has longer segments."""
 
-State = Mapping[str, Any]
-"""Arrays, numbers, strings, None and carries (``equinox`` modules) by name, mappings among them."""
+class Snapshot(NamedTuple):
+    """All that a run needs to go on, as references that nobody changes."""
+
+    facts: dict[str, Any]
+    """Numbers, words, lists and mappings of them."""
+    arrays: Mapping[str, PyTree]
+    """States by name: pytrees when a snapshot is taken; of a file, its arrays by name and path."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a file has a state of this name."""
+        return any(path.startswith(f"{name}/") for path in self.arrays)
+
+    def read(self, name: str, like: PyTree) -> PyTree:
+        """A file's state ``name``, of the structure of ``like``."""
+
+        def leaf(path: Any, blank: Any) -> Any:
+            array = self.arrays[f"{name}/{jax.tree_util.keystr(path)}"]
+            if _is_key(blank):
+                return jax.random.wrap_key_data(array, impl=jax.random.key_impl(blank))
+            return array.item() if isinstance(blank, float | int) and array.ndim == 0 else array
+
+        return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 @runtime_checkable
 class Run(Protocol):
-    """What a checkpoint needs of a run: its state, as references that nobody changes."""
+    """What a checkpoint needs of a run."""
 
     @property
     def weights(self) -> Weights:
         """Where it stands."""
         ...
 
-    def state(self) -> State:
+    def snapshot(self) -> Snapshot:
         """All that the run needs to go on."""
         ...
 
-    def restore(self, state: State) -> None:
-        """Stand where ``state`` was taken."""
+    def restore(self, snapshot: Snapshot) -> None:
+        """Stand where a snapshot was taken of a run with the same start."""
         ...
 
 
@@ -63,17 +82,9 @@ class CheckpointError(Exception):
     """The file could not be written; the message says why and what there is."""
 
 
-class End(NamedTuple):
-    """How a run ended: its status and its message."""
-
-    status: str
-    message: str
-
-
 class _Segment(NamedTuple):
-    index: int
     num_points: int
-    state: State
+    snapshot: Snapshot
     end: End | None
 
 
@@ -100,41 +111,41 @@ class Checkpoint:
         self.segment: _Segment | None = None
         self.wrote_at, self.cost = time.monotonic(), 0.0
 
-    def resume(self) -> tuple[int, End | None]:
-        """Go to where the file ends: the number of grid points done, and the end if it is there.
+    def resume(self) -> End | None:
+        """Go to where the file ends: the end of the run if it is there.
 
         Raises:
             ValueError: when the file is another run's, no checkpoint, or damaged; it is kept.
             OSError: when the file cannot be written.
         """
         if self.path is None:
-            return 0, None
+            return None
         if not self.path.exists():
-            self.look(0)
+            self.look()
             self._write()
-            return 0, None
+            return None
         content = _read(self.path)
         _compare(self.path, json.loads(str(content["identity"])), self.identity)
-        stored = _nested(content)
-        self.run.restore(stored["run"])
-        self.recorder.resume(stored["points"], self.run.weights, float(content["elapsed"]))
+        names = {"state": {}, "points": {}}
+        for path, array in content.items():
+            folder, _, name = path.partition("/")
+            if folder in names:
+                names[folder][name] = array
+        self.run.restore(Snapshot(json.loads(str(content["facts"])), names["state"]))
+        self.recorder.resume(names["points"], self.run.weights, float(content["elapsed"]))
         end = json.loads(str(content["end"]))
-        index = int(content["index"])
-        self.look(index)
-        return index, end and End(*end)
+        self.look()
+        return end and End(*end)
 
-    def look(self, index: int) -> None:
+    def look(self) -> None:
         """Note where the run stands, and write it down if it is time.
-
-        Args:
-            index: how many points of the grid are done.
 
         Raises:
             CheckpointError: when the file cannot be written.
         """
         if self.path is None:
             return
-        self.segment = _Segment(index, len(self.recorder.points), self.run.state(), None)
+        self.segment = _Segment(len(self.recorder.points), self.run.snapshot(), None)
         if time.monotonic() - self.wrote_at > max(SECONDS_A_SEGMENT, SHARE * self.cost):
             self.flush()
 
@@ -151,11 +162,11 @@ class Checkpoint:
                 "the run up to its last segment. Make room, and the same call goes on from there"
             ) from error
 
-    def close(self, index: int, end: End) -> None:
+    def close(self, end: End) -> None:
         """Write down that the run is over: the same call will give the same record at once."""
         if self.path is None:
             return
-        self.segment = _Segment(index, len(self.recorder.points), self.run.state(), end)
+        self.segment = _Segment(len(self.recorder.points), self.run.snapshot(), end)
         self.flush()
 
     def _write(self) -> None:
@@ -164,10 +175,10 @@ class Checkpoint:
         segment, began = self.segment, time.monotonic()
         content = {
             "identity": np.array(json.dumps(self.identity)),
-            "index": np.array(segment.index),
             "end": np.array(json.dumps(segment.end)),
             "elapsed": np.array(self.recorder.seconds()),
-            **_flat("run", segment.state),
+            "facts": np.array(json.dumps(segment.snapshot.facts)),
+            **_flat("state", segment.snapshot.arrays),
             **_flat("points", self.recorder.columns(segment.num_points)),
         }
         with whole_file(self.path) as partial, open(partial, "wb") as file:
@@ -176,17 +187,6 @@ class Checkpoint:
             np.savez(file, **arrays)
         self.wrote_at = time.monotonic()
         self.cost = self.wrote_at - began
-
-
-def carry_of(stored: np.ndarray, like: PyTree) -> PyTree:
-    """The pytree of the structure and shapes of ``like`` that a file holds as its bytes."""
-    bare = jax.eval_shape(_without_keys, like)
-    read = eqx.tree_deserialise_leaves(io.BytesIO(stored.tobytes()), bare)
-    return jax.tree.map(
-        lambda a, b: jax.random.wrap_key_data(a, impl=jax.random.key_impl(b)) if _is_key(b) else a,
-        read,
-        like,
-    )
 
 
 def _without_keys(tree: PyTree) -> PyTree:
@@ -257,31 +257,15 @@ def _fingerprint(tree: PyTree) -> str:
     return digest.hexdigest()[:16]
 
 
-def _flat(name: str, value: Any) -> dict[str, np.ndarray]:
-    """A nested mapping as arrays whose names are paths."""
-    if value is None:
-        return {}
-    if isinstance(value, eqx.Module):
-        file = io.BytesIO()
-        eqx.tree_serialise_leaves(file, _without_keys(value))
-        return {name: np.frombuffer(file.getvalue(), np.uint8)}
-    if not isinstance(value, Mapping):
-        return {name: np.asarray(value)}
+def _flat(folder: str, trees: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
+    """The arrays of some pytrees by their paths; a list of values is one array."""
     found: dict[str, np.ndarray] = {}
-    for key, inner in value.items():
-        found |= _flat(f"{name}/{key}", inner)
-    return found
-
-
-def _nested(content: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The inverse of :func:`_flat`, in which what was None is missing."""
-    found: dict[str, Any] = {"run": {}, "points": {}}
-    for path, array in content.items():
-        *folders, name = path.split("/")
-        inner = found
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[name] = array
+    for name, tree in trees.items():
+        if isinstance(tree, list):
+            found[f"{folder}/{name}"] = np.asarray(tree)
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(_without_keys(tree)):
+            found[f"{folder}/{name}/{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
     return found
 
 

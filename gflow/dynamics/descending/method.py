@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gflow.dynamics.step_meter import Elapsed, StepMeter
-from gflow.dynamics.until import AbstractRule, Coordinates, LogRisk, watched
-from gflow.problem.network import Array, DeepLinear, Weights, inner_product
+from gflow.dynamics.descending.step_meter import Elapsed, StepMeter
+from gflow.dynamics.stops import AbstractRule, Coordinates, watched
+from gflow.problem.network import Array, Weights, inner_product
 from gflow.problem.risk import Problem
 
 BOUND_SLACK = 1e-9
@@ -108,8 +108,8 @@ class Descent(eqx.Module):
             carry = eqx.tree_at(lambda c: c.order, carry, order)
         coordinates, pull = problem.network.pullback(carry.weights, problem.data)
         margins = problem.spread(coordinates)
-        losses = problem.loss_slopes(margins)
-        slopes = problem.loss.slope(margins) / margins.shape[0]
+        losses = problem.loss.terms(margins)
+        slopes = problem.loss.risk_slopes(margins)
         found = Evaluation(
             problem=problem,
             margins=margins,
@@ -204,10 +204,10 @@ class Watch(eqx.Module):
             here = coordinates(carry.num_steps, carry.elapsed, log_risk)
             return _met(self.cheap, here, goals.cheap)
 
-        if carry.elapsed is None and all(isinstance(rule, LogRisk) for rule in self.cheap):
+        if carry.elapsed is None and all(rule.of_risk for rule in self.cheap):
             met = jax.lax.cond(
                 jnp.any(jnp.array([False, *told(at.least_log_risk)])),
-                lambda: told(at.problem.loss_slopes(at.margins).log_risk),
+                lambda: told(at.problem.loss.terms(at.margins).log_risk),
                 lambda: [jnp.array(False)] * len(self.cheap),
             )
         else:  # the time needs log R as well
@@ -322,13 +322,6 @@ def same_weights(a: Weights, b: Weights) -> Array:
     """Whether two iterates are equal bit for bit."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jnp.all(jnp.stack([jnp.array_equal(x, y) for x, y in pairs]))
-
-
-def misaligning(rules: tuple[AbstractRule, ...], problem: Problem) -> bool:
-    """Whether some rule asks for singular vectors that the network does not have."""
-    return any(rule.variable is not None for rule in rules) and not isinstance(
-        problem.network, DeepLinear
-    )
 
 
 def _met(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.dynamics.optimizers import transformation
+from gflow.dynamics.descending.optimizers import transformation
 from gflow.problem.network import Array, DeepLinear, inner_product
 from gflow.problem.risk import Problem
 

@@ -4,26 +4,50 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gflow import record
-from gflow.dynamics import extras
-from gflow.dynamics.extras import Observable as Observable
+from gflow.dynamics.drive import extras
+from gflow.dynamics.drive.extras import Observable as Observable
 from gflow.names import merged
 from gflow.problem import observables as obs
 from gflow.problem.arguments import flag
 from gflow.problem.max_margin import MaxMargin
-from gflow.problem.network import Array, Weights, widths
+from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.risk import Problem
 from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+BUFFER = 2**21
+"""Numbers in a buffer of states, at most."""
+
+ROWS = 32
+"""States in a buffer, at most."""
+
+
+def rows_for(weights: Weights, width: int = 1) -> int:
+    """How many states of each of ``width`` members are observed, or saved, in one call."""
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
+    return max(1, min(ROWS, BUFFER // (size * width)))
+
+
+def first_row(leaf: Any, rows: int) -> np.ndarray:
+    """A buffer of so many rows with ``leaf`` in the first."""
+    leaf = np.asarray(leaf)
+    if rows == 1:
+        return leaf[None]
+    buffer = np.zeros((rows, *leaf.shape), leaf.dtype)
+    buffer[0] = leaf
+    return buffer
 
 
 class Recorder:
@@ -44,9 +68,10 @@ class Recorder:
         self.start = weights
         self.extra = extras.checked(observables, problem, weights)
         self.keep_weights = bool(flag("keep_weights", keep_weights))
-        self.deep_linear = obs.is_deep_linear(problem)
+        self.layers = problem.network.layers(weights)
+        """The matrices whose product the network is, at the start; None if it is none."""
         self.reference = None
-        if self.deep_linear:
+        if self.layers is not None:
             solution = problem.data.max_margin()
             self.reference = obs.Reference.of(solution, problem, weights)
         self.points: list[dict[str, Any]] = []
@@ -54,47 +79,44 @@ class Recorder:
         self.last = weights
         self.began = time.perf_counter()
 
-    def save(
-        self, weights: Weights, values: Mapping[str, Any] | None = None, **scalars: Any
-    ) -> None:
-        """Add one point: its observables, and ``scalars`` that the caller knows.
-
-        Args:
-            weights: where the run stands.
-            values: observables known better than from the weights, which replace them.
-            scalars: further variables.
-        """
-        found = {**_evaluate(self.problem, weights, self.reference), **(values or {})}
-        more = extras.evaluate(self.extra, self.problem, weights)
-        self.points.append(merged(found, more, scalars))
-        self.last = weights
-        if self.keep_weights:
-            self.kept.append(jax.tree.map(np.asarray, weights))
-
-    def save_all(
+    def add(
         self,
         weights: Weights,
-        found: Mapping[str, np.ndarray],
-        *,
-        scaled_time: np.ndarray,
-        **columns: np.ndarray,
+        rows: Sequence[int],
+        more: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
     ) -> None:
-        """Add points of a flow that were observed together, on a leading axis.
+        """Add points: their observables, and what the run knows of them.
 
         Args:
-            weights: the states.
-            found: their observables.
-            scaled_time: $tR$ at each.
-            **columns: further variables.
+            weights: a buffer of states, on a leading axis.
+            rows: the states to record, in order.
+            more: from the observables, by name, with the points on a leading axis, to further
+                variables, and to observables known better than from the weights.
         """
-        with np.errstate(divide="ignore"):
-            log_time = np.log(scaled_time) - found["log_risk"]
-        columns = {**found, **columns, "log_time": log_time}
-        for k in range(len(scaled_time)):
-            self.points.append({name: values[k] for name, values in columns.items()})
-            self.last = jax.tree.map(lambda leaf, k=k: leaf[k], weights)
+        found = self._observed(weights, rows)
+        columns = {**found, **more(found)}
+        for k, row in enumerate(rows):
+            at = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
+            own = extras.evaluate(self.extra, self.problem, at)
+            self.points.append(merged({name: each[k] for name, each in columns.items()}, own))
+            self.last = at
             if self.keep_weights:
-                self.kept.append(self.last)
+                self.kept.append(at)
+
+    def add_one(self, weights: Weights, values: Mapping[str, Any]) -> None:
+        """Add the point at some weights, with what the run knows of it."""
+        rows = rows_for(weights)
+        buffer = jax.tree.map(lambda leaf: first_row(leaf, rows), weights)
+        columns = {name: np.asarray(value)[None] for name, value in values.items()}
+        self.add(buffer, [0], lambda _: columns)
+
+    def _observed(self, weights: Weights, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The observables of some rows of a buffer, as one call of a compiled program."""
+        size = jax.tree.leaves(weights)[0].shape[0]
+        chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
+        count = as_array(np.int64(len(rows)))
+        found = _observe(self.problem, weights, chosen, count, self.reference)
+        return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
 
     @property
     def num_steps(self) -> int:
@@ -142,7 +164,7 @@ class Recorder:
         if self.keep_weights:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
-        if self.deep_linear:
+        if self.layers is not None:
             for name, value in self._of_data().items():
                 constants[name] = (QUANTITIES[name].dims, value, QUANTITIES[name].meaning)
         return {
@@ -169,8 +191,9 @@ class Recorder:
         digest = hashlib.sha256()
         for _, leaf in _named(self.start):
             digest.update(np.ascontiguousarray(leaf, dtype=np.float64).tobytes())
-        facts = {**_facts(Itself(self.problem)), "start_sha256": digest.hexdigest()}
-        return facts | ({"widths": widths(self.start)} if self.deep_linear else {})
+        facts = {**_facts(Itself(self.problem), self.layers is not None)}
+        facts["start_sha256"] = digest.hexdigest()
+        return facts | ({"widths": widths(self.start)} if self.layers is not None else {})
 
 
 class Itself:
@@ -187,7 +210,7 @@ class Itself:
 
 
 @functools.lru_cache(maxsize=4)  # an ensemble asks for every member
-def _facts(of: Itself) -> dict[str, Any]:
+def _facts(of: Itself, has_layers: bool) -> dict[str, Any]:
     """What a record says about its problem."""
     problem, data = of.problem, of.problem.data
     facts: dict[str, Any] = {
@@ -200,7 +223,7 @@ def _facts(of: Itself) -> dict[str, Any]:
         "smoothness": float(problem.loss.smoothness),
         "log_risk_at_zero": float(problem.log_risk_at_zero()),
     }
-    if obs.is_deep_linear(problem):
+    if has_layers:
         solution = data.max_margin()
         radius = float(problem.loss.pull_radius(data.num_points))
         facts |= {
@@ -222,35 +245,27 @@ def _next_gap(signed_inputs: np.ndarray, solution: MaxMargin) -> float | None:
 
 
 @eqx.filter_jit
-def _evaluate(
+def _observe(
     problem: Problem,
     weights: Weights,
+    rows: Array,
+    count: Array,
     reference: obs.Reference | None,
 ) -> dict[str, Array]:
-    if reference is None:
-        return obs.general(problem, weights)
-    return obs.standard(problem, weights, reference)
+    """The observables of the first ``count`` of ``rows``, one after the other."""
 
+    def one(row: Array) -> dict[str, Array]:
+        at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
+        if reference is None:
+            return obs.general(problem, at)
+        return obs.standard(problem, at, reference)
 
-@eqx.filter_jit
-def observe_members(
-    problem: Problem, designs: Array, weights: Weights, references: obs.Reference
-) -> dict[str, Array]:
-    """The standard observables of deep linear networks, shape (members, points, …).
+    def put(k: Array, found: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(lambda column, value: column.at[k].set(value), found, one(rows[k]))
 
-    Args:
-        problem: of one member; that of the others differs in its design only.
-        designs: of every member, on a leading axis, or one that all share.
-        weights: states, on axes (members, points).
-        references: what each member is measured against, on a leading axis.
-    """
-
-    def observe(design: Array, states: Weights, reference: obs.Reference) -> dict[str, Array]:
-        own = eqx.tree_at(lambda p: p.design, problem, design)
-        return jax.vmap(lambda at: obs.standard(own, at, reference))(states)
-
-    shared = None if designs.ndim == 2 else 0
-    return jax.vmap(observe, in_axes=(shared, 0, 0))(designs, weights, references)
+    shapes = jax.eval_shape(one, rows[0])
+    blank = jax.tree.map(lambda leaf: jnp.zeros((rows.shape[0], *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, count, put, blank)
 
 
 def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:

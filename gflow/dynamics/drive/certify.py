@@ -26,16 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gflow.dynamics.checkpoint import End
-from gflow.dynamics.progress import ProgressBar
-from gflow.dynamics.recorder import Recorder
-from gflow.dynamics.targets import Target
+from gflow.dynamics.drive.recorder import Recorder
 from gflow.problem.observables import lemma_slacks
 from gflow.quantities import Kind, of_kind, quantity
 from gflow.record import CERTIFIED
 
 if TYPE_CHECKING:
-    from gflow.dynamics.flow_run import FlowRun
+    from gflow.dynamics.drive.flow_run import FlowRun
 
 TIGHTER = 10.0
 """Tolerance of the run over that of the second one."""
@@ -75,56 +72,34 @@ def second_tolerance(rtol: float) -> float:
     return rtol / TIGHTER if rtol >= TIGHTEST else rtol * TIGHTER
 
 
-def certify_by(
-    other: "FlowRun", recorder: Recorder, rtol: float, progress: bool | None
+def shorter(steps: int) -> int:
+    """How many pieces the second run makes of a way that took so many steps."""
+    return math.ceil(SHORTER * steps) if steps <= FEW_STEPS else 1
+
+
+def certificate(
+    run: "FlowRun", other: "FlowRun"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Error estimates from a second run, and what the record says of it.
 
     Args:
-        other: the second run, at its start.
-        recorder: that of the run to certify.
-        rtol: the second run's tolerance.
-        progress: whether to show a progress bar.
+        run: to certify, at its end.
+        other: the second run over the same points, at its end.
     """
-    other.compares = False  # the run to certify has compared the two ways of going on
-    again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
-    values = [float(point["clock_value"]) for point in recorder.points]
-    steps = [int(point["num_steps"]) for point in recorder.points]
-    with ProgressBar("certificate", values[0], values[-1], progress) as bar:
-        try:
-            reason = _repeat(other, again, values, steps, bar)
-        except KeyboardInterrupt:
-            reason = "stopped by the keyboard"
+    points, again, end = run.recorder.points, other.recorder, other.end
+    assert end is not None
+    rtol = float(other.plan.tolerance.rtol)
     told = f"a second run at rtol = {rtol:.3g}"
-    if reason:
-        told += f", which ended at saved point {len(again.points) - 1} of {len(values) - 1}: "
+    if end.status != "reached":
+        done = len(again.points) - 1
+        told += f", which ended at saved point {done} of {len(points) - 1}: {end.message}"
     facts = {
-        "certificate": told + reason,
+        "certificate": told,
         "certificate_rtol": rtol,
-        "certificate_num_steps": other.now.num_steps,
+        "certificate_num_steps": other.num_steps,
         "certificate_wall_time": again.seconds(),
     }
-    return error_estimates(recorder.points, again.points, tuple(recorder.extra)), facts
-
-
-def _repeat(
-    run: "FlowRun",
-    recorder: Recorder,
-    clock_values: Sequence[float],
-    steps: Sequence[int],
-    bar: ProgressBar,
-) -> str:
-    """Follow the flow over the same points; says why not, if not to the end."""
-    run.save(recorder)
-    for after, taken in zip(clock_values[1:], np.diff(steps), strict=True):
-        pieces = math.ceil(SHORTER * taken) if taken <= FEW_STEPS else 1
-        met = run.reach([Target.at(after, run.clock)], lambda: None, pieces)
-        if isinstance(met, End):
-            return met.message
-        if bar.shown:
-            bar.update(after, f"{run.now.num_steps} steps")
-        run.save(recorder)
-    return ""
+    return error_estimates(points, again.points[: len(points)], tuple(run.recorder.extra)), facts
 
 
 def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
@@ -135,12 +110,12 @@ def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
         conserved: whether the flow conserves the imbalance, as gradient flow does.
     """
     points, start = recorder.points, recorder.start
-    needed = ("log_risk", "beyond_hand_over", *(LEMMA if recorder.deep_linear else ()))
+    needed = ("log_risk", "beyond_hand_over", *(LEMMA if recorder.layers is not None else ()))
     column = {name: np.stack([np.asarray(point[name]) for point in points]) for name in needed}
     lost = EPSILON * np.maximum(1.0, -column["log_risk"])
     apart = column["beyond_hand_over"].astype(bool)
     found = {"digits_left": -np.log10(np.where(apart, EPSILON, lost))}
-    if not (conserved and recorder.deep_linear):
+    if not (conserved and recorder.layers is not None):
         return found
     rank_one, alignment = lemma_slacks(start, *(column[name] for name in LEMMA))
     return found | {"rank_one_slack": rank_one, "alignment_slack": alignment}

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.dynamics.optimizers import with_extra_arguments
-from gflow.dynamics.step_sizes import OnLogRisk
+from gflow.dynamics.descending.optimizers import with_extra_arguments
+from gflow.dynamics.descending.step_sizes import OnLogRisk
 from gflow.problem.network import Array, Weights, inner_product
 
 SINGLE = float(np.finfo(np.float32).eps)

@@ -26,14 +26,26 @@ Hairer, Lubich and Wanner, *Geometric Numerical Integration* (2006), IX.1; Barre
 """
 
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.dynamics.clocks import AbstractClock
+from gflow.dynamics.field import AbstractField
 from gflow.problem.curvature import Slope, relative_gradient
-from gflow.problem.network import Array, Weights, inner_product, squared_norm
+from gflow.problem.network import (
+    AbstractNetwork,
+    Array,
+    Factors,
+    Weights,
+    as_array,
+    inner_product,
+    move,
+    squared_norm,
+)
 from gflow.problem.risk import Problem, risk_and_slope
 
 ORDERS = (1, 2)
@@ -79,38 +91,70 @@ class ModifiedEquation(eqx.Module):
         self.step, self.order = float(step), int(order)
 
 
-class ModifiedProblem(Problem):
-    r"""A problem with $h$ and $\langle g, h\rangle$ in the place of $g$ and $\lVert g\rVert^2$.
+class ModifiedField(AbstractField):
+    r"""The field of a modified equation: $h$ in the place of $g$."""
 
-    All that a clock and the field of a flow need; everything else is the problem's own.
-    """
-
+    problem: Problem
+    clock: AbstractClock
     step: Array
     order: int = eqx.field(static=True)
 
-    def __init__(self, problem: Problem, equation: ModifiedEquation):
-        self.data, self.network = problem.data, problem.network
-        self.loss, self.design = problem.loss, problem.design
+    def __init__(self, problem: Problem, clock: AbstractClock, equation: ModifiedEquation):
+        self.problem, self.clock, self.order = problem, clock, equation.order
         # An array, so that another learning rate is not another program to compile.
-        self.step = np.asarray(equation.step)  # pyright: ignore
-        self.order = equation.order
+        self.step = as_array(np.asarray(equation.step))
 
-    def log_risk_gradient_and_norm(self, weights: Weights) -> tuple[Array, Weights, Array]:
+    def direction(self, weights: Weights) -> tuple[Array, Weights, Array]:
         r"""$\log R$, $h$ and $\langle g, h\rangle$; NaN for the last where it is not positive."""
-        slope = super().log_risk_gradient_and_norm
+        slope = self.problem.log_risk_gradient_and_norm
         log_risk, g, added = correction(slope, weights, self.step, self.order)
         h = jax.tree.map(jnp.add, g, added)
         return log_risk, h, still_falling(inner_product(g, h))
 
+    # What is added to g is no outer product, and needs the weights themselves: the vectors of a
+    # step are whole arrays, as those of any network.
+
+    def no_vectors(self, weights: Weights) -> Factors:
+        return AbstractNetwork.no_vectors(self.problem.network, weights)
+
+    def along(
+        self, weights: Weights, vectors: Factors, coefficients: Array
+    ) -> tuple[Array, Callable[[Array], Factors]]:
+        network, data = self.problem.network, self.problem.data
+        return AbstractNetwork.along(network, weights, vectors, coefficients, data)
+
+    def bent(
+        self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
+    ) -> tuple[Factors, Array]:
+        def added(row: Array) -> list[Array]:
+            slope = self.problem.log_risk_gradient_and_norm
+            at = move(weights, vectors, row)
+            return jax.tree.leaves(correction(slope, at, self.step, self.order)[2])
+
+        stages = coefficients.shape[0]
+        more = [leaf.reshape(stages, -1) for leaf in jax.vmap(added)(coefficients)]
+        rights = [right - each for right, each in zip(slopes.rights, more, strict=True)]
+        inner = [jnp.sum(a * b, 1) for a, b in zip(slopes.rights, rights, strict=True)]
+        return Factors(slopes.lefts, rights), still_falling(sum(inner[1:], inner[0]))
+
     @property
-    def outer(self) -> bool:
-        """False: what is added to $g$ is no outer product."""
+    def dense(self) -> bool:
+        """False: what the equation adds makes the implicit solver slow to compile."""
         return False
 
-    def correction(self, weights: Weights) -> Weights:
-        """$h - g$."""
-        slope = super().log_risk_gradient_and_norm
-        return correction(slope, weights, self.step, self.order)[2]
+    def faded(self, weights: Weights) -> str | None:
+        part = float(_part_added(self, weights))
+        return None if part <= np.finfo(float).eps else f"`modified` still adds {part:.2g} of it"
+
+    def ended(self, weights: Weights) -> str | None:
+        log_risk, plain = risk_and_slope(self.problem, weights)
+        if float(_descent(self, weights)) > ENDS * float(plain):
+            return None
+        return (
+            f"at log R = {float(log_risk):.6g} the modified equation of step {float(self.step):g} "
+            f"and order {self.order} ceases to lower the risk: its step is too large for the "
+            "expansion to say anything about descent from there on; take a smaller one"
+        )
 
 
 def still_falling(descent: Array) -> Array:
@@ -165,62 +209,31 @@ def correction(
     return log_risk, g, added
 
 
-def modify(problem: Problem, weights: Weights, equation: ModifiedEquation) -> ModifiedProblem:
-    """The problem with the modified field, which must lower the risk at the start.
+def modified_field(
+    problem: Problem, clock: AbstractClock, equation: ModifiedEquation, weights: Weights
+) -> ModifiedField:
+    """The modified field, which must lower the risk at the start.
 
     Raises:
         ValueError: when it does not.
     """
-    modified = ModifiedProblem(problem, equation)
-    if not float(risk_and_slope(modified, weights)[1]) > 0:
+    field = ModifiedField(problem, clock, equation)
+    if not float(_descent(field, weights)) > 0:
         raise ValueError(
             f"`modified` has step {equation.step}; at the start the modified equation of order "
             f"{equation.order} does not lower the risk, so that it says nothing about descent. "
             "Expected a step well below two over the largest curvature: take a smaller one."
         )
-    return modified
-
-
-def expect_faded(modified: ModifiedProblem, weights: Weights) -> None:
-    """Refuse a start where the modified flow still differs from the plain one.
-
-    Raises:
-        ValueError: when what is added to the field is not below round-off.
-    """
-    part = float(_part_added(modified, weights))
-    if part > np.finfo(float).eps:
-        raise ValueError(
-            "`solver` is SlowManifold, whose coordinates are those of the plain flow; at the start "
-            f"`modified` still adds {part:.2g} of the field to it. Leave `solver` out: the default "
-            "goes on in these coordinates from where nothing is added."
-        )
+    return field
 
 
 @eqx.filter_jit
-def _part_added(modified: ModifiedProblem, weights: Weights) -> Array:
-    _, g, _ = Problem.log_risk_gradient_and_norm(modified, weights)
-    return jnp.sqrt(squared_norm(modified.correction(weights)) / squared_norm(g))
+def _descent(field: ModifiedField, weights: Weights) -> Array:
+    return field.direction(weights)[2]
 
 
-def why_stopped(
-    problem: Problem, modified: ModifiedProblem, weights: Weights
-) -> tuple[str, str] | None:
-    """The status and message of a run that came to the end of the modified equation's meaning.
-
-    Args:
-        problem: the plain problem.
-        modified: the same, with the modified field.
-        weights: where the run stopped.
-
-    Returns:
-        None where the modified field still lowers the risk, so that the run has another reason.
-    """
-    log_risk, plain = risk_and_slope(problem, weights)
-    _, descent = risk_and_slope(modified, weights)
-    if float(descent) > ENDS * float(plain):
-        return None
-    return "stalled", (
-        f"at log R = {float(log_risk):.6g} the modified equation of step {float(modified.step):g} "
-        f"and order {modified.order} ceases to lower the risk: its step is too large for the "
-        "expansion to say anything about descent from there on; take a smaller one"
-    )
+@eqx.filter_jit
+def _part_added(field: ModifiedField, weights: Weights) -> Array:
+    slope = field.problem.log_risk_gradient_and_norm
+    _, g, added = correction(slope, weights, field.step, field.order)
+    return jnp.sqrt(squared_norm(added) / squared_norm(g))

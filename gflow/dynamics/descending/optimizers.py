@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import optax
 
-from gflow.dynamics.closures import open_function
+from gflow.dynamics.descending.closures import open_function
 
 ALONG_GRADIENT = {
     "chain",

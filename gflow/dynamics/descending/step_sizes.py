@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gflow.dynamics.optimizers import (
+from gflow.dynamics.descending.optimizers import (
     AroundOptimizer,
     OpenOptimizer,
     PlainOptimizer,

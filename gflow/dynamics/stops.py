@@ -9,7 +9,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
-from gflow.problem.network import Array, Weights
-from gflow.problem.risk import Problem
+from gflow.problem.network import Array, Weights, as_array
+from gflow.problem.risk import Problem, risk_and_slope
+from gflow.quantities import quantity
 
 LARGE = 10.0
 """A log risk to fall to that is likely to have the wrong sign."""
@@ -85,6 +86,20 @@ class AbstractRule(eqx.Module):
         """The clock's value at a given progress, or None when the clock cannot know it."""
         return None
 
+    def steps_at(self, progress: float) -> int | None:
+        """The number of steps at a given progress, for a rule that counts them."""
+        return None
+
+    @property
+    def of_time(self) -> bool:
+        """Whether the rule's coordinate is a time."""
+        return False
+
+    @property
+    def of_risk(self) -> bool:
+        """Whether the rule's coordinate is the risk."""
+        return False
+
 
 class LogRisk(AbstractRule):
     r"""Stop when $\log R$ has fallen to ``value`` (natural logarithm of the mean loss)."""
@@ -112,6 +127,10 @@ class LogRisk(AbstractRule):
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
         return clock.at_log_risk(-math.sinh(progress))
 
+    @property
+    def of_risk(self) -> bool:
+        return True
+
 
 class LogTime(AbstractRule):
     r"""Stop when $\log t$ has reached ``value``; descent's time is the sum of its steps."""
@@ -129,6 +148,10 @@ class LogTime(AbstractRule):
 
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
         return clock.at_log_time(_log_expm1(progress))
+
+    @property
+    def of_time(self) -> bool:
+        return True
 
 
 class Time(AbstractRule):
@@ -150,6 +173,10 @@ class Time(AbstractRule):
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
         return clock.at_log_time(_log_expm1(progress))
 
+    @property
+    def of_time(self) -> bool:
+        return True
+
 
 class Steps(AbstractRule):
     """Stop after ``value`` steps: descent's iterations, the flow's accepted solver steps."""
@@ -169,6 +196,9 @@ class Steps(AbstractRule):
 
     def rounded(self, progress: np.ndarray) -> np.ndarray:
         return np.log1p(np.rint(np.expm1(progress)))
+
+    def steps_at(self, progress: float) -> int:
+        return min(self.value, math.ceil(math.expm1(progress) * (1 - 1e-12) - 1e-9))
 
 
 class AbstractVanishing(AbstractRule):
@@ -217,13 +247,7 @@ class MarginGap(AbstractVanishing):
         self.value, self.reference = _positive("MarginGap", value), None
 
     def on(self, problem: Problem) -> "MarginGap":
-        solution = problem.data.max_margin()
-        if not solution.separable:
-            raise ValueError(
-                f"`until` holds {self!r}, but the data are not separable: there is no maximum "
-                "margin to approach. Choose another rule."
-            )
-        reference = observables.Reference.of(solution, problem, ())
+        reference = observables.Reference.of(problem.data.max_margin(), problem, ())
         return eqx.tree_at(
             lambda rule: rule.reference, self, reference, is_leaf=lambda leaf: leaf is None
         )
@@ -277,6 +301,22 @@ def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
     )
 
 
+def rules_on(
+    problem: Problem, weights: Weights, until: AbstractRule | AnyOf
+) -> tuple[AbstractRule, ...]:
+    """The rules joined in ``until``, ready for a problem; the leading one first.
+
+    Raises:
+        ValueError: when one watches a variable that the problem does not have.
+    """
+    rules = as_rules(until)
+    for rule in rules:
+        if rule.variable is not None:
+            needs = quantity(rule.variable).needs
+            problem.expect_needs(f"`until` holds {rule!r}", needs, weights)
+    return tuple(rule.on(problem) for rule in rules)
+
+
 def watched(
     rules: tuple[AbstractRule, ...], problem: Problem, weights: Weights
 ) -> dict[str, Array]:
@@ -284,6 +324,23 @@ def watched(
     return {
         rule.variable: rule.measure(problem, weights) for rule in rules if rule.variable is not None
     }
+
+
+def progress_of(
+    rules: Sequence[AbstractRule], problem: Problem, weights: Weights, scaled_time: Any, steps: int
+) -> list[float]:
+    """How far a flow at given weights, $u = tR$ and step count is in the coordinate of each rule."""
+    log_risk = risk_and_slope(problem, weights)[0]
+    with np.errstate(divide="ignore"):
+        log_time = np.log(np.asarray(scaled_time)) - np.asarray(log_risk)
+    small = {rule.variable: _measured(anonymous(rule), problem, weights) for rule in rules if rule.variable}
+    at = Coordinates(as_array(log_risk), as_array(log_time), as_array(np.int64(steps)), small)
+    return [float(rule.progress(at)) for rule in rules]
+
+
+@eqx.filter_jit
+def _measured(rule: AbstractRule, problem: Problem, weights: Weights) -> Array:
+    return rule.measure(problem, weights)
 
 
 def anonymous(rule: AbstractRule) -> AbstractRule:

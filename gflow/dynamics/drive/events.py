@@ -1,0 +1,138 @@
+"""What a run is to do on its way: record a point, stop, or go on in another way."""
+
+import enum
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gflow.dynamics.clocks import AbstractClock
+from gflow.dynamics.reasons import End, Reason
+from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime, progress_of, save_grid
+from gflow.problem.network import Weights, as_array
+from gflow.problem.risk import Problem
+
+NO_STEP_COUNT = int(np.iinfo(np.int64).max)
+
+SAME = 1e-9
+"""Clock values so close, relatively, are one: a clock lands on a risk up to the integration error
+of the risk itself."""
+
+
+class Action(enum.Enum):
+    """What happens at an event."""
+
+    SAVE = enum.auto()
+    """The point is recorded, and the run goes on."""
+    STOP = enum.auto()
+    """The point is recorded, and the run is over: a stopping rule is met."""
+    COMPARE = enum.auto()
+    """A second way of going on begins here, to be compared with the first at the hand-over."""
+    HAND_OVER = enum.auto()
+    """The run goes on with the next solver of its plan."""
+    SADDLE = enum.auto()
+    """The run goes on if the slope is that of no saddle."""
+    WALL = enum.auto()
+    """Float64 weights end here."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether a run goes on as it was, so that it need not stop there."""
+        return self in (Action.SAVE, Action.COMPARE)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the point is recorded."""
+        return self in (Action.SAVE, Action.STOP)
+
+
+class Event(NamedTuple):
+    """An action where a rule has made some progress, in the terms of a run's clock."""
+
+    rule: AbstractRule
+    progress: float
+    action: Action
+    clock: float
+    """The clock's value there, infinite when the clock cannot know it."""
+    steps: int
+    """The number of steps there, when the rule counts them."""
+    pieces: int = 1
+    """No step towards it is longer than one of so many equal pieces of the way."""
+
+    @classmethod
+    def of(
+        cls, rule: AbstractRule, progress: float, action: Action, clock: AbstractClock | None
+    ) -> "Event":
+        """Where ``rule`` has made this ``progress``; descent has no clock."""
+        steps = rule.steps_at(progress)
+        value = None if clock is None else rule.clock_value(progress, clock)
+        return cls(
+            rule,
+            float(progress),
+            action,
+            math.inf if value is None else value,
+            NO_STEP_COUNT if steps is None else steps,
+        )
+
+    @classmethod
+    def at(cls, clock_value: float, pieces: int, clock: AbstractClock) -> "Event":
+        """A point to record where the clock has this value."""
+        s = as_array(np.float64(clock_value))
+        log_risk, log_time = clock.log_risk_at(s), clock.log_time_at(s)
+        rule = LogRisk(float(log_risk)) if log_risk is not None else None
+        if rule is None:
+            assert log_time is not None  # a clock follows the one or the other
+            rule = LogTime(float(log_time))
+        return cls(rule, rule.goal, Action.SAVE, float(s), NO_STEP_COUNT, pieces)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the rule counts steps."""
+        return self.steps < NO_STEP_COUNT
+
+    @property
+    def watched(self) -> bool:
+        """Whether only looking after each step can tell that the rule is met."""
+        return math.isinf(self.clock) and not self.counts
+
+
+class Course(NamedTuple):
+    """All that a run is to do on its way because its caller asks for it."""
+
+    saves: list[Event]
+    """Points to record after the start; the last is the leading rule's goal."""
+    ends: list[Event]
+    """The other stopping rules."""
+    end: End | None
+    """How the run has ended, if a rule is met at the start."""
+
+
+def course(
+    problem: Problem,
+    weights: Weights,
+    rules: Sequence[AbstractRule],
+    save: int | Sequence[float] | np.ndarray,
+    clock: AbstractClock | None,
+) -> Course:
+    """The course of a run from weights at time zero.
+
+    Args:
+        problem, weights: where it begins.
+        rules: the stopping rules, the leading one first.
+        save: the points to record, in the leading rule's coordinate: see ``stops.save_grid``.
+        clock: of a flow; None for descent.
+
+    Raises:
+        ValueError: when ``save`` does not fit the leading rule.
+    """
+    lead, *others = rules
+    standing = progress_of(rules, problem, weights, 0.0, 0)
+    met = [rule for rule, at in zip(rules, standing, strict=True) if at >= rule.goal]
+    if met:
+        return Course([], [], Reason.REACHED_AT_START.end(rule=met[0]))
+    *passed, last = save_grid(lead, standing[0], save)
+    saves = [Event.of(lead, at, Action.SAVE, clock) for at in passed]
+    saves.append(Event.of(lead, last, Action.STOP, clock))
+    ends = [Event.of(rule, rule.goal, Action.STOP, clock) for rule in others]
+    return Course(saves, ends, None)

@@ -1,0 +1,252 @@
+"""Lanes for flows: many members, or a single one, in one call of the march."""
+
+import dataclasses
+import time
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from gflow.dynamics.drive.drive import AbstractLanes
+from gflow.dynamics.drive.progress import Pace
+from gflow.dynamics.drive.recorder import rows_for
+from gflow.dynamics.field import FlowState
+from gflow.dynamics.march.loop import (
+    Lane,
+    Member,
+    Saved,
+    begin_again,
+    choose,
+    march,
+    start,
+)
+from gflow.dynamics.reasons import Reason
+from gflow.problem.network import as_array
+
+if TYPE_CHECKING:
+    from gflow.dynamics.drive.flow_run import FlowRun
+
+TRIPS_AT_FIRST = 64
+"""Steps tried in the first call, before their speed is known."""
+
+def program_of(member: Member, *more: Hashable) -> Hashable:
+    """What runs that can share a program have in common: all of a member but its numbers."""
+    leaves, structure = jax.tree.flatten(member)
+    kinds = tuple(
+        (np.shape(leaf), str(leaf.dtype)) if _is_array(leaf) else leaf for leaf in leaves
+    )
+    return structure, kinds, *more
+
+
+class Stand(NamedTuple):
+    """Where a flow stands on the weights."""
+
+    s: float
+    state: FlowState
+    num_steps: int
+
+
+class Report:
+    """What a call of the march has come to for one run, and where the run stands in its lanes.
+
+    Attributes:
+        reason: why the lane stopped, RUNNING if it did not.
+        num_steps, num_rejected: so far.
+        tally: the solver's own counts.
+        saved: the states on goals, rows of a buffer.
+    """
+
+    def __init__(self, lanes: "FlowLanes", k: int, scalars: Any, tally: Any, saved: Saved):
+        self.lanes, self.k, self.tally, self.saved = lanes, k, tally, saved
+        self.reason = Reason(int(scalars["reason"]))
+        self.num_steps = int(scalars["num_steps"])
+        self.num_rejected = int(scalars["num_rejected"])
+
+    @property
+    def lane(self) -> Lane:
+        """The lane by itself."""
+        return self.lanes.at(self.k)
+
+    @property
+    def stand(self) -> Stand:
+        """Where the lane stands."""
+        lane = self.lane
+        return Stand(float(lane.s), lane.state, int(lane.num_steps))
+
+    def row(self, row: int) -> Stand:
+        """A saved state."""
+        state = jax.tree.map(lambda leaf: leaf[row], self.saved.state)
+        return Stand(float(self.saved.s[row]), state, int(self.saved.num_steps[row]))
+
+    def replace(self, lane: Lane) -> None:
+        """Let the run go on from another state."""
+        self.lanes.put(self.k, lane)
+
+
+class FlowLanes(AbstractLanes):
+    """Members in the lanes of one device.
+
+    Args:
+        alike: all runs that are to pass through these lanes, or others of the same program.
+        width: how many are side by side. A single one has no leading axis: large matrices then go
+            through the same products as in a program written for one.
+    """
+
+    def __init__(self, alike: "Sequence[FlowRun]", width: int):
+        super().__init__(width)
+        self.many = width > 1
+        self.method, self.watches = alike[0].method, alike[0].watches_stiffness
+        self.rows = rows_for(alike[0].weights, width)
+        columns = list(zip(*(jax.tree.leaves(run.member) for run in alike), strict=True))
+        self.own = [
+            _is_array(column[0])
+            and (not self.many or not all(_equal(column[0], each) for each in column))
+            for column in columns
+        ]
+        self.pace = Pace(TRIPS_AT_FIRST)
+        self.lane: Lane | None = None
+        self.done = np.zeros(2)
+
+    @property
+    def work(self) -> tuple[float, float]:
+        return float(self.done[0]), float(self.done[1])
+
+    def seat(self, places: Sequence[int]) -> None:
+        for k in places:
+            self.seats[k].in_lanes |= self.many
+        member, shared = self._members()
+        if not self.many:
+            run = self.seats[0]
+            self.lane = run.resumed
+            if self.lane is None:
+                self.lane = start(member, shared, self.method, *run.standing(), many=False)
+            run.resumed = None
+            return
+        spare = next(run for run in self.seats if run is not None)
+        standing = [(spare if run is None else run).standing() for run in self.seats]
+        fresh = start(member, shared, self.method, *_stacked(standing), many=True)
+        which = np.isin(np.arange(len(self.seats)), places)
+        self.lane = fresh if self.lane is None else choose(which, fresh, self.lane)
+
+    def advance(self, waiting: bool) -> "list[tuple[FlowRun, tuple]]":
+        width = len(self.seats)
+        idle = sum(run is None for run in self.seats)
+        enough = min(width, idle + max(1, width // 16)) if waiting else width
+        member, shared = self._members()
+        began = time.perf_counter()
+        assert self.lane is not None
+        trips = self.pace.size
+        lane, saved, made, busy = march(
+            member,
+            shared,
+            self.method,
+            self.lane,
+            as_array(np.int64(trips)),
+            as_array(np.int64(enough)),
+            self.rows,
+            self.watches,
+            self.many,
+        )
+        self.lane = lane
+        names = ("reason", "num_steps", "num_rejected")
+        told = jax.device_get(
+            ({name: getattr(lane, name) for name in names}, self.method.tally(lane.memory))
+        )
+        self.pace.took(time.perf_counter() - began)
+        rows = jax.tree.map(np.asarray, saved)
+        self.done += float(busy), float(made) * width
+        found = []
+        for k, run in enumerate(self.seats):
+            if run is not None:
+                scalars, tally = jax.tree.map(lambda leaf, k=k: leaf[k], told) if self.many else told
+                own = jax.tree.map(lambda leaf, k=k: leaf[k], rows) if self.many else rows
+                found.append((run, (Report(self, k, scalars, tally, own),)))
+        return found
+
+    def close(self) -> None:
+        for run in self.seats:
+            if run is not None:
+                run.interrupt()
+
+    def at(self, k: int) -> Lane:
+        """The lane in place k by itself."""
+        assert self.lane is not None
+        return _take(self.lane, np.int64(k)) if self.many else self.lane
+
+    def put(self, k: int, lane: Lane) -> None:
+        """Replace the lane in place k."""
+        assert self.lane is not None
+        self.lane = _put(self.lane, np.int64(k), lane) if self.many else lane
+
+    def settle(self) -> None:
+        """Let lanes that stopped for their run go on, those with other goals from a new attempt."""
+        assert self.lane is not None
+        again = np.array([run is not None and run.end is None for run in self.seats])
+        anew = again & np.array([run is not None and run.anew for run in self.seats])
+        lane = self.lane
+        if not self.many:
+            if again[0]:
+                lane = dataclasses.replace(lane, reason=as_array(np.int64(Reason.RUNNING)))
+            if anew[0]:
+                lane = dataclasses.replace(lane, **_NO_GOALS)
+                lane = begin_again(*self._members(), self.method, lane, many=False)
+        else:
+            idle = np.where(again, np.int64(Reason.RUNNING), np.int64(Reason.ARRIVED))
+            lane = dataclasses.replace(lane, reason=as_array(idle))
+            if anew.any():
+                zeros = {name: np.zeros(len(anew), np.int64) for name in _NO_GOALS}
+                fresh = dataclasses.replace(lane, **zeros)
+                fresh = begin_again(*self._members(), self.method, fresh, many=True)
+                lane = choose(as_array(anew), fresh, lane)
+        for run in self.seats:
+            if run is not None:
+                run.anew = False
+        self.lane = lane
+
+    def _members(self) -> tuple[Member, Member]:
+        """What the runs in the lanes ask for: their own, stacked, and what all share."""
+        runs = list(self.seats)
+        spare = next((run for run in runs if run is not None and run.end is None), None)
+        spare = spare or next(run for run in runs if run is not None)
+        runs = [spare if run is None else run for run in runs]
+        goals = [run.goals(self.rows) for run in runs]
+        columns = zip(*(jax.tree.leaves(run.member) for run in runs), strict=True)
+        structure = jax.tree.structure(spare.member)
+        own, shared = [], []
+        for column, apart in zip(columns, self.own, strict=True):
+            kept = np.stack(column) if apart and self.many else column[0]
+            own.append(kept if apart else None)
+            shared.append(None if apart else kept)
+        wanted = _stacked(goals) if self.many else goals[0]
+        nothing = jax.tree.map(lambda _: None, wanted)
+        return (
+            dataclasses.replace(jax.tree.unflatten(structure, own), goals=wanted),
+            dataclasses.replace(jax.tree.unflatten(structure, shared), goals=nothing),
+        )
+
+
+_NO_GOALS = {"clock_goal": as_array(np.int64(0)), "steps_goal": as_array(np.int64(0))}
+
+
+@eqx.filter_jit
+def _take(lanes: Lane, k: Any) -> Lane:
+    return jax.tree.map(lambda leaf: leaf[k], lanes)
+
+
+@eqx.filter_jit
+def _put(lanes: Lane, k: Any, lane: Lane) -> Lane:
+    return jax.tree.map(lambda leaf, one: leaf.at[k].set(one), lanes, lane)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or np.array_equal(a, b)

@@ -1,0 +1,633 @@
+"""A flow on its way: its plan of legs, and what happens at each event.
+
+A *leg* is one solver until one event: the explicit solver while accuracy limits its step, then
+``GaussNewton``, then split coordinates from where float64 weights no longer hold misalignment and
+direction error. What a run is to do on its way is a list of events; those ahead are the goals of
+the march.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.dynamics.clocks import AbstractClock
+from gflow.dynamics.drive.checkpoint import Snapshot, identity
+from gflow.dynamics.drive.drive import AbstractLanes, widest_for
+from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, Course, Event
+from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, program_of
+from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
+from gflow.dynamics.drive.recorder import Recorder, first_row, rows_for
+from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, why_stalled
+from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.march.land import land
+from gflow.dynamics.march.loop import Goals, Lane, Member, start
+from gflow.dynamics.march.method import AbstractMethod
+from gflow.dynamics.march.tolerance import AbstractTolerance
+from gflow.dynamics.reasons import End, Reason
+from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
+from gflow.dynamics.split.state import SplitState
+from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
+from gflow.problem.network import Weights, as_array
+from gflow.problem.observables import imbalance
+from gflow.problem.risk import ROUND_OFF, risk_and_slope
+
+UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
+"""A margin of this size is uncertain by one: which points share the slope is then no longer known
+from float64 weights."""
+
+LARGEST_MARGIN = 1e150
+"""The square of a larger one may leave float64's range; polynomial tails come to that."""
+
+COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
+"""Log risks at which the run on the weights is compared with the continuation, and handed over.
+Further out, float64 weights still carry the flow but not its misalignment and direction error."""
+
+class Plan(NamedTuple):
+    """How a flow is to be followed."""
+
+    field: AbstractField
+    methods: tuple[AbstractMethod, ...]
+    """In the order of their use; each but the last until the flow is stiff."""
+    split: SlowManifold | None
+    """What goes on in split coordinates from the hand-over, if anything."""
+    tolerance: AbstractTolerance
+    atol: float
+    max_steps: int
+
+
+class FlowRun:
+    """A flow from its start to one of its stopping rules.
+
+    Args:
+        plan: how it is followed.
+        recorder: takes its points.
+        rules: the stopping rules, the leading one first.
+        way: what it is to do on its way.
+        compares: whether the two ways of going on are compared before the hand-over.
+    """
+
+    name = "gradient flow"
+    in_lanes = False
+    """Whether it went side by side with others."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        recorder: Recorder,
+        rules: tuple[AbstractRule, ...],
+        way: Course,
+        *,
+        compares: bool = True,
+    ):
+        self.plan, self.recorder, self.compares = plan, recorder, compares
+        self.rules, self.done = rules, 0
+        self.saves, self.ends, self.end = way
+        self.problem, self.clock = plan.field.problem, plan.field.clock
+        weights = recorder.start
+        log_risk, squared_slope = (float(x) for x in risk_and_slope(self.problem, weights))
+        self.first_slope = math.sqrt(squared_slope)
+        self.above_zero = log_risk > float(self.problem.log_risk_at_zero()) + ROUND_OFF
+        layers = self.problem.network.layers(weights)
+        self.imbalance = tuple(map(np.asarray, imbalance(layers))) if layers else ()
+        self.split, self.split_run, self.early = plan.split, None, None
+        self.split_run: OnSplit | None
+        self.early: OnSplit | None
+        self.told: dict[str, Any] = {}
+        self.used: list[str] = []
+        self.counts, self.leg_counts = np.zeros(2, int), (0, 0)
+        self.num_rejected = 0
+        self.report: Report | None = None
+        s = self.clock.read(log_risk, -math.inf)
+        self._stand = Stand(s, FlowState(weights, as_array(np.zeros(()))), 0)
+        self.next_step, self.resumed = math.nan, None
+        self.resumed: Lane | None
+        self.anew, self.passed = False, (0, 0)
+        self.by_clock: list[tuple[float, list[Event]]] = []
+        self.by_steps: list[tuple[int, list[Event]]] = []
+        self.watched: list[Event] = []
+        self._program: Hashable = None
+        if plan.methods:
+            self._begin_leg(0)
+        else:
+            self._go_on_in(self._begun_in_split_coordinates(), self._stand)
+            self.told = {}
+        self.record_here()
+        if self.end is None:
+            self._arm()
+
+    # ---------------------------------------------------------------------------------------------
+    # What the drive and its caller ask
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> Hashable:
+        if self.split_run is not None:
+            return "split coordinates"
+        if self._program is None:
+            self._program = program_of(self.member, self.method, self.watches_stiffness)
+        return self._program
+
+    def lanes(self, alike: "Sequence[FlowRun]", width: int) -> AbstractLanes:
+        return SplitLane() if self.split_run is not None else FlowLanes(alike, width)
+
+    @property
+    def widest(self) -> int:
+        return 1 if self.split_run is not None else widest_for(self.recorder.start)
+
+    def fail(self, error: Exception) -> None:
+        self.end = Reason.FAILED.end(why=f"{type(error).__name__}: {error}")
+
+    @property
+    def part_done(self) -> float:
+        return 1.0 if self.end is not None else self.done / len(self.saves)
+
+    @property
+    def stand(self) -> Stand:
+        """Where the run stands on the weights."""
+        return self._stand if self.report is None else self.report.stand
+
+    @property
+    def weights(self) -> Weights:
+        """The weights where the run stands."""
+        return self.stand.state.weights if self.split_run is None else self.split_run.weights
+
+    @property
+    def num_steps(self) -> int:
+        """Accepted steps so far."""
+        return self.stand.num_steps if self.split_run is None else self.split_run.num_steps
+
+    def progress(self, rules: Sequence[AbstractRule]) -> list[float]:
+        """How far the run is in the coordinate of each rule."""
+        if self.split_run is not None:
+            return [self.split_run.progress(rule) for rule in rules]
+        (weights, scaled_time), num_steps = self.stand.state, self.stand.num_steps
+        return progress_of(rules, self.problem, weights, scaled_time, num_steps)
+
+    def tell(self, lead: AbstractRule) -> tuple[float, str]:
+        """How far the run is in the coordinate of ``lead``, and what a bar says beside it."""
+        return self.progress([lead])[0], f"{self.num_steps} steps"
+
+    def record_here(self) -> None:
+        """Record the point where the run stands."""
+        if self.split_run is not None:
+            self.split_run.record(self.recorder, self.clock)
+            return
+        stand, rows = self.stand, rows_for(self.stand.state.weights)
+        one = jax.tree.map(lambda leaf: first_row(leaf, rows), stand.state)
+        self._add(one, [0], np.array([stand.s]), np.array([stand.num_steps]))
+
+    def close(self) -> None:
+        """Record the last point, if it is not there yet."""
+        if self.num_steps > self.recorder.num_steps:
+            self.record_here()
+
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the run as a whole."""
+        used = [*self.used, *([self.split_run.name] if self.split_run is not None else [])]
+        found = {"solver": ", then ".join(used), **self.told}
+        if self.plan.methods:
+            evaluations, iterations = self.counts + np.array(self.leg_counts)
+            found |= {
+                "atol": self.plan.atol,
+                "num_rejected": self.num_rejected,
+                "num_field_evaluations": int(evaluations),
+                "num_newton_iterations": int(iterations),
+            }
+        return found
+
+    # ---------------------------------------------------------------------------------------------
+    # Legs on the weights: what their lanes ask
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def method(self) -> AbstractMethod:
+        """The solver of this leg."""
+        return self.plan.methods[self.leg]
+
+    @property
+    def watches_stiffness(self) -> bool:
+        """Whether a stiff flow goes to the next leg."""
+        return self.leg + 1 < len(self.plan.methods)
+
+    @property
+    def member(self) -> Member:
+        """What a lane follows, but for its goals."""
+        rules = tuple(anonymous(event.rule) for event in self.watched)
+        return Member(self.plan.field, self.plan.tolerance, rules, None)  # pyright: ignore
+
+    def standing(self) -> tuple:
+        """Where a lane begins: clock value, state, next step and counts of steps."""
+        s, state, num_steps = self.stand
+        before = np.float64(self.next_step), np.int64(num_steps), np.int64(self.num_rejected)
+        return np.float64(s), state, before
+
+    def goals(self, window: int) -> Goals:
+        """The next goals, one more than the march can save: an attempt knows where it leads."""
+        clock = self.by_clock[self.passed[0] : self.passed[0] + window + 1]
+        steps = self.by_steps[self.passed[1] : self.passed[1] + window + 1]
+        before = [self.from_s, *(value for value, _ in self.by_clock)][self.passed[0] :]
+        longest = [
+            (value - start) / pieces if (pieces := events[0].pieces) > 1 else math.inf
+            for start, (value, events) in zip(before, clock, strict=False)
+        ]
+
+        def filled(values: list[Any], nothing: Any) -> np.ndarray:
+            return np.array(values + [nothing] * (window + 1 - len(values)), dtype=type(nothing))
+
+        goals = Goals(
+            clock=filled([value for value, _ in clock], math.inf),
+            steps=filled([value for value, _ in steps], NO_STEP_COUNT),
+            first=np.array(self.passed),
+            count=np.array([len(self.by_clock), len(self.by_steps)]),
+            events=np.array([event.progress for event in self.watched]),
+            longest=filled(longest, math.inf),
+            max_steps=np.array(self.plan.max_steps),
+        )
+        return jax.tree.map(as_array, goals)
+
+    def take(self, report: Report | None) -> None:
+        """What a call of the march has come to; in split coordinates it is the run that goes on."""
+        if report is None:
+            self._advance_in_split()
+            return
+        self.report = report
+        self.leg_counts = self.method.counts(report.tally, report.num_steps - self.leg_began)
+        self.num_rejected = report.num_rejected
+        rows: list[int] = []
+        for row in range(int(report.saved.count)):
+            events = self._passed(report, row)
+            if any(event.action.saves for event in events):
+                rows.append(row)
+            self._act(events, report.row(row))
+        self._record(report, rows)
+        if self.end is None and self.split_run is None and not self.anew:
+            match report.reason:
+                case Reason.CROSSED:
+                    self._land(report)
+                case Reason.STIFF:
+                    self._leave(report.stand, float(report.lane.next_step))
+                    self._begin_leg(self.leg + 1)
+                    self._arm()
+                case Reason.REFUSED_STEPS:
+                    self._stop_short()
+                case Reason.OUT_OF_STEPS:
+                    self.end = self._out_of_steps()
+        if self.end is not None and self.report is not None and report.lanes.many:
+            self._leave(self.stand)  # its place is another's now
+
+    def interrupt(self) -> None:
+        """The lanes are about to close: stand where they left the run."""
+        if self.report is not None:
+            self._leave(self.report.stand)
+
+    def _leave(self, stand: Stand, next_step: float = math.nan) -> None:
+        """Leave the lanes, standing where they brought the run."""
+        self._stand, self.next_step, self.report = stand, next_step, None
+
+    def _begin_leg(self, leg: int) -> None:
+        """Begin a leg on the weights."""
+        self.leg, self.leg_began = leg, self._stand.num_steps
+        self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
+        self.used.append(self.method.name)
+
+    def _passed(self, report: Report, row: int) -> list[Event]:
+        """The events of a saved state."""
+        to = int(report.saved.clock_goal[row]), int(report.saved.steps_goal[row])
+        met = self.by_clock[self.passed[0] : to[0]]
+        met += self.by_steps[self.passed[1] : to[1]]
+        self.passed = to
+        return [event for _, events in met for event in events]
+
+    def _record(self, report: Report, rows: list[int]) -> None:
+        """Record saved states."""
+        if rows:
+            saved = report.saved
+            self._add(saved.state, rows, saved.s[rows], saved.num_steps[rows])
+
+    def _add(self, states: FlowState, rows: list[int], s: np.ndarray, steps: np.ndarray) -> None:
+        scaled_time = np.asarray(states.scaled_time)[rows]
+
+        def more(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {
+                "clock_value": s,
+                "num_steps": steps,
+                "beyond_hand_over": np.zeros(len(rows), dtype=bool),
+                **of_the_clock(self.clock, s, scaled_time, found["log_risk"]),
+            }
+
+        self.recorder.add(states.weights, rows, more)
+
+    # ---------------------------------------------------------------------------------------------
+    # Events
+    # ---------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """List the events ahead as the march takes them: by clock, by count, and watched."""
+        while self.end is None and self.split_run is None:
+            here = [event for event in self._turns() if self._is_at(event)]
+            if not here:
+                break
+            self._act(here[:1], self.stand)
+        else:
+            return
+        turns = self._turns()
+        ahead = [*self.saves[self.done :], *self.ends, *turns]
+        by_clock: list[tuple[float, list[Event]]] = []
+        for event in sorted((e for e in ahead if math.isfinite(e.clock)), key=lambda e: e.clock):
+            last, events = by_clock[-1] if by_clock else (-math.inf, [])
+            close = event.clock - last <= SAME * max(1.0, abs(event.clock))
+            saves = event.action.saves and any(each.action.saves for each in events)
+            if close and not (saves and event.clock > last):
+                value = event.clock if event.action.saves else last
+                by_clock[-1] = (value, [*events, event])
+            else:
+                by_clock.append((event.clock, [event]))
+        counted = sorted((e for e in ahead if e.steps < NO_STEP_COUNT), key=lambda e: e.steps)
+        self.by_clock = _to_the_first_stop(by_clock)
+        self.by_steps = _to_the_first_stop([(event.steps, [event]) for event in counted])
+        lead = [event for event in self.saves[self.done : self.done + 1] if event.watched]
+        self.watched = [*lead, *(event for event in (*self.ends, *turns) if event.watched)]
+        self.passed, self.from_s, self._program = (0, 0), self.stand.s, None
+        self.anew = self.report is not None
+
+    def _turns(self) -> list[Event]:
+        """Events at which the run may go on in another way, or cannot go on."""
+        levels: list[tuple[float, Action]] = []
+        if self.above_zero:
+            # On separable data the risk has its critical points at R = R(0) only. In a clock that
+            # follows the risk a saddle is a branch point, which a solver may jump over unawares.
+            levels.append((float(self.problem.log_risk_at_zero()), Action.SADDLE))
+        elif self.split is not None:
+            levels.append((HAND_OVER_AT, Action.HAND_OVER))
+            if self.compares and self.early is None:
+                levels.append((COMPARE_AT, Action.COMPARE))
+        levels.append((self._wall[0], Action.WALL))
+        rules = [(LogRisk(level), action) for level, action in levels]
+        return [Event.of(rule, rule.goal, action, self.clock) for rule, action in rules]
+
+    def _is_at(self, event: Event) -> bool:
+        """Whether the run stands at an event, or beyond."""
+        if event.watched:
+            here, ahead = self.progress([event.rule])[0], event.progress
+        else:
+            here, ahead = self.stand.s, event.clock
+        return here >= ahead - SAME * max(1.0, abs(ahead))
+
+    @functools.cached_property
+    def _wall(self) -> tuple[float, End]:
+        """The risk at which float64 weights end, and why."""
+        overflow = float(self.problem.loss.terms(jnp.full((1,), LARGEST_MARGIN)).log_risk)
+        if overflow > -UNCERTAIN_MARGIN:
+            return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
+        return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)
+
+    def _act(self, events: Sequence[Event], stand: Stand) -> None:
+        """What is to be done at events that happen at one place, saved points first."""
+        self._count(events)
+        for event in sorted(events, key=lambda event: event.action.value):
+            if self.end is not None or self.split_run is not None:
+                return
+            match event.action:
+                case Action.STOP:
+                    self.end = Reason.REACHED.end(rule=event.rule, steps=stand.num_steps)
+                case Action.WALL:
+                    self.end = self._wall[1]
+                case Action.SADDLE:
+                    self._at_saddle(stand)
+                case Action.COMPARE:
+                    self._compare(stand)
+                case Action.HAND_OVER:
+                    self._hand_over(stand)
+
+    def _count(self, events: Sequence[Event]) -> None:
+        """Count the saved points among events."""
+        self.done += sum(any(event is save for save in self.saves) for event in events)
+
+    def _land(self, report: Report) -> None:
+        """Land on the earliest of the watched events that the last step crossed."""
+        lane, landed = report.lane, []
+        reached = self.progress([event.rule for event in self.watched])
+        for event, progress in zip(self.watched, reached, strict=True):
+            if progress >= event.progress:
+                goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
+                landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
+        lane, event = min(landed, key=lambda each: float(each[0].s))
+        report.replace(lane)
+        stand = self.stand
+        self._act([event], stand)
+        if event.action.saves and self.split_run is None:
+            self.record_here()
+        if self.end is None and self.split_run is None:
+            self._arm()
+
+    def _at_saddle(self, stand: Stand) -> None:
+        """End the run at a saddle; elsewhere on its level, go on."""
+        slope = math.sqrt(float(risk_and_slope(self.problem, stand.state.weights)[1]))
+        if slope > SADDLE * self.first_slope:
+            self.above_zero = False
+            self._arm()
+        else:
+            self.end = at_level_zero(self.problem, stand.state.weights, slope)
+
+    def _compare(self, stand: Stand) -> None:
+        """Begin the other way of going on, to be compared at the hand-over."""
+        found = self._in_split_coordinates(stand)
+        if isinstance(found, OnSplit):
+            self.early = found
+        else:
+            self._stay(found)
+
+    def _hand_over(self, stand: Stand) -> None:
+        """Go on in split coordinates if that can be done."""
+        found = self._in_split_coordinates(stand) if self.split is not None else ""
+        if isinstance(found, OnSplit):
+            self._go_on_in(found, stand)
+            return
+        if found:
+            self._stay(found)
+        self._arm()
+
+    def _go_on_in(self, split: OnSplit, stand: Stand) -> None:
+        """Hand the run over to split coordinates."""
+        self.split_run = split
+        self.told = {"hand_over": "made", "hand_over_log_risk": split.state.log_risk}
+        if self.early is not None:
+            rtol = float(self.plan.tolerance.rtol)
+            errors = hand_over_error(split.solver, self.early.state, split.state, rtol)
+            self.told |= {f"hand_over_error_{name}": error for name, error in errors.items()}
+        self._leave(stand)
+
+    def _stay(self, reason: str) -> None:
+        """There is no going on in split coordinates."""
+        self.split, self.told = None, {"hand_over": f"not made: {reason}"}
+
+    def _in_split_coordinates(self, stand: Stand) -> "OnSplit | str":
+        """The run in split coordinates from a place, or why it cannot be."""
+        assert self.split is not None
+        (weights, scaled_time), num_steps = stand.state, stand.num_steps
+        reason = self.split.obstacle(self.problem, weights)
+        if reason is not None:
+            return reason
+        log_risk = float(risk_and_slope(self.problem, weights)[0])
+        with np.errstate(divide="ignore"):
+            log_time = float(np.log(np.asarray(scaled_time))) - log_risk
+        layers = tuple(map(np.asarray, weights))
+        return OnSplit.of(self.split, self.problem, layers, log_time, self.imbalance, num_steps)
+
+    def _begun_in_split_coordinates(self) -> "OnSplit":
+        """The run in split coordinates from the start.
+
+        Raises:
+            ValueError: when it cannot be.
+        """
+        found = self._in_split_coordinates(self._stand)
+        if isinstance(found, str):
+            raise ValueError(f"The flow cannot be continued on the slow manifold: {found}.")
+        return found
+
+    def _advance_in_split(self) -> None:
+        """Some steps in split coordinates, or up to the next event."""
+        assert self.split_run is not None
+        ahead = [self.saves[self.done], *self.ends]
+        met = self.split_run.advance(ahead, self.plan.max_steps)
+        if isinstance(met, End):
+            self.end = met
+        elif met is not None:
+            self._count([met])
+            self.record_here()
+            if met.action is Action.STOP:
+                self.end = Reason.REACHED.end(rule=met.rule, steps=self.num_steps)
+
+    def _stop_short(self) -> None:
+        """Shorter steps do not help: go on in split coordinates if that helps, or say why not."""
+        stand, rtol = self.stand, float(self.plan.tolerance.rtol)
+        end = why_stalled(self.plan.field, stand.state.weights, self.first_slope, rtol)
+        if end.status == "precision_lost" and self.split is not None:
+            found = self._in_split_coordinates(stand)
+            if isinstance(found, OnSplit):
+                self._go_on_in(found, stand)
+                return
+        self.end = end
+
+    # ---------------------------------------------------------------------------------------------
+    # Checkpoints
+    # ---------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, str]:
+        """What a flow is, for its checkpoint."""
+        recorder, plan = self.recorder, self.plan
+        start = FlowState(recorder.start, as_array(np.zeros(())))
+        return identity(
+            self.problem,
+            recorder.start,
+            recorder,
+            plan.field,
+            (np.float64(0.0), start),
+            kind="gradient_flow",
+            until=[(type(rule).__name__, rule.value) for rule in self.rules],
+            save=np.array([event.progress for event in self.saves]),
+            clock=self.clock,
+            solvers=(*plan.methods, plan.split),
+            rtol=plan.tolerance.rtol.item(),
+            atol=plan.atol,
+            function_space=type(plan.tolerance).__name__,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """All that the run needs to go on."""
+        splits = {"early": self.early, "split_run": self.split_run}
+        facts = {name: getattr(self, name) for name in _FACTS} | {
+            "may_split": self.split is not None,
+            "counts": self.counts.tolist(),
+            "splits": {name: run and run.facts() for name, run in splits.items()},
+        }
+        arrays = {name: run.state for name, run in splits.items() if run is not None}
+        if self.split_run is None and self.report is not None:
+            arrays["lane"] = self.report.lane
+        return Snapshot(facts, arrays)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Stand where a snapshot was taken of a run with the same start."""
+        facts = snapshot.facts
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+        self.counts = np.array(facts["counts"])
+        self.split = self.plan.split if facts["may_split"] else None
+        for name, told in facts["splits"].items():
+            if told is not None:
+                assert self.plan.split is not None
+                state = snapshot.read(name, SplitState.blank(geometry(self.problem), told))
+                setattr(self, name, OnSplit.restored(self.plan.split, state, told))
+        if snapshot.holds("lane"):
+            self._arm()
+            member = dataclasses.replace(self.member, goals=self.goals(1))
+            nothing = jax.tree.map(lambda _: None, member)
+            like = eqx.filter_eval_shape(start, member, nothing, self.method, *self.standing())
+            lane = snapshot.read("lane", like)
+            self._stand = Stand(float(lane.s), lane.state, int(lane.num_steps))
+            zero, running = np.int64(0), np.int64(Reason.RUNNING)
+            self.resumed = dataclasses.replace(
+                lane, clock_goal=zero, steps_goal=zero, reason=running
+            )
+            if int(lane.num_steps + lane.num_rejected) >= self.plan.max_steps:
+                self.end = self._out_of_steps()
+        if self.split_run is None:
+            self._arm()
+
+    def _out_of_steps(self) -> End:
+        rule = self.saves[self.done].rule
+        return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
+
+
+_FACTS = (
+    "leg",
+    "leg_began",
+    "leg_counts",
+    "done",
+    "above_zero",
+    "told",
+    "num_rejected",
+    "used",
+)
+
+
+def of_the_clock(
+    clock: AbstractClock, s: np.ndarray, scaled_time: np.ndarray, log_risk: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The log time, and how far the clock is off: the defect of the energy identity.
+
+    Args:
+        clock: that the flow was integrated in.
+        s: its values, shape (points,).
+        scaled_time: $tR$ there.
+        log_risk: there.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_time = np.log(scaled_time) - log_risk
+        found = {"log_time": log_time}
+        by_risk, by_time = clock.log_risk_at(s), clock.log_time_at(s)
+        if by_risk is not None:
+            off = np.abs(log_risk - np.asarray(by_risk))
+            found["clock_error"] = off / np.maximum(1.0, np.abs(log_risk))
+        if by_time is not None:
+            time = np.asarray(by_time)
+            off = np.abs(log_time - time) / np.maximum(1.0, np.abs(time))
+            found["clock_error"] = np.where(scaled_time > 0, off, 0.0)
+            # Where t R underflows, the clock still knows t.
+            found["log_time"] = np.where(scaled_time > 0, log_time, time)
+    return found
+
+
+def _to_the_first_stop(groups: list[tuple[Any, list[Event]]]) -> list[tuple[Any, list[Event]]]:
+    """The events up to the first at which a run does not simply go on."""
+    for i, (_, events) in enumerate(groups):
+        if not all(event.action.passes for event in events):
+            return groups[: i + 1]
+    return groups

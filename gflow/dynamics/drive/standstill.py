@@ -1,0 +1,117 @@
+"""Why a flow cannot go on: what is known of a place where shorter steps do not help."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.dynamics.field import AbstractField
+from gflow.dynamics.reasons import End, Reason
+from gflow.problem.network import Weights, end_to_end
+from gflow.problem.risk import Problem, risk_and_slope
+
+SADDLE = 1e-4
+"""A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
+on which side the flow would leave it is beyond the tolerances."""
+
+LARGE_TERMS = 1e4
+"""Margins whose terms are so many times larger have lost digits worth telling."""
+
+EPSILON = float(np.finfo(np.float64).eps)
+
+
+def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol: float) -> End:
+    r"""The end of a run on the weights whose steps cannot be made short enough.
+
+    Args:
+        field: that it follows.
+        weights: where it stands.
+        first_slope: $|\nabla\log R|$ at the start.
+        rtol: relative tolerance of a step.
+    """
+    why, problem = field.ended(weights), field.problem
+    if why is not None:
+        return Reason.NO_MEANING.end(why=why)
+    log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
+    above, slope = log_risk - float(problem.log_risk_at_zero()), math.sqrt(squared)
+    where = {"log_risk": log_risk, "slope": slope}
+    if above >= 0 and slope <= SADDLE * first_slope:
+        return Reason.SADDLE_AHEAD.end(**where, first=first_slope)
+    inseparable = _inseparable(problem, weights)
+    if inseparable:
+        return Reason.NOT_SEPARABLE.end(**where, verdict=inseparable)
+    if abs(above) <= 4 * EPSILON * max(1.0, abs(log_risk)):
+        return Reason.BELOW_ROUND_OFF.end(**where, **_sizes(problem, weights))
+    why = _why_rounded(problem, weights)
+    return Reason.ROUND_OFF.end(**where, why=why, rtol=rtol)
+
+
+def at_level_zero(problem: Problem, weights: Weights, slope: float) -> End:
+    """The end of a flow from above R(0) whose slope has vanished on that level."""
+    inseparable = _inseparable(problem, weights)
+    if inseparable:
+        return Reason.REST_NOT_SEPARABLE.end(slope=slope, verdict=inseparable)
+    return Reason.SADDLE.end(slope=slope)
+
+
+def _inseparable(problem: Problem, weights: Weights) -> str | None:
+    """That the data are not separable, where that keeps a network from risk zero."""
+    if problem.network.layers(weights) is None:
+        return None
+    solution = problem.data.max_margin()
+    return None if solution.separable else solution.verdict
+
+
+def _sizes(problem: Problem, weights: Weights) -> dict[str, float]:
+    """The largest entries of weights and inputs."""
+    largest = max(float(np.max(np.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(weights))
+    inputs = float(np.max(np.abs(np.asarray(problem.data.inputs))))
+    return {"weights": largest, "inputs": inputs}
+
+
+def _why_rounded(problem: Problem, weights: Weights) -> str:
+    """What makes round-off large, where that is known."""
+    layers = problem.network.layers(weights)
+    if layers is None:
+        lowest = lowest_precision(problem, weights)
+        if lowest is not None:
+            return (
+                f": the network computes in {lowest} on its way, with {jnp.finfo(lowest).eps:.0e} "
+                "of round-off; let it compute in the type of its weights, float64"
+            )
+        return (
+            ", or the network has a kink there (as ReLU), at which the field jumps and no step "
+            "is short enough"
+        )
+    w, z = np.asarray(end_to_end(layers)), np.asarray(problem.data.signed_inputs)
+    terms = float(np.max(np.abs(z) @ np.abs(w)))
+    smallest = float(np.min(z @ w))
+    if terms < LARGE_TERMS * max(1.0, abs(smallest)):
+        return ""
+    return (
+        f" (margins are sums of terms of size {terms:.1g}, which float64 holds to "
+        f"{EPSILON * terms:.0e}, as for data that are almost not separable; once every margin "
+        "exceeds 1 the default solver goes on in coordinates without this loss)"
+    )
+
+
+def lowest_precision(problem: Problem, weights: Weights) -> str | None:
+    """The type of the shortest numbers on a network's way to its outputs, if not float64."""
+    traced = jax.make_jaxpr(lambda at: problem.network.coordinates(at, problem.data))(weights)
+    shortest = min(_float_types(traced.jaxpr), key=lambda kind: jnp.finfo(kind).bits, default=None)
+    return None if shortest is None or shortest == np.float64 else str(shortest)
+
+
+def _float_types(jaxpr: "jax.extend.core.Jaxpr") -> set[np.dtype]:  # pyright: ignore
+    found: set[np.dtype] = set()
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            kind = getattr(variable.aval, "dtype", None)
+            if kind is not None and jnp.issubdtype(kind, jnp.floating):
+                found.add(kind)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)  # closed ones have it inside
+            if hasattr(inner, "eqns"):
+                found |= _float_types(inner)
+    return found

@@ -1,0 +1,74 @@
+"""Landing: the last step made shorter so that it ends exactly where an event happens."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from gflow.dynamics.field import AbstractField
+from gflow.dynamics.march.loop import Lane, observe
+from gflow.dynamics.march.method import AbstractMethod, Step
+from gflow.dynamics.stops import AbstractRule
+from gflow.problem.network import Array
+
+
+@eqx.filter_jit
+def land(
+    field: AbstractField, method: AbstractMethod, rule: AbstractRule, lane: Lane, goal: Array
+) -> Lane:
+    """Shorten the last accepted step so that it ends where ``rule`` reaches ``goal``.
+
+    The step's length is found by the Illinois variant of regula falsi, each trial a true step of
+    the solver from where the last one began. The next attempt is to be begun again.
+    """
+    s0, state0, memory0 = lane.previous
+
+    def progress(state: Any) -> Array:
+        return rule.progress(observe(field, state, lane.num_steps, (rule,)))
+
+    def trial(s: Array) -> Step:
+        h = s - s0
+        attempt = method.begin(field, s0, h, state0, memory0)
+        if method.iterates:
+            attempt = jax.lax.while_loop(
+                lambda attempt: ~method.solved(attempt),
+                lambda attempt: method.work(field, s0, h, state0, attempt),
+                attempt,
+            )
+        return method.end(field, s0, h, state0, attempt, memory0)
+
+    start, end = progress(state0) - goal, progress(lane.state) - goal
+    near = 1e-13 * jnp.maximum(1.0, jnp.abs(goal))
+
+    def unfinished(loop: tuple) -> Array:
+        (*_, miss), tries, *_ = loop
+        # From where the progress is undefined, as that of a direction at w = 0, it jumps past the
+        # goal, and past others: a step that does stays as it is.
+        return jnp.isfinite(start) & (start < 0) & (jnp.abs(miss) > near) & (tries < 60)
+
+    def refine(loop: tuple) -> tuple:
+        (low, below, high, above, _, _), tries, *_ = loop
+        s = low + (high - low) * below / (below - above)
+        made = trial(s)
+        miss = progress(made.state) - goal
+        left = miss < 0
+        bracket = (
+            jnp.where(left, s, low),
+            jnp.where(left, miss, below / 2),
+            jnp.where(left, high, s),
+            jnp.where(left, above / 2, miss),
+            s,
+            miss,
+        )
+        return bracket, tries + 1, made.state, made.memory
+
+    bracket = (s0, start, lane.s, end, lane.s, end)
+    (*_, s, _), _, state, memory = jax.lax.while_loop(
+        unfinished, refine, (bracket, jnp.array(0), lane.state, lane.memory)
+    )
+    return eqx.tree_at(
+        lambda at: (at.s, at.state, at.memory, at.next_step),
+        lane,
+        (s, state, memory, jnp.maximum(lane.next_step, lane.s - s0)),
+    )

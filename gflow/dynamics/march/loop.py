@@ -1,0 +1,486 @@
+"""The march: the compiled loop that steps one or many members of a flow.
+
+It is not ``diffrax.diffeqsolve`` because a flow needs four things that call does not offer: the
+next step size carried across a stop, so that a run in segments is the uninterrupted run bit for
+bit; landing exactly on saved points and stopping conditions by steps, never by interpolation, whose
+error is orders of magnitude larger; an error norm in which $u = tR$ is purely relative; and a
+reason for every stop, with everything computed so far.
+
+**One or many.** All that happens to a member is a pure function of that member; the march maps it
+over *lanes*, on a leading axis of every array, or calls it as it is for a single one. A step of an
+iterative solver is worked on in an inner loop, which only the attempts pass through, and steps end
+when a quarter of the lanes that run have solved theirs: the others sit out that trip, and no lane
+waits for the slowest. What a lane does depends on nothing in another.
+
+**Saved points.** A lane lands on one goal after the other and leaves its state in a buffer; the
+host is asked when a goal is the last of those it gave, or the buffer is full.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.march.control import propose
+from gflow.dynamics.march.method import AbstractMethod
+from gflow.dynamics.march.tolerance import AbstractTolerance
+from gflow.dynamics.reasons import Reason
+from gflow.dynamics.stops import AbstractRule, Coordinates, watched
+from gflow.problem.network import Array, Weights, squared_norm
+
+SHARE = 4
+"""Steps end in a trip where at least one running lane in so many has solved its step."""
+
+NOISE_STEPS, NOISE_ERRORS = 16.0, 4.0
+"""Round-off exceeds the tolerance when a refused step has been made shorter by the first factor
+and its error has not fallen by the second; at first order it would fall as much as the step."""
+
+STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
+"""A run is stiff when step times spectral radius has exceeded the first in so many looks in a row,
+one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
+
+
+class Goals(eqx.Module):
+    """Where a member stops next. Absent ones are infinite, or the largest integer."""
+
+    clock: Array
+    """Clock values to land on, increasing, shape (window,)."""
+    steps: Array
+    """Accepted steps in all to meet, increasing, shape (window,)."""
+    first: Array
+    """Numbers of the first clock value and of the first count in these windows, shape (2,)."""
+    count: Array
+    """How many of each there are in all, shape (2,); the march stops at the last."""
+    events: Array
+    """The progress at which each watched rule is met, shape (rules,)."""
+    longest: Array
+    """No step towards a clock value is longer, shape (window,)."""
+    max_steps: Array
+    """Steps to try in all."""
+
+
+class Member(eqx.Module):
+    """What a lane follows, and how exactly."""
+
+    field: AbstractField
+    tolerance: AbstractTolerance
+    rules: tuple[AbstractRule, ...]
+    """The events watched after each step, one for each of ``goals.events``."""
+    goals: Goals | None
+    """None until it is in a lane."""
+
+
+class Lane(eqx.Module):
+    """Where a member stands: everything it needs to go on, a pytree of arrays."""
+
+    s: Array
+    state: FlowState
+    memory: Any
+    """What the solver's next step is told of the last one."""
+    next_step: Array
+    error: Array
+    """Norm of the last accepted step's error, the memory of the step-size control."""
+    step: Array
+    """Length of the attempt on its way."""
+    lands: Array
+    """Whether the attempt ends on the next clock goal."""
+    cut: Array
+    """Whether it is shorter than the control would have it."""
+    attempt: Any
+    previous: tuple[Array, FlowState, Any]
+    """Where the last accepted step began: (s, state, memory)."""
+    num_steps: Array
+    num_rejected: Array
+    refused: tuple[Array, Array]
+    """The first refused step since the last accepted one, and its error norm; zeros for none."""
+    num_stiff: Array
+    """Looks in a row that found the step limited by stability."""
+    clock_goal: Array
+    """Number of the clock goal ahead."""
+    steps_goal: Array
+    reason: Array
+
+
+class Saved(NamedTuple):
+    """States on goals, rows of a buffer."""
+
+    s: Array
+    state: FlowState
+    num_steps: Array
+    clock_goal: Array
+    """Number of the lane's clock goal ahead, after this one."""
+    steps_goal: Array
+    count: Array
+    """Rows in use."""
+
+
+# ---------------------------------------------------------------------------------------------
+# What the host calls
+# ---------------------------------------------------------------------------------------------
+
+
+@eqx.filter_jit
+def start(
+    member: Member,
+    shared: Member,
+    method: AbstractMethod,
+    s: Array,
+    state: FlowState,
+    before: tuple[Array, Array, Array],
+    many: bool = False,
+) -> Lane:
+    """Lanes at states.
+
+    Args:
+        member: what lanes have of their own, on a leading axis if there are ``many``.
+        shared: what all lanes have in common; None at each other leaf.
+        method: the solver.
+        s: clock values.
+        state: states.
+        before: the next step, not a number for 1 % of the state's own scale, and the steps accepted
+            and refused so far.
+        many: whether the arrays have a leading axis, the lanes'.
+    """
+
+    def one(own: Member, s: Array, state: FlowState, before: tuple[Array, Array, Array]) -> Lane:
+        member = eqx.combine(own, shared)
+        field, zero, none = member.field, jnp.zeros_like(s), jnp.zeros((), jnp.int64)
+        slope = field(s, state)
+        weights = FlowState(state.weights, zero)
+        motion = FlowState(slope.weights, zero)
+        norm = member.tolerance.at_start.norm
+        first = 0.01 * norm(weights, weights, weights) / norm(motion, weights, weights)
+        memory = method.start(field, s, state, first)
+        given, num_steps, num_rejected = before
+        lane = Lane(
+            s=s,
+            state=state,
+            memory=memory,
+            next_step=jnp.where(jnp.isnan(given), first, given),
+            error=jnp.ones_like(s),
+            step=zero,
+            lands=jnp.array(False),
+            cut=jnp.array(False),
+            attempt=None,
+            previous=(s, state, memory),
+            num_steps=num_steps,
+            num_rejected=num_rejected,
+            refused=(zero, zero),
+            num_stiff=none,
+            clock_goal=none,
+            steps_goal=none,
+            reason=jnp.array(Reason.RUNNING),
+        )
+        return strong(_begin(member, method, lane))
+
+    return (jax.vmap(one) if many else one)(member, s, state, before)
+
+
+@eqx.filter_jit
+def begin_again(
+    member: Member, shared: Member, method: AbstractMethod, lane: Lane, many: bool = False
+) -> Lane:
+    """Lanes whose goals have changed, at the beginning of their next attempt."""
+
+    def one(own: Member, lane: Lane) -> Lane:
+        return _begin(eqx.combine(own, shared), method, lane)
+
+    return (jax.vmap(one) if many else one)(member, lane)
+
+
+@eqx.filter_jit
+def choose(which: Array, new: Lane, old: Lane) -> Lane:
+    """The lanes ``which`` from ``new``, the others from ``old``."""
+    return _chosen(which, new, old)
+
+
+@eqx.filter_jit
+def march(
+    member: Member,
+    shared: Member,
+    method: AbstractMethod,
+    lane: Lane,
+    trips: Array,
+    enough: Array,
+    rows: int,
+    watch_stiffness: bool = False,
+    many: bool = False,
+) -> tuple[Lane, Saved, Array, Array]:
+    """Go on until ``enough`` lanes have a reason to stop, or for so many trips.
+
+    Args:
+        member, shared, method, many: as for :func:`start`.
+        lane: where the members stand. Those with a reason other than RUNNING stay there.
+        trips: rounds in which steps end; a single member makes one attempt in each.
+        enough: how many lanes are to have stopped, 1 for a single member.
+        rows: of the buffer of each lane.
+        watch_stiffness: stop also where the step is limited by stability (for explicit solvers).
+
+    Returns:
+        The lanes; the states on goals; the trips made, and how many lanes ended a step in them.
+    """
+    each = jax.vmap if many else lambda function: function
+
+    def solved(lane: Lane) -> Array:
+        return method.solved(lane.attempt)
+
+    def work(own: Member, lane: Lane) -> Any:
+        field = eqx.combine(own, shared).field
+        return method.work(field, lane.s, lane.step, lane.state, lane.attempt)
+
+    def end(own: Member, lane: Lane) -> tuple[Lane, Array]:
+        return _end(eqx.combine(own, shared), method, lane, watch_stiffness)
+
+    def iterate(lane: Lane) -> Lane:
+        """Work on attempts until enough of them are solved."""
+        running = lane.reason == Reason.RUNNING
+
+        def carrying(attempt: Any) -> Lane:
+            return eqx.tree_at(lambda at: at.attempt, lane, attempt)
+
+        def unfinished(attempt: Any) -> Array:
+            ready = running & each(solved)(carrying(attempt))
+            return SHARE * jnp.sum(ready) < jnp.sum(running)
+
+        def once(attempt: Any) -> Any:
+            further = each(work)(member, carrying(attempt))
+            if not many:
+                return further
+            return _chosen(running & ~each(solved)(carrying(attempt)), further, attempt)
+
+        return carrying(jax.lax.while_loop(unfinished, once, lane.attempt))
+
+    def go(loop: tuple) -> Array:
+        lane, _, made, _ = loop
+        return (made < trips) & (jnp.sum(lane.reason != Reason.RUNNING) < enough)
+
+    def trip(loop: tuple) -> tuple:
+        lane, saved, made, busy = loop
+        if method.iterates:
+            lane = iterate(lane)
+        running = lane.reason == Reason.RUNNING
+        ready = running & each(solved)(lane)
+        after, arrived = each(end)(member, lane)
+        after = _chosen(ready, after, lane) if many else after
+        arrived = ready & arrived
+        saved = _store(saved, after, arrived, many)
+        full = saved.count >= rows
+        reason = jnp.where(
+            arrived & full & (after.reason == Reason.RUNNING), Reason.FULL, after.reason
+        )
+        after = eqx.tree_at(lambda at: at.reason, after, reason)
+        return after, saved, made + 1, busy + jnp.sum(ready)
+
+    zero = jnp.zeros((), jnp.int64)
+    empty = _buffer(lane, rows, many)
+    return jax.lax.while_loop(go, trip, (lane, empty, zero, zero))
+
+
+# ---------------------------------------------------------------------------------------------
+# What happens to one member
+# ---------------------------------------------------------------------------------------------
+
+
+def observe(
+    field: AbstractField, state: FlowState, num_steps: Array, rules: tuple[AbstractRule, ...]
+) -> Coordinates:
+    """The coordinates that the rules look at; what no rule needs is not computed."""
+    log_risk = field.problem.log_risk(state.weights)
+    return Coordinates(
+        log_risk=log_risk,
+        log_time=jnp.log(state.scaled_time) - log_risk,
+        num_steps=num_steps,
+        small=watched(rules, field.problem, state.weights),
+    )
+
+
+def _begin(member: Member, method: AbstractMethod, lane: Lane) -> Lane:
+    """The beginning of the next attempt.
+
+    A last step that fits is cut to land on the clock goal; one that almost fits is halved, so that
+    no tiny step is left over.
+    """
+    goals, ahead = member.goals, lane.clock_goal - member.goals.first[0]
+    remaining = _at(goals.clock, ahead) - lane.s
+    allowed = jnp.minimum(lane.next_step, _at(goals.longest, ahead))
+    lands, halved = allowed >= remaining, allowed > remaining / 2
+    step = jnp.where(lands, remaining, jnp.where(halved, remaining / 2, allowed))
+    return eqx.tree_at(
+        lambda at: (at.step, at.lands, at.cut, at.attempt),
+        lane,
+        (
+            step,
+            lands,
+            lands | halved | (allowed < lane.next_step),
+            method.begin(member.field, lane.s, step, lane.state, lane.memory),
+        ),
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _end(
+    member: Member, method: AbstractMethod, lane: Lane, watch_stiffness: bool
+) -> tuple[Lane, Array]:
+    """The end of an attempt, accepted or not, and the beginning of the next.
+
+    Returns:
+        The lane, and whether it stands on a clock goal or a count of steps.
+    """
+    field, goals, tolerance = member.field, member.goals, member.tolerance
+    made = method.end(field, lane.s, lane.step, lane.state, lane.attempt, lane.memory)
+    norm = tolerance.norm(made.error, lane.state, made.state)
+    norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
+    accept, following = propose(
+        lane.step, norm, lane.error, exponent=method.exponent, rtol=tolerance.rtol
+    )
+    # A step that was cut does not shorten the next.
+    following = jnp.where(accept & lane.cut, jnp.maximum(following, lane.next_step), following)
+
+    def now(after: Any, before: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(accept, a, b), after, before)
+
+    aim = _at(goals.clock, lane.clock_goal - goals.first[0])
+    s = jnp.where(lane.lands, aim, lane.s + lane.step)
+    one = jnp.ones((), lane.num_steps.dtype)
+    num_steps = lane.num_steps + jnp.where(accept, one, 0)
+    state = now(made.state, lane.state)
+    num_stiff = lane.num_stiff
+    if watch_stiffness:
+        num_stiff = now(_count_stiff(field, lane, s, made), num_stiff)
+    first_step, first_norm = lane.refused
+    fresh = (first_norm == 0) & jnp.isfinite(norm)
+    first = jnp.where(fresh, lane.step, first_step), jnp.where(fresh, norm, first_norm)
+
+    crossed = jnp.array(False)
+    if member.rules:
+        at = observe(field, state, num_steps, member.rules)
+        progress = jnp.stack([rule.progress(at) for rule in member.rules])
+        crossed = accept & jnp.any(progress >= goals.events)
+    landed = accept & ~crossed & lane.lands
+    due = num_steps >= _at(goals.steps, lane.steps_goal - goals.first[1])
+    counted = accept & ~crossed & due
+    clock_goal = lane.clock_goal + jnp.where(landed, one, 0)
+    steps_goal = lane.steps_goal + jnp.where(counted, one, 0)
+    num_rejected = lane.num_rejected + jnp.where(accept, 0, one)
+    noisy = (lane.step * NOISE_STEPS <= first_step) & (norm * NOISE_ERRORS > first_norm)
+    vanished = following <= 4 * jnp.finfo(s.dtype).eps * jnp.abs(lane.s)
+    tried = num_steps + num_rejected
+    reason = jnp.select(
+        [
+            crossed,
+            landed & (clock_goal >= goals.count[0]),
+            counted & (steps_goal >= goals.count[1]),
+            num_stiff >= STIFF_LOOKS,
+            ~accept & (vanished | (noisy & jnp.isfinite(norm))),
+            tried >= goals.max_steps,
+        ],
+        [
+            Reason.CROSSED,
+            Reason.ARRIVED,
+            Reason.ARRIVED,
+            Reason.STIFF,
+            Reason.REFUSED_STEPS,
+            Reason.OUT_OF_STEPS,
+        ],
+        Reason.RUNNING,
+    )
+    after = Lane(
+        s=now(s, lane.s),
+        state=state,
+        memory=now(made.memory, lane.memory),
+        next_step=following,
+        error=now(jnp.maximum(norm, 1e-10), lane.error),
+        step=lane.step,
+        lands=lane.lands,
+        cut=lane.cut,
+        attempt=lane.attempt,
+        previous=now((lane.s, lane.state, lane.memory), lane.previous),
+        num_steps=num_steps,
+        num_rejected=num_rejected,
+        refused=now(jax.tree.map(jnp.zeros_like, lane.refused), first),
+        num_stiff=num_stiff,
+        clock_goal=clock_goal,
+        steps_goal=steps_goal,
+        reason=reason,
+    )
+    return _begin(member, method, after), landed | counted
+
+
+def _at(window: Array, index: Array) -> Array:
+    return window[jnp.clip(index, 0, window.shape[0] - 1)]
+
+
+def _count_stiff(field: AbstractField, lane: Lane, s: Array, made: Any) -> Array:
+    """How many looks in a row, this step's included, found the flow stiff.
+
+    An explicit method's error estimate is dominated by the stiffest modes as soon as their product
+    with the step is of order one: applying the Jacobian to it once gives the spectral radius.
+    """
+
+    def size(weights: Weights) -> Array:
+        return jnp.sqrt(squared_norm(weights))
+
+    def look() -> Array:
+        state, error = made.state, made.error
+        _, image = jax.jvp(
+            lambda weights: field(s, FlowState(weights, state.scaled_time)).weights,
+            (state.weights,),
+            (error.weights,),
+        )
+        stiff = lane.step * size(image) > STIFF_PRODUCT * size(error.weights)
+        return jnp.where(stiff, lane.num_stiff + 1, 0)
+
+    due = lane.num_steps % LOOK_EVERY == LOOK_EVERY - 1
+    return jax.lax.cond(due, look, lambda: lane.num_stiff)
+
+
+# ---------------------------------------------------------------------------------------------
+# Lanes and buffers
+# ---------------------------------------------------------------------------------------------
+
+
+def _chosen(which: Array, new: Any, old: Any) -> Any:
+    """The lanes ``which`` from ``new``, the others from ``old``."""
+
+    def pick(a: Array, b: Array) -> Array:
+        return jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, new, old)
+
+
+def _row(lane: Lane) -> tuple:
+    return lane.s, lane.state, lane.num_steps, lane.clock_goal, lane.steps_goal
+
+
+def _buffer(lane: Lane, rows: int, many: bool) -> Saved:
+    def blank(leaf: Array) -> Array:
+        lanes, shape = (leaf.shape[:1], leaf.shape[1:]) if many else ((), leaf.shape)
+        return jnp.zeros((*lanes, rows, *shape), leaf.dtype)
+
+    count = jnp.zeros_like(lane.num_steps)
+    return Saved(*jax.tree.map(blank, _row(lane)), count)
+
+
+def _store(saved: Saved, lane: Lane, arrived: Array, many: bool) -> Saved:
+    """Copy the states of the lanes that have arrived, one after the other, into their buffers."""
+
+    def one(loop: tuple[Saved, Array]) -> tuple[Saved, Array]:
+        saved, arrived = loop
+        at = (jnp.argmax(arrived),) if many else ()
+        index = (*at, saved.count[at])
+
+        def put(rows: Array, values: Array) -> Array:
+            return rows.at[index].set(values[at])
+
+        rows = jax.tree.map(put, tuple(saved[:-1]), _row(lane))
+        return Saved(*rows, saved.count.at[at].add(1)), arrived.at[at].set(False)
+
+    return jax.lax.while_loop(lambda loop: jnp.any(loop[1]), one, (saved, arrived))[0]
+
+
+def strong(tree: PyTree[Array]) -> PyTree[Array]:
+    """The same arrays without JAX's weak types, so that one compilation serves them all."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype), tree)

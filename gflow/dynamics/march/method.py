@@ -1,0 +1,134 @@
+"""What the march asks of a solver: one attempt at a step, as pure functions of one member."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+
+from gflow.dynamics.field import AbstractField, FlowState
+from gflow.problem.network import Array
+
+
+class Step(NamedTuple):
+    """What an attempt has come to."""
+
+    state: FlowState
+    error: FlowState
+    memory: Any
+    """What the next step is told of this one, a pytree of arrays."""
+
+
+class AbstractMethod(eqx.Module):
+    """A one-step method whose attempts may take many iterations.
+
+    An *attempt* at the step from s to s + h is begun from a memory, worked on until it is solved,
+    and ended. All functions are pure and of one member; the march maps them over many.
+    """
+
+    iterates: ClassVar[bool] = True
+    """Whether attempts are worked on; if not, they are solved as they begin."""
+
+    @property
+    @abstractmethod
+    def exponent(self) -> float:
+        """One over the order of the error estimate in the step."""
+
+    @abstractmethod
+    def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
+        """The memory at the start of a run whose first step may be ``h`` long."""
+
+    @abstractmethod
+    def begin(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
+    ) -> Any:
+        """An attempt at the step from ``s`` to ``s + h``."""
+
+    @abstractmethod
+    def solved(self, attempt: Any) -> Array:
+        """Whether the attempt can be ended."""
+
+    @abstractmethod
+    def work(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
+    ) -> Any:
+        """The attempt after one more iteration."""
+
+    @abstractmethod
+    def end(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any, before: Any
+    ) -> Step:
+        """The new state with its error, infinite where the attempt failed."""
+
+    @abstractmethod
+    def tally(self, memory: Any) -> Any:
+        """The part of the memory that counts."""
+
+    @abstractmethod
+    def counts(self, tally: Any, num_steps: int) -> tuple[int, int]:
+        """Field evaluations and Newton iterations of ``num_steps`` accepted steps."""
+
+    @property
+    def name(self) -> str:
+        """As a record names the solver."""
+        return type(self).__name__
+
+
+class WholeStep(AbstractMethod):
+    """An adaptive diffrax solver, which makes a step at once."""
+
+    solver: diffrax.AbstractAdaptiveSolver
+    iterates: ClassVar[bool] = False
+
+    @property
+    def exponent(self) -> float:
+        return 1 / float(self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y)))
+
+    def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
+        return self.solver.init(diffrax.ODETerm(field), s, s + h, state, None)
+
+    def begin(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
+    ) -> Any:
+        return ()
+
+    def solved(self, attempt: Any) -> Array:
+        return jnp.array(True)
+
+    def work(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
+    ) -> Any:
+        return attempt
+
+    def end(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any, before: Any
+    ) -> Step:
+        after, error, _, memory, result = self.solver.step(
+            diffrax.ODETerm(field), s, s + h, state, None, before, jnp.array(False)
+        )
+        assert error is not None  # the solver is adaptive
+        failed = result != diffrax.RESULTS.successful
+        scaled_time = jnp.where(failed, jnp.inf, error.scaled_time)
+        return Step(after, FlowState(error.weights, scaled_time), memory)
+
+    def tally(self, memory: Any) -> tuple:
+        return ()
+
+    def counts(self, tally: Any, num_steps: int) -> tuple[int, int]:
+        """Of an explicit Runge–Kutta method; zero for others, which do not say."""
+        tableau = getattr(self.solver, "tableau", None)
+        explicit = isinstance(self.solver, diffrax.AbstractERK)
+        if not (explicit and isinstance(tableau, diffrax.ButcherTableau)):
+            return 0, 0
+        stages = len(tableau.c) + 1 - int(tableau.fsal)
+        return stages * num_steps, 0
+
+    @property
+    def name(self) -> str:
+        return type(self.solver).__name__
+
+
+def method_of(solver: diffrax.AbstractAdaptiveSolver | AbstractMethod) -> AbstractMethod:
+    """The solver as the march takes it."""
+    return solver if isinstance(solver, AbstractMethod) else WholeStep(solver)

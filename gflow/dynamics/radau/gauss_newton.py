@@ -1,0 +1,250 @@
+"""The implicit solver that makes the cost of a flow nearly independent of its horizon."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse.linalg import gmres
+
+from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.march.method import AbstractMethod, Step
+from gflow.dynamics.radau import newton
+from gflow.dynamics.radau.newton import Attempt, Solution, Stages
+from gflow.dynamics.radau.tableau import legendre_values, radau
+from gflow.problem.network import Array, Factors, Weights, move
+
+
+class Collocation(diffrax.AbstractLocalInterpolation):
+    """The collocation polynomial of a step."""
+
+    t0: Any
+    t1: Any
+    state: FlowState
+    derivatives: Factors
+    time_slopes: Any
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> FlowState:
+        if t1 is not None:
+            return jax.tree.map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
+        step, p = self.t1 - self.t0, self.time_slopes.size
+        # The integral of the k-th Legendre polynomial is a difference of its neighbours.
+        values = legendre_values((t0 - self.t0) / step, p + 1)
+        integrals = [(values[1] + 1) / 2]
+        integrals += [(values[k + 1] - values[k - 1]) / (4 * k + 2) for k in range(1, p)]
+        coefficients = step * jnp.stack(integrals) @ radau(p).legendre
+        return FlowState(
+            move(self.state.weights, self.derivatives, coefficients),
+            self.state.scaled_time + coefficients @ self.time_slopes,
+        )
+
+
+class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
+    """Radau IIA with a matrix-free Newton iteration made for gradient flow.
+
+    For ``gradient_flow(..., solver=GaussNewton())``, or for ``diffrax.diffeqsolve`` with the term
+    ``ODETerm(FlowField(problem, clock))`` and a ``FlowState``: problem and clock are read there.
+    Works for all clocks, losses and networks, under ``vmap``, ``jvp`` and ``grad``. The equations
+    are in ``newton.py``.
+
+    Args:
+        stages: the number p >= 3 of stages; the order is 2p - 1.
+        tolerance: error of the Newton iteration, relative to each layer, at which a step counts as
+            solved. Far below the step tolerance: what is lost here, the conserved matrices lose.
+        max_iterations: a step that needs more is rejected.
+    """
+
+    stages: int = eqx.field(static=True, default=5)
+    tolerance: float = eqx.field(static=True, default=1e-12)
+    max_iterations: int = eqx.field(static=True, default=12)
+
+    term_structure: ClassVar = diffrax.ODETerm
+    interpolation_cls: ClassVar = Collocation
+
+    def order(self, terms: Any) -> int:
+        return 2 * self.stages - 1
+
+    def error_order(self, terms: Any) -> float:
+        return 2.0 * self.stages - 1.0
+
+    # ---------------------------------------------------------------------------------------------
+    # What diffrax calls
+    # ---------------------------------------------------------------------------------------------
+
+    def func(self, terms: Any, t0: Any, y0: FlowState, args: Any) -> FlowState:
+        return terms.vf(t0, y0, args)
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: FlowState, args: Any) -> Solution:
+        t0 = eqx.error_if(
+            t0,
+            getattr(terms, "direction", 1) < 0,
+            "`GaussNewton` was asked to integrate backwards; expected `t1` larger than `t0`.",
+        )
+        return self.start(_flow_field(terms), jnp.asarray(t0), y0, t1 - t0)
+
+    def step(
+        self,
+        terms: Any,
+        t0: Any,
+        t1: Any,
+        y0: FlowState,
+        args: Any,
+        solver_state: Solution,
+        made_jump: Any,
+    ) -> tuple[FlowState, FlowState, dict, Solution, diffrax.RESULTS]:
+        field, h = _flow_field(terms), t1 - t0
+        (derivatives, offsets), (count, newton_error, log_risk, error) = _solve_stages(
+            self, field, y0.weights, t0, h, solver_state
+        )
+        found = Solution(
+            step=h,
+            derivatives=derivatives,
+            offsets=offsets,
+            num_iterations=solver_state.num_iterations + count,
+            num_evaluations=solver_state.num_evaluations + self.stages * (count + 1),
+            newton_error=newton_error,
+        )
+        at = self._evaluate(field, y0.weights, t0, h)(h * radau(self.stages).matrix, *found[1:3])
+        end = newton.end(self.stages, self.tolerance, h, y0, log_risk, found, error, at)
+        dense = {"state": y0, "derivatives": derivatives, "time_slopes": end.time_slopes}
+        return end.state, end.error, dense, found, diffrax.RESULTS.successful
+
+    # ---------------------------------------------------------------------------------------------
+    # What gflow's own loop calls
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def exponent(self) -> float:
+        return 1 / (2.0 * self.stages - 1.0)
+
+    def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Solution:
+        return newton.at_rest(field, self.stages, s, state.weights, h)
+
+    def begin(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Solution
+    ) -> Attempt:
+        return newton.begin(field, self.stages, s, h, state.weights, before)
+
+    def solved(self, attempt: Attempt) -> Array:
+        return newton.solved(attempt, self.tolerance, self.max_iterations)
+
+    def work(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Attempt
+    ) -> Attempt:
+        evaluate = self._evaluate(field, state.weights, s, h)
+        at = evaluate(attempt.coefficients, attempt.derivatives, attempt.offsets)
+        return newton.correct(field, self.stages, h, attempt, at)
+
+    def end(
+        self,
+        field: AbstractField,
+        s: Array,
+        h: Array,
+        state: FlowState,
+        attempt: Attempt,
+        before: Solution,
+    ) -> Step:
+        found = Solution(
+            step=h,
+            derivatives=attempt.derivatives,
+            offsets=attempt.offsets,
+            num_iterations=before.num_iterations + attempt.count,
+            num_evaluations=before.num_evaluations + self.stages * (attempt.count + 1),
+            newton_error=newton.remaining(attempt.size, attempt.contraction),
+        )
+        evaluate = self._evaluate(field, state.weights, s, h)
+        at = evaluate(h * radau(self.stages).matrix, attempt.derivatives, attempt.offsets)
+        error = newton.error_of_weights(self.stages, h, attempt)
+        log_risk = attempt.frame.log_risk
+        end = newton.end(self.stages, self.tolerance, h, state, log_risk, found, error, at)
+        return Step(end.state, end.error, found)
+
+    def tally(self, memory: Solution) -> tuple[Array, Array]:
+        return memory.num_evaluations, memory.num_iterations
+
+    def counts(self, tally: tuple[Array, Array], num_steps: int) -> tuple[int, int]:
+        evaluations, iterations = tally
+        return int(evaluations), int(iterations)
+
+    def _evaluate(
+        self, field: AbstractField, weights: Weights, s: Array, h: Array
+    ) -> Callable[[Array, Factors, Array], Stages]:
+        """The field at all stages of a step, as a function of the unknowns."""
+        nodes = s + h * radau(self.stages).nodes
+        return lambda coefficients, derivatives, offsets: newton.evaluate(
+            field, weights, derivatives, coefficients, offsets, nodes
+        )
+
+
+# Derivatives of the solution follow from the equations by the implicit function theorem, however
+# it is found; their tracing, which takes as long as the rest, is left until they are asked for.
+@eqx.filter_custom_jvp
+def _solve_stages(
+    solver: GaussNewton,
+    field: AbstractField,
+    weights: Weights,
+    t0: Array,
+    h: Array,
+    before: Solution,
+) -> tuple[tuple[Factors, Array], tuple[Array, Array, Array, list[Array]]]:
+    """Derivatives and offsets at the stages; Newton's count and error, log R, the step's error."""
+    state = FlowState(weights, jnp.zeros_like(h))
+    last = jax.lax.while_loop(
+        lambda attempt: ~solver.solved(attempt),
+        lambda attempt: solver.work(field, t0, h, state, attempt),
+        solver.begin(field, t0, h, state, before),
+    )
+    error = newton.error_of_weights(solver.stages, h, last)
+    left = newton.remaining(last.size, last.contraction)
+    return (last.derivatives, last.offsets), (last.count, left, last.frame.log_risk, error)
+
+
+@_solve_stages.def_jvp
+def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple:
+    solution, rest = _solve_stages(*primals)
+
+    def residual(unknown: tuple, *at: Any) -> tuple[Factors, Array]:
+        solver, field, weights, t0, h, _ = at
+        derivatives, offsets = unknown
+        matrix = h * radau(solver.stages).matrix
+        stages = solver._evaluate(field, weights, t0, h)(matrix, derivatives, offsets)
+        weight = jax.lax.stop_gradient(jax.nn.softmax(-offsets))
+        margins = stages.gap + offsets
+        margins = margins - jnp.sum(weight * margins, axis=1, keepdims=True)
+        return jax.tree.map(jnp.subtract, unknown, (stages.derivatives, margins))
+
+    def linear(change: tuple) -> tuple:
+        return jax.jvp(lambda unknown: residual(unknown, *primals), (solution,), (change,))[1]
+
+    value, moved = eqx.filter_jvp(lambda *at: residual(solution, *at), primals, tangents)
+    rhs = jax.tree.map(
+        lambda change, x: jnp.zeros_like(x) if change is None else -change,
+        moved,
+        value,
+        is_leaf=lambda change: change is None,
+    )
+    change = _solve_linear(linear, rhs)
+    still = jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else None, rest)
+    return (solution, rest), (change, still)
+
+
+def _solve_linear(linear: Callable, rhs: Any) -> Any:
+    """The root's derivative, from the linearised equations."""
+    flat, unravel = ravel_pytree(rhs)
+    matvec = lambda v: ravel_pytree(linear(unravel(v)))[0]  # noqa: E731
+    solve = lambda apply, b: gmres(apply, b, tol=1e-11, restart=100, maxiter=10)[0]  # noqa: E731
+    return unravel(jax.lax.custom_linear_solve(matvec, flat, solve, transpose_solve=solve))
+
+
+def _flow_field(terms: Any) -> AbstractField:
+    terms = getattr(terms, "term", terms)  # diffeqsolve wraps it, to integrate backwards
+    field = getattr(terms, "vector_field", None)
+    if not isinstance(field, AbstractField):
+        raise ValueError(
+            f"`GaussNewton` got the vector field {field!r}; expected a `FlowField`, from which it "
+            "reads problem and clock: diffrax.ODETerm(FlowField(problem, clock))."
+        )
+    return field

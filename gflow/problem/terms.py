@@ -1,0 +1,110 @@
+r"""What a solver asks of a loss: the risk, its slopes and its curvature at given margins.
+
+A risk is a function $R(q)$ of the vector of all margins. A solver needs three things of it, none of
+which may underflow with $R$: $\log R$; the slopes $s = -\nabla_q\log R$; and the matrix
+$H = \nabla^2_q R/R$, through products only, so that it may be diagonal (a mean of one-point
+losses), block diagonal (cross-entropy) or anything else. A loss for one of them is a file of its
+own: nothing here asks which loss it is.
+"""
+
+import abc
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from gflow.problem.network import Array
+
+
+class AbstractCurvature(eqx.Module):
+    r"""The symmetric positive semi-definite matrix $H = \nabla^2_qR/R$, shape (points, points)."""
+
+    @abc.abstractmethod
+    def apply(self, vector: Array) -> Array:
+        """$H v$, shape (points,)."""
+
+    @abc.abstractmethod
+    def gram(self, design: Array | None) -> Array:
+        r"""$A^\top H A$, shape (m, m), for A of shape (points, m); H itself for None."""
+
+
+class Diagonal(AbstractCurvature):
+    """A diagonal matrix: every point has a loss of its own."""
+
+    entries: Array
+
+    def apply(self, vector: Array) -> Array:
+        return self.entries * vector
+
+    def gram(self, design: Array | None) -> Array:
+        if design is None:
+            return jnp.diag(self.entries)
+        return design.T @ (self.entries[:, None] * design)
+
+
+class LossTerms(NamedTuple):
+    """A risk at given margins: what its value, its gradient and its curvature are made of."""
+
+    log_risk: Array
+    slopes: Array
+    r"""$s_i = -\partial\log R/\partial q_i$, shape (points,), of either sign."""
+    curvature: AbstractCurvature
+
+
+class AbstractJointLoss(eqx.Module):
+    r"""A risk as a function of all margins together.
+
+    Most losses are means of a function of one margin and extend ``gflow.AbstractLoss`` instead,
+    which makes the terms of its elementwise logarithms.
+    """
+
+    @abc.abstractmethod
+    def terms(self, offsets: Array, level: Array | None = None) -> LossTerms:
+        r"""The terms at the margins ``offsets + level``.
+
+        Args:
+            offsets: shape (points,).
+            level: a number common to all, so large that adding it would cost the offsets digits;
+                None is zero.
+        """
+
+    def risk_slopes(self, margins: Array) -> Array:
+        r"""$-\partial R/\partial q_i$, shape (points,), which underflows with the risk."""
+        log_risk, slopes, _ = self.terms(margins)
+        return jnp.exp(log_risk) * slopes
+
+    def log_risk_at_zero(self, num_points: int) -> Array:
+        r"""$\log R$ where all margins are zero."""
+        return self.terms(jnp.zeros((num_points,))).log_risk
+
+    def advance(self, offsets: Array, change: Array) -> tuple[Array, Array]:
+        r"""Offsets moved by a Newton correction, and which of them were held back.
+
+        Where the slopes depend on the offsets exponentially a correction by Newton's method may be
+        too long to mean anything; a loss that knows bounds it here. Shapes (points,).
+        """
+        return offsets + change, jnp.zeros_like(change, dtype=bool)
+
+    @property
+    @abc.abstractmethod
+    def exponential_tail(self) -> bool:
+        r"""Whether the risk is a sum over points of $e^{-q}$ times what tends to a constant."""
+
+    @property
+    def tail_from(self) -> float:
+        """The margin from which an exponential tail is exponential to the last digit."""
+        return 40.0
+
+    def inverse(self, log_value: Array) -> Array:
+        r"""The margin at which the loss of a single point has a logarithm; NaN if it has none."""
+        return jnp.full_like(log_value, jnp.nan)
+
+    @property
+    def decay_bound(self) -> float:
+        r"""A $c$ with $\sum_i s_i \le c$ everywhere; infinite if none is known."""
+        return float("inf")
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """A short name for tables and records."""
