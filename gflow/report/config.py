@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gflow.dynamics import clocks, until as rules
+from gflow.dynamics import clocks, stops as rules
 from gflow.problem import datasets, init
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
