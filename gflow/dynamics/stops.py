@@ -18,6 +18,7 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
+from gflow.problem.logarithms import log_expm1
 from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.risk import Problem, risk_and_slope
 from gflow.quantities import quantity
@@ -147,7 +148,7 @@ class LogTime(AbstractRule):
         return np.logaddexp(0.0, value)
 
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
-        return clock.at_log_time(_log_expm1(progress))
+        return clock.at_log_time(float(log_expm1(progress)))
 
     @property
     def of_time(self) -> bool:
@@ -171,7 +172,7 @@ class Time(AbstractRule):
         return np.log1p(value)
 
     def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
-        return clock.at_log_time(_log_expm1(progress))
+        return clock.at_log_time(float(log_expm1(progress)))
 
     @property
     def of_time(self) -> bool:
@@ -403,8 +404,3 @@ def _positive(name: str, value: float) -> float:
     if not value > 0:
         raise ValueError(f"`{name}({value})`: expected a positive number.")
     return value
-
-
-def _log_expm1(x: float) -> float:
-    r"""$\log(e^x - 1)$ for positive ``x``: from $\log(1 + t)$ to $\log t$."""
-    return x + math.log(-math.expm1(-x)) if x > 0 else -math.inf
