@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.quantities import QUANTITIES, Kind, quantity
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ COORDINATES = {
 }
 
 
+@settings.own()
 def compare(
     flow: "xr.Dataset",
     descent: "xr.Dataset",
@@ -271,7 +273,7 @@ def _check_same(flow: "xr.Dataset", descent: "xr.Dataset") -> None:
             f"the two records differ in {', '.join(differing)}, so that their gaps are not "
             "those of discretisation alone.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.problem.arguments import numbers_of
 from gflow.problem.data import Dataset
 
@@ -17,6 +18,7 @@ from gflow.problem.data import Dataset
 # -------------------------------------------------------------------------------------------------
 
 
+@settings.own()
 def separable(n: int = 100, d: int = 2, margin: float = 0.1, seed: int = 0) -> Dataset:
     r"""Random data in the unit ball whose max margin is `margin` by construction, up to rounding.
 
@@ -68,6 +70,7 @@ def separable(n: int = 100, d: int = 2, margin: float = 0.1, seed: int = 0) -> D
     return Dataset((labels[:, None] * z)[order], labels[order], name=name)
 
 
+@settings.own()
 def two_point(a: float = 0.8, b: float = 0.5, multiplicities: tuple[int, int] = (3, 1)) -> Dataset:
     r"""Copies of $z = (a, b)$ and $z = (a, -b)$: the smallest data with the generic rate.
 
@@ -90,6 +93,7 @@ def two_point(a: float = 0.8, b: float = 0.5, multiplicities: tuple[int, int] = 
     return Dataset(inputs, [1.0] * first + [-1.0] * second, name=f"two-point ({first}:{second})")
 
 
+@settings.own()
 def one_datum(z: Sequence[float] = (1.0, 0.9, 0.3)) -> Dataset:
     r"""A single point with the label +1.
 
@@ -120,6 +124,7 @@ def _in_ball(generator: np.random.Generator, n: int, normal: np.ndarray) -> np.n
 # -------------------------------------------------------------------------------------------------
 
 
+@settings.own()
 def digits(first: int = 3, second: int = 5, *, bias: float | None = None) -> Dataset:
     """Handwritten digits, 8 by 8 pixels in [0, 1]; every pair is separable through the origin.
 
@@ -132,6 +137,7 @@ def digits(first: int = 3, second: int = 5, *, bias: float | None = None) -> Dat
     return _pair("digits", inputs / 16.0, classes, first, second, False, bias)
 
 
+@settings.own()
 def iris(
     first: int = 0, second: int = 1, *, standardise: bool = False, bias: float | None = None
 ) -> Dataset:
@@ -147,6 +153,7 @@ def iris(
     return _pair("iris", inputs, classes, first, second, standardise, bias)
 
 
+@settings.own()
 def wine(
     first: int = 0, second: int = 1, *, standardise: bool = True, bias: float | None = None
 ) -> Dataset:
@@ -162,6 +169,7 @@ def wine(
     return _pair("wine", inputs, classes, first, second, standardise, bias)
 
 
+@settings.own()
 def breast_cancer(*, standardise: bool = True, bias: float | None = 1.0) -> Dataset:
     r"""Breast tumours, 30 features, benign +1 and malignant -1: the hard case.
 
@@ -225,6 +233,7 @@ _NAMED: dict[str, Callable[[], Dataset]] = {
 _PAIRS: dict[str, Callable[[int, int], Dataset]] = {"digits": digits, "iris": iris, "wine": wine}
 
 
+@settings.own()
 def load(name: str) -> Dataset:
     """A data set by its name, with the defaults of its function.
 

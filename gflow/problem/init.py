@@ -18,6 +18,7 @@ from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 LayerWeights = tuple[np.ndarray, ...]
 
 
+@settings.own()
 def gaussian(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     r"""Independent entries $\mathcal N(0, \text{scale}^2/d_{k-1})$ (LeCun's scaling).
 
@@ -26,16 +27,19 @@ def gaussian(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> Lay
     return _random(widths, lambda rows, columns: scale / np.sqrt(columns), seed)
 
 
+@settings.own()
 def xavier(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     r"""Gaussian entries of variance $2\,\text{scale}^2/(d_{k-1} + d_k)$ (Glorot, Bengio)."""
     return _random(widths, lambda rows, columns: scale * np.sqrt(2 / (rows + columns)), seed)
 
 
+@settings.own()
 def he(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     r"""Gaussian entries of variance $2\,\text{scale}^2/d_{k-1}$ (He et al. 2015)."""
     return _random(widths, lambda rows, columns: scale * np.sqrt(2 / columns), seed)
 
 
+@settings.own()
 def orthogonal(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     """Each layer ``scale`` times a random matrix with orthonormal rows or columns (Haar)."""
     rng = np.random.default_rng(seed)
@@ -48,6 +52,7 @@ def orthogonal(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> L
     return tuple(layer(rows, columns) for rows, columns in _shapes(widths))
 
 
+@settings.own()
 def balanced(
     widths: Sequence[int],
     end_to_end: Sequence[float] | np.ndarray | None = None,
@@ -95,6 +100,7 @@ def balanced(
     return tuple(sigma * np.outer(after, before) for before, after in pairwise(units))
 
 
+@settings.own()
 def zero_first(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     """The paper's recipe $W_1(0) = 0$, the other layers as :func:`gaussian`.
 
@@ -104,6 +110,7 @@ def zero_first(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> L
     return (np.zeros_like(first), *rest)
 
 
+@settings.own()
 def from_arrays(arrays: Sequence[np.ndarray]) -> LayerWeights:
     """Given layer matrices from input to output, checked and copied to float64."""
     return tuple(np.array(layer) for layer in check_weights(tuple(arrays)))

@@ -21,7 +21,7 @@ from gflow.analysis import exact
 from gflow.analysis.exact import square_loss_mode, two_layer_riccati, two_layer_square_loss
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.stops import LogRisk
-from gflow.problem import init
+from gflow.problem import init, settings
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
 from gflow.problem.network import Network, Weights
@@ -104,6 +104,7 @@ def _line(row: Check) -> str:
     return f"{row.name:<44}  {row.oracle:<24}  {row.digits:6.1f}  {row.seconds:7.1f}{mark}"
 
 
+@settings.own()
 def check(*, show: bool = False) -> Checks:
     """Follow every flow that has a closed form, and count the correct digits.
 

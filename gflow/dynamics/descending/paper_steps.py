@@ -10,10 +10,12 @@ import numpy as np
 import optax
 
 from gflow.dynamics.descending.optimizers import transformation
+from gflow.problem import settings
 from gflow.problem.network import Array, DeepLinear, inner_product
 from gflow.problem.risk import Problem
 
 
+@settings.own()
 def paper_steps(
     problem: Problem, *, sharper: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -38,6 +40,7 @@ def paper_steps(
     return transformation(PaperSteps(np.asarray(slope), np.asarray(curvature), bool(sharper)))
 
 
+@settings.own()
 def ball_smoothness(problem: Problem, depth: int, radius: float, *, sharper: bool = False) -> float:
     r"""A Lipschitz constant of $\nabla R$ on the ball $\max_k\lVert W_k\rVert_F \le$ ``radius``.
 

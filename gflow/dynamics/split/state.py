@@ -147,7 +147,7 @@ class SplitState:
             layout=Layout(widths),
             imbalance=(0.0,) * (len(widths) - 2),  # pyright: ignore
             momentum=Momentum(*[0.0] * len(Momentum._fields)) if facts["has_momentum"] else None,  # pyright: ignore
-            **{name: 0.0 for name in _NUMBERS},  # pyright: ignore
+            **dict.fromkeys(_NUMBERS, 0.0),  # pyright: ignore
         )
 
     @property

@@ -25,6 +25,11 @@ def labelled(records: "Records") -> "dict[str, xr.Dataset]":
     if isinstance(records, Mapping):
         return {str(label): record for label, record in records.items()}
     named: dict[str, Any] = {}
+    if not isinstance(records, Iterable) or isinstance(records, str):
+        raise ValueError(
+            f"`records` is a {type(records).__name__}; expected records of trajectories "
+            "(xarray.Dataset), one, several, or a mapping from label to record."
+        )
     for record in records:
         if not isinstance(record, xr.Dataset):
             raise ValueError(

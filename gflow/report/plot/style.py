@@ -38,8 +38,14 @@ def color_of(number: int) -> str:
 def axes_of(ax: "Axes | None", size: tuple[float, float] = COLUMN) -> "Axes":
     """The axes given, or new ones."""
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
 
-    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+    if ax is None:
+        return plt.subplots(figsize=size, layout="constrained")[1]
+    hint = " Choose one of them, as `axes[0]`." if isinstance(ax, np.ndarray | list | tuple) else ""
+    if not isinstance(ax, Axes):
+        raise ValueError(f"`ax` is a {type(ax).__name__}; expected one Axes of matplotlib.{hint}")
+    return ax
 
 
 def finish(ax: "Axes", x: str, y_label: str) -> "Axes":
