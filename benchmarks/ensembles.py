@@ -20,11 +20,11 @@ import jax
 import numpy as np
 import optax
 from common import RESULTS, Report, begin, parser, seconds, table
+from gflow.dynamics.lanes import pool
 
 import gflow
 from gflow.dynamics import stepping
 from gflow.dynamics.ensemble import LANES
-from gflow.dynamics.lanes import pool
 from gflow.dynamics.march.tolerance import Tolerance, default_atol
 
 WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
+from gflow.analysis.table import markdown
 from gflow.report import experiment as ex, plot, reproduce
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def fill(outcome: ex.Outcome) -> None:
     """Put the table of claims between the README's markers."""
     header, rows = ex.overview_rows(outcome)
     code = [[row[0], *(f"`{cell}`" for cell in row[1:3]), *row[3:]] for row in rows]
-    table = ex.markdown_table(header, code)
+    table = markdown(header, code)
     put("results", table)
 
 
@@ -101,7 +102,7 @@ def peers_table(found: dict[str, Any]) -> str:
         f"A run of a peer may take {found['limit_s']:g} s. Peers lent gflow's clock are held "
         "against its solver alone, which like them returns final weights only.",
         "",
-        ex.markdown_table(header, body),
+        markdown(header, body),
         "",
         *(
             f"- To log R = {target} sooner than gflow's whole call: {', '.join(names)}."

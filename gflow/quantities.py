@@ -40,8 +40,10 @@ class Quantity:
         meaning: the formula or the contract, in plain text.
         symbol: how the paper writes it, for figures; None where its name does.
         kind: how its error is measured.
-        zero: the size below which a value without a single certain digit is zero to the record's
-            resolution, as misalignment is for balanced layers; 0 for what does not tend to zero.
+        zero: the size below which it is zero to the record's resolution, as misalignment is for
+            balanced layers; 0 for what does not tend to zero. For what is linear in an angle the
+            solver's tolerance; a solver's error of 1e-9 in an angle makes half its square about
+            1e-18, and imbalance that drifts by 1e-8 about 1e-16.
         certified: whether a certified flow holds its estimated error, as ``NAME_error``.
         compared: whether `gflow.compare` takes the difference of two records.
         decades: whether it is positive and drawn on a logarithmic axis.

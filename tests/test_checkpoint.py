@@ -19,7 +19,7 @@ import pytest
 from jax import Array
 
 import gflow
-from gflow.dynamics.drive import checkpoint as module, near, progress
+from gflow.dynamics.drive import checkpoint as module, flow_lanes, progress
 
 DATA = gflow.datasets.separable(n=12, d=2, margin=0.2, seed=1)
 PROBLEM = gflow.Problem(DATA, loss=gflow.Exponential())
@@ -76,7 +76,7 @@ def look_always(monkeypatch):
     monkeypatch.setattr(module, "SECONDS_A_SEGMENT", -1.0)
     monkeypatch.setattr(module, "SHARE", 0.0)
     monkeypatch.setattr(progress, "SECONDS_A_CALL", 0.0)
-    monkeypatch.setattr(near, "ATTEMPTS_AT_FIRST", 1)
+    monkeypatch.setattr(flow_lanes, "TRIPS_AT_FIRST", 1)
 
 
 @pytest.fixture
@@ -172,8 +172,8 @@ def test_after_its_end_a_run_is_not_run_again(tmp_path, monkeypatch, whole, verb
     assert_same(verb(path), whole[verb])
     with np.load(path) as file:
         np.testing.assert_array_equal(file["points/log_risk"], whole[verb].log_risk)
-    monkeypatch.setattr("gflow.dynamics.stepping.advance", None)
-    monkeypatch.setattr("gflow.dynamics.descending.run.advance", None)
+    monkeypatch.setattr("gflow.dynamics.drive.flow_lanes.march", None)
+    monkeypatch.setattr("gflow.dynamics.descending.lanes.advance", None)
     assert_same(verb(path), whole[verb])
 
 

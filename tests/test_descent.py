@@ -8,7 +8,7 @@ import pytest
 
 import gflow
 from gflow import gradient_descent, loss_line_search, loss_scaled, on_log_risk, paper_steps, polyak
-from gflow.dynamics import descent_run as module
+from gflow.dynamics.descending import lanes as module
 from gflow.dynamics.descending.method import Sampler
 
 # One set of shapes for most tests, so that most of what they need is compiled once.
@@ -433,5 +433,5 @@ def test_bad_arguments_are_named(optimizer, options, complaint):
 def test_only_deep_linear_networks_have_a_misalignment():
     network = gflow.Network(lambda w, x: w[0] @ x)
     general = gflow.Problem(DATA, network, gflow.Logistic())
-    with pytest.raises(ValueError, match="`until` asks for Misalignment"):
+    with pytest.raises(ValueError, match="`until` holds Misalignment.* layers of a product of matrices"):
         gradient_descent(general, (np.ones(2),), SGD, until=gflow.Misalignment(0.1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gflow
-from gflow.dynamics.near import NearRun
+from gflow.dynamics.drive.standstill import why_stalled
 
 ONE = gflow.Problem(
     gflow.Dataset(np.array([[0.6, 0.8]]), np.array([1.0])), loss=gflow.Exponential()
@@ -160,8 +160,8 @@ def test_a_kink_of_the_network_is_named():
     problem = gflow.Problem(PLANE, network=gflow.Network(relu, homogeneity=2.0))
     u = PLANE.max_margin().direction
     start = (np.stack([u, -u]), np.array([1.0, -1.0]))
-    run = NearRun(problem, gflow.clocks.LogRisk(), (diffrax.Dopri5(),), start, 1e-9, None)
-    reason = run._why_stalled()
+    field = gflow.FlowField(problem, gflow.clocks.LogRisk())
+    reason = why_stalled(field, start, first_slope=1.0, rtol=1e-9)
     assert reason.status == "precision_lost" and "kink" in reason.message
 
 

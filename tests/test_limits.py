@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_slow_manifold import early, gaussian, problem_of, reference_flow, separable
 
-from gflow.analysis.limits import limits
+from gflow.analysis.law_constants import limits
 from gflow.dynamics.split.observables import observables
 from gflow.dynamics.split.slow_manifold import SlowManifold
 

@@ -10,6 +10,7 @@ import pytest
 
 import gflow
 from gflow.__main__ import main
+from gflow.analysis.table import markdown
 from gflow.analysis.theorems import verify
 from gflow.report import experiment as ex, reproduce
 
@@ -51,7 +52,7 @@ def test_the_report_has_every_claim_with_value_bound_and_verdict(quick):
         for run in RUNS:
             record = gflow.load(folder / dataset / f"{ex.slug(run)}.nc")
             for claim in verify(record):
-                row = ex.markdown_table([run, claim.name, claim.value_text], []).splitlines()[0]
+                row = markdown([run, claim.name, claim.value_text], []).splitlines()[0]
                 assert row.removesuffix("|") in report
     assert "max margin lies between" in report
     for figure in re.findall(r"!\[.*\]\((.*)\)", report):

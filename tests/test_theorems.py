@@ -11,8 +11,8 @@ from gflow.analysis.theorems.bounds import least_pull
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.rates import limit_vector
 from gflow.analysis.theorems.trend import log_trend, stays_bounded, trend
-from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.descending.optimizers import along_gradient
+from gflow.dynamics.descent import gradient_descent
 from gflow.problem.data import Dataset
 
 # Two points off the axes and with unequal dual weights: the generic case, margin 0.5.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from gflow.problem import settings
+from gflow.problem.logarithms import log_expm1
 from gflow.quantities import QUANTITIES, Kind, quantity
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _gaps(
         nodes = np.asarray(flow[name].values, dtype=np.float64)
         if name == "log_time":  # minus infinity at the start, where log(1 + t) is smooth
             high, low = reading.read(np.logaddexp(0.0, nodes))
-            return values, _log_expm1(high), _log_expm1(low)
+            return values, log_expm1(np.maximum(high, 0.0)), log_expm1(np.maximum(low, 0.0))
         return values, *reading.read(nodes)
 
     def own(name: str, size: np.ndarray) -> np.ndarray:
@@ -316,12 +317,6 @@ def _apply(rule: tuple[np.ndarray, np.ndarray], values: np.ndarray) -> np.ndarra
     # A weight of zero takes no part, whatever it multiplies: -inf at the start, undefined vectors.
     with np.errstate(invalid="ignore"):
         return np.sum(np.where(weights == 0, 0.0, weights * window), axis=1)
-
-
-def _log_expm1(x: np.ndarray) -> np.ndarray:
-    """From log(1 + t) to log t."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return x + np.log(-np.expm1(-np.maximum(x, 0.0)))
 
 
 def _norm(values: np.ndarray) -> np.ndarray:

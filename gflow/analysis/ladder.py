@@ -25,7 +25,7 @@ from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.modified import ORDERS, ModifiedEquation
 from gflow.dynamics.stops import Time
 from gflow.problem import settings
-from gflow.problem.arguments import is_number, numbers_of, shown
+from gflow.problem.arguments import numbers_of, positive
 from gflow.problem.network import Array, Weights, end_to_end
 from gflow.problem.risk import Problem
 from gflow.record import versions
@@ -91,7 +91,7 @@ def ladder(
         UserWarning: when $R(W(0)) > R(0)$.
     """
     began = timer.perf_counter()
-    horizon = _positive("time", time)
+    horizon = positive("time", time)
     steps = _whole_steps(learning_rates, horizon)
     rates = horizon / steps
     flows = _Flows(problem, weights, horizon, rtol)
@@ -257,8 +257,12 @@ def _slope(logs: np.ndarray, gaps: np.ndarray, floor: float) -> float:
 
 def _whole_steps(learning_rates: Sequence[float] | np.ndarray, horizon: float) -> np.ndarray:
     """The number of steps of each learning rate, ascending in the rate."""
-    given = np.ravel(numbers_of("learning_rates", learning_rates))
-    rates = np.array([_positive("learning_rates", rate) for rate in given])
+    rates = np.array(
+        [
+            positive(f"learning_rates[{i}]", float(rate))
+            for i, rate in enumerate(np.ravel(numbers_of("learning_rates", learning_rates)))
+        ]
+    )
     if len(rates) < 2 or len(np.unique(rates)) < len(rates):
         raise ValueError(
             f"`learning_rates` is {rates.tolist()}; expected at least two different ones, since "
@@ -275,9 +279,3 @@ def _whole_steps(learning_rates: Sequence[float] | np.ndarray, horizon: float) -
                 f"that divide it are {' and '.join(f'{each:.12g}' for each in nearest)}."
             )
     return np.sort(steps)[::-1].copy()
-
-
-def _positive(name: str, value: float) -> float:
-    if not (is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"`{name}` has {shown(value)}; expected positive finite numbers.")
-    return float(value)

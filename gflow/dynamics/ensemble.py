@@ -256,7 +256,8 @@ def _member(
         optimizer = work.optimizers[i]
         variables, attrs = {}, descent.attributes(run, optimizer, descent.Options(**work.options))
     contents = run.recorder.contents(variables, **attrs, wall_time=None)  # of all together only
-    return Member(record.variables(**contents), contents.pop("attrs"))
+    attrs = contents.pop("attrs")
+    return Member(record.variables(**contents), attrs)
 
 
 def check_options(options: Mapping[str, Any], *, descends: bool) -> Mapping[str, Any]:

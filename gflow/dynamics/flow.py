@@ -235,7 +235,7 @@ def second_run(run: FlowRun, options: Options) -> FlowRun:
     atol = None if options.atol is None else options.atol * rtol / options.rtol
     options = options._replace(rtol=rtol, atol=atol)
     recorder, points = run.recorder, run.recorder.points
-    taken = np.diff([int(point["num_steps"]) for point in points])
+    taken = np.diff([int(point["num_steps"]) for point in points]).tolist()
     saves = [
         Event.at(float(point["clock_value"]), shorter(steps), run.clock)
         for point, steps in zip(points[1:], taken, strict=True)

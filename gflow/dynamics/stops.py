@@ -247,13 +247,7 @@ class MarginGap(AbstractVanishing):
         self.value, self.reference = _positive("MarginGap", value), None
 
     def on(self, problem: Problem) -> "MarginGap":
-        solution = problem.data.max_margin()
-        if not solution.separable:
-            raise ValueError(
-                f"`until` holds {self!r}, but the data are not separable: there is no maximum "
-                "margin to approach. Choose another rule."
-            )
-        reference = observables.Reference.of(solution, problem, ())
+        reference = observables.Reference.of(problem.data.max_margin(), problem, ())
         return eqx.tree_at(
             lambda rule: rule.reference, self, reference, is_leaf=lambda leaf: leaf is None
         )

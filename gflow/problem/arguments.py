@@ -57,6 +57,11 @@ def number(
     return float(value)
 
 
+def positive(name: str, value: Any) -> float:
+    """``value`` of an argument as a positive number, or a ValueError that names it."""
+    return number(name, value, "a positive finite number", lambda v: 0 < v < math.inf)
+
+
 def seed_of(name: str, value: Any) -> int:
     """``value`` of an argument that seeds random numbers, or a ValueError that names it."""
     if not whole(value) or value < 0:

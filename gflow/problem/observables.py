@@ -99,7 +99,7 @@ def lemma_constant(start: Weights) -> float:
     balanced layers: $\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2 \le D$ at all times.
     """
     norms = [float(np.sum(np.square(matrix))) for matrix in start]
-    spread = [float(np.linalg.norm(b.T @ b - a @ a.T, 2)) for a, b in pairwise(start)]
+    spread = [float(np.linalg.norm(matrix, 2)) for matrix in imbalance(start)]
     return max(norms) - norms[-1] + sum(spread)
 
 

@@ -317,23 +317,3 @@ def conclusion(outcomes: Sequence[Outcome]) -> str:
             message = o.records[label].attrs["message"]
             text += f"\nstopped early: {o.experiment.name}, {label}: {message}"
     return text
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal, columns aligned."""
-    table = [list(header), *[list(row) for row in rows]]
-    sizes = [max(len(row[j]) for row in table) for j in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * size for size in sizes), *map(line, rows)])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-
-    def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
-
-    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])

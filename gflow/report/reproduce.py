@@ -13,6 +13,7 @@ from typing import Any
 import diffrax
 import optax
 
+from gflow.analysis.table import aligned, markdown
 from gflow.dynamics.descending.step_sizes import polyak
 from gflow.dynamics.stops import LogRisk, Steps
 from gflow.problem import datasets, init
@@ -151,7 +152,7 @@ def compute_and_write(
         outcomes.append(outcome)
         sections.append(_section(outcome, [f.relative_to(folder) for f in figures]))
         say("")
-        say(ex.text_table(*ex.overview_rows(outcome)))
+        say(aligned(*ex.overview_rows(outcome)))
         say("")
     report = folder / "report.md"
     seconds = time.perf_counter() - began
@@ -192,17 +193,17 @@ def _section(outcome: ex.Outcome, figures: Sequence[Path]) -> str:
         "",
         "### Runs",
         "",
-        ex.markdown_table(ex.RUN_HEADER, ex.run_rows(outcome)),
+        markdown(ex.RUN_HEADER, ex.run_rows(outcome)),
         "",
         *(f"* {label}: {text}" for label, texts in outcome.notes.items() for text in texts),
         "",
         "### Claims",
         "",
-        ex.markdown_table(*ex.overview_rows(outcome)),
+        markdown(*ex.overview_rows(outcome)),
         "",
         "Value and bound of each:",
         "",
-        ex.markdown_table(ex.CLAIM_HEADER, ex.claim_rows(outcome)),
+        markdown(ex.CLAIM_HEADER, ex.claim_rows(outcome)),
         "",
         "### Figures",
         "",

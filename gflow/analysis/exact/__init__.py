@@ -42,8 +42,8 @@ from gflow.analysis.exact.two_points import (
     risk_clock as risk_clock,
     two_point_linear as two_point_linear,
 )
+from gflow.analysis.law_constants import limits as limits
 from gflow.analysis.laws import Limits as Limits
-from gflow.analysis.limits import limits as limits
 
 __all__ = [
     "ExactFlow",

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import ArrayLike as _ArrayLike, Float, Real
 
 from gflow.analysis.exact import _quadrature as quadrature
-from gflow.problem.arguments import is_number, numbers_of, shown
+from gflow.problem.arguments import numbers_of
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
 
 Times = Real[_ArrayLike, "*times"] | Sequence[float] | None
@@ -231,13 +231,6 @@ def vector(name: str, value, dim: int | None = None, *, nonzero: bool = False) -
     if nonzero and not np.any(result):
         raise ValueError(f"`{name}` is zero; a zero vector has no direction to follow")
     return result
-
-
-def positive(name: str, value: float) -> float:
-    """A positive finite number."""
-    if not is_number(value) or not (0.0 < float(value) < np.inf):
-        raise ValueError(f"`{name}` must be positive and finite; got {shown(value)}")
-    return float(value)
 
 
 def depth_at_least(smallest: int, depth: int) -> int:

@@ -16,19 +16,12 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-# What elementwise helpers take and give back: an array, or one number.
-Values = np.ndarray | float
+from gflow.problem.logarithms import Values as Values, log_expm1 as log_expm1
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 # A panel is done when halving it changes the whole integral by less than round-off.
 _PANEL_TOLERANCE = 2e-16
 _MAX_HALVINGS = 60
-
-
-def log_expm1(x: Values) -> Values:
-    r"""$\log(e^x - 1)$ for $x \ge 0$, without overflow."""
-    with np.errstate(divide="ignore", over="ignore"):
-        return np.where(x < 1.0, np.log(np.expm1(x)), x + np.log1p(-np.exp(-x)))
 
 
 def softplus(x: Values) -> Values:

@@ -20,7 +20,7 @@ from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.analysis.exact._path import ExactFlow, Times
 from gflow.analysis.exact.one_datum import Vector
 from gflow.problem import settings
-from gflow.problem.arguments import numbers_of
+from gflow.problem.arguments import numbers_of, positive
 from gflow.problem.losses import AbstractLoss, Exponential
 
 
@@ -52,7 +52,7 @@ def diagonal_network(
         regimes in overparametrized models", COLT 2020, arXiv 2002.09277.
     """
     depth = _path.depth_at_least(2, depth)
-    scale = _path.positive("scale", scale)
+    scale = positive("scale", scale)
     slopes = numbers_of("accumulated_slopes", accumulated_slopes)
     if depth == 2:
         return 2.0 * scale**2 * np.sinh(4.0 * slopes)
@@ -106,7 +106,7 @@ def one_datum_diagonal(
     z = _path.vector("datum", datum, nonzero=True)
     path = DiagonalPath(
         tuple(float(abs(part)) for part in z),
-        _path.positive("scale", scale),
+        positive("scale", scale),
         _path.depth_at_least(2, depth),
     )
     times, risks, x = _path.follow(path, loss, log_time, log_risk)

@@ -18,6 +18,7 @@ from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.analysis.exact._path import ExactFlow, Times
 from gflow.analysis.exact._quadrature import Values
 from gflow.problem import settings
+from gflow.problem.arguments import positive
 from gflow.problem.losses import AbstractLoss, Exponential
 
 Vector = Sequence[float] | Real[np.ndarray, " dim"]
@@ -161,7 +162,7 @@ def one_datum_balanced(
     norm = float(np.linalg.norm(z))
     # In x = log p: dt = (1/-l') p^(2/L - 1) dx / (La).
     path = _path.ExponentialPath(
-        start=float(np.log(_path.positive("start", start))),
+        start=float(np.log(positive("start", start))),
         log_pace=float(-np.log(depth * norm)),
         pace_slope=2.0 / depth - 1.0,
         log_coefficients=(float(np.log(norm)),),

@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike as _ArrayLike, Float, Real
 
 from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.problem import settings
-from gflow.problem.arguments import numbers_of
+from gflow.problem.arguments import numbers_of, positive
 
 Times = Real[_ArrayLike, "*times"] | Sequence[float]
 
@@ -61,7 +61,7 @@ def square_loss_mode(time: Times, *, target: float, start: float, depth: int) ->
         linear neural networks", ICLR 2014, arXiv 1312.6120.
     """
     times = checked_times(time)
-    target, start = _path.positive("target", target), _path.positive("start", start)
+    target, start = positive("target", target), positive("start", start)
     depth = _path.depth_at_least(1, depth)
     if start == target:
         return SquareLossFlow(times, np.full(times.shape, -np.inf), np.full(times.shape, target))

@@ -7,6 +7,7 @@ from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.analysis.exact._path import ExactFlow, Times
 from gflow.analysis.exact.one_datum import Vector
 from gflow.problem import settings
+from gflow.problem.arguments import positive
 
 
 @settings.own()
@@ -117,7 +118,7 @@ def two_point_linear(
 
 def _two_positive(name: str, value: Real[np.ndarray, " 2"] | Vector) -> tuple[float, float]:
     first, second = _path.vector(name, value, 2)
-    return _path.positive(f"{name}[0]", first), _path.positive(f"{name}[1]", second)
+    return positive(f"{name}[0]", first), positive(f"{name}[1]", second)
 
 
 @settings.own()

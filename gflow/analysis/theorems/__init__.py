@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gflow.analysis.theorems import bounds, limits, rates
+from gflow.analysis.theorems import bounds, limit_claims, rates
 from gflow.analysis.theorems.claims import Claim as Claim, Claims as Claims
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.sharp import sharp_laws
@@ -65,16 +65,12 @@ def verify(record: "xr.Dataset") -> Claims:
     rows = [
         bounds.risk_decreases(facts),
         bounds.energy_identity(facts),
-        limits.risk_vanishes(facts),
+        limit_claims.risk_vanishes(facts),
     ]
     if facts.deep_linear:
         rows += [
-            limits.norms_grow(facts),
-            limits.rank_one(facts),
-            limits.alignment(facts),
-            limits.first_singular_vector(facts),
-            limits.direction(facts),
-            limits.margin(facts),
+            limit_claims.norms_grow(facts),
+            *(limit_claims.vanishes(facts, row) for row in limit_claims.VANISHING),
             bounds.margin_bound(facts),
             bounds.imbalance(facts),
             bounds.lemma_rank_one(facts),
@@ -89,8 +85,8 @@ def verify(record: "xr.Dataset") -> Claims:
             rates.kkt_slackness(facts),
             rates.loss_rate(facts),
             rates.norm_rate(facts),
-            limits.time_law(facts),
-            limits.direction_rate(facts),
+            limit_claims.time_law(facts),
+            limit_claims.direction_rate(facts),
             rates.margin_rate(facts),
             rates.residual_vector(facts),
         ]

@@ -1,11 +1,12 @@
 """Claims: what a statement says, what a record shows, and whether the two agree."""
 
-import html
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import ClassVar, Literal
+
+from gflow.analysis.table import Table
 
 Verdict = Literal["holds", "fails", "not applicable"]
 
@@ -52,33 +53,18 @@ class Claim:
         return f"{self.quantity} = {_number(self.value)}"
 
 
-class Claims(Sequence[Claim]):
+class Claims(Table[Claim]):
     """A table of claims: prints aligned, iterates over its rows, ``claims["name"]`` finds one."""
 
-    def __init__(self, rows: Sequence[Claim], title: str = ""):
-        self.rows = tuple(rows)
-        self.title = title
+    header = ("claim", "value", "held against", "verdict")
+    aside = ("why",)
+    colours: ClassVar = {"holds": "#2a7d2a", "fails": "#b3261e", "not applicable": "#777777"}
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def cells(self, row: Claim) -> tuple[str, ...]:
+        return row.name, row.value_text, row.bound_text, row.verdict, row.why
 
-    def __iter__(self) -> Iterator[Claim]:
-        return iter(self.rows)
-
-    @overload
-    def __getitem__(self, index: int | str) -> Claim: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Claims": ...
-    def __getitem__(self, index: int | str | slice) -> "Claim | Claims":
-        if isinstance(index, slice):
-            return Claims(self.rows[index], self.title)
-        if isinstance(index, str):
-            for row in self.rows:
-                if row.name == index:
-                    return row
-            names = ", ".join(repr(row.name) for row in self.rows)
-            raise KeyError(f"{index!r}; the claims are {names}")
-        return self.rows[index]
+    def tip(self, row: Claim) -> str:
+        return f"{row.statement} ({row.source})"
 
     @property
     def failed(self) -> "Claims":
@@ -94,49 +80,19 @@ class Claims(Sequence[Claim]):
         more = f"; {left} not applicable" if left else ""
         return f"{holding} of {len(counted)} applicable claims hold{more}"
 
-    def __str__(self) -> str:
-        table = [("claim", "value", "held against", "verdict")]
-        table += [(r.name, r.value_text, r.bound_text, r.verdict) for r in self.rows]
-        sizes = [max(len(cells[column]) for cells in table) for column in range(4)]
-        lines = [
-            "  ".join(cell.ljust(size) for cell, size in zip(cells, sizes, strict=True)).rstrip()
-            for cells in table
-        ]
-        lines.insert(1, "  ".join("-" * size for size in sizes))
+    @property
+    def notes(self) -> list[str]:
+        """What does not hold, and why."""
         reasons: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             if row.verdict != "holds":
                 reasons.setdefault((row.verdict, row.why), []).append(row.name)
-        notes = [
+        return [
             textwrap.fill(
                 f"{verdict}: {', '.join(names)}. Why: {why}.", WIDTH, subsequent_indent="    "
             )
             for (verdict, why), names in reasons.items()
         ]
-        head = [self.title, ""] if self.title else []
-        return "\n".join([*head, *lines, "", self.summary, *notes])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        colours = {"holds": "#2a7d2a", "fails": "#b3261e", "not applicable": "#777777"}
-        rows = []
-        for row in self.rows:
-            cells = [row.name, row.value_text, row.bound_text]
-            tip = html.escape(f"{row.statement} ({row.source})", quote=True)
-            body = "".join(f"<td style='text-align:left'>{html.escape(c)}</td>" for c in cells)
-            rows.append(
-                f"<tr title='{tip}'>{body}<td style='text-align:left;color:{colours[row.verdict]}'>"
-                f"{row.verdict}</td><td style='text-align:left'>{html.escape(row.why)}</td></tr>"
-            )
-        head = "".join(
-            f"<th style='text-align:left'>{name}</th>"
-            for name in ("claim", "value", "held against", "verdict", "why")
-        )
-        return (
-            f"<table><caption>{html.escape(self.title)}<br>{self.summary}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        )
 
 
 def claim(

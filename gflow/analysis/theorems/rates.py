@@ -16,10 +16,10 @@ import math
 
 import numpy as np
 
-from gflow.analysis.limits import limits_of_record
+from gflow.analysis.law_constants import limits_of_record
 from gflow.analysis.theorems.claims import LYU_LI, SOUDRY, Claim, claim
 from gflow.analysis.theorems.facts import Facts
-from gflow.analysis.theorems.limits import (
+from gflow.analysis.theorems.limit_claims import (
     LINEAR_FLOOR,
     NEAR,
     TIME_LAW_FLOOR,

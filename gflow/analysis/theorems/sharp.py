@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gflow.analysis.law_constants import limits_of_record
 from gflow.analysis.laws import Limits
-from gflow.analysis.limits import limits_of_record
 from gflow.analysis.theorems.claims import Claim, claim
 from gflow.analysis.theorems.facts import Facts
-from gflow.analysis.theorems.limits import LAST_TIME
+from gflow.analysis.theorems.limit_claims import LAST_TIME
 
 SOURCE = "gflow, docs/asymptotics.md"
 

@@ -96,6 +96,7 @@ class DescentRun:
         counts = [event.steps for event in (*self.saves, *self.ends) if event.counts]
         self.last = max([max_steps, *counts])
         self.limit = 0
+        self.watch, self.goals, self.watched = _watch([], self.descent)
         self.rested: Weights = self.carry.weights
         """The weights at the last multiple of ``STALL_LOOK`` steps."""
         self._check_first_step()

@@ -27,6 +27,7 @@ from gflow.dynamics.descending.optimizers import (
     transformation,
     with_extra_arguments,
 )
+from gflow.problem.arguments import positive
 from gflow.problem.network import Array, inner_product
 
 Schedule = Callable[[Any], Any]
@@ -68,7 +69,7 @@ def loss_scaled(
         rate: positive, or an optax schedule: a function of the step.
         power: of the decay, non-negative.
     """
-    steps = rate if callable(rate) else np.asarray(_positive("rate", rate))
+    steps = rate if callable(rate) else np.asarray(positive("rate", rate))
     if not 0 <= power < math.inf:
         raise ValueError(f"`power` is {power}; expected a finite number of at least 0.")
     return _on_log_risk(ScaledGradient(steps, float(power)))
@@ -80,7 +81,7 @@ def polyak(scaling: float = 1.0) -> optax.GradientTransformationExtraArgs:
     In the log domain the update is $-\text{scaling}\,g/\lVert g\rVert^2$: to first order each step
     multiplies the risk by $e^{-\text{scaling}}$.
     """
-    return _on_log_risk(PolyakStep(np.asarray(_positive("scaling", scaling))))
+    return _on_log_risk(PolyakStep(np.asarray(positive("scaling", scaling))))
 
 
 def loss_line_search(
@@ -100,7 +101,7 @@ def loss_line_search(
         raise ValueError(f"`grow` is {grow}; expected a finite number above 1.")
     if not 0 < shrink < 1:
         raise ValueError(f"`shrink` is {shrink}; expected a number between 0 and 1.")
-    return _on_log_risk(LossLineSearch(_positive("rate", rate), float(grow), float(shrink)))
+    return _on_log_risk(LossLineSearch(positive("rate", rate), float(grow), float(shrink)))
 
 
 class OnLogRisk(AroundOptimizer):
@@ -234,10 +235,3 @@ def _log_of(value_fn: Callable) -> Callable:
 
 def _on_log_risk(rule: Any) -> optax.GradientTransformationExtraArgs:
     return on_log_risk(transformation(rule))
-
-
-def _positive(name: str, value: float) -> float:
-    value = float(value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` is {value}; expected a positive finite number.")
-    return value

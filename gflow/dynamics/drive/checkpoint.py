@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Snapshot(NamedTuple):
         return jax.tree_util.tree_map_with_path(leaf, like)
 
 
+@runtime_checkable
 class Run(Protocol):
     """What a checkpoint needs of a run."""
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -39,6 +39,7 @@ def widest_for(weights: Weights) -> int:
     return int(np.iinfo(np.int64).max) if narrow else 1
 
 
+@runtime_checkable
 class Run(checkpoint.Run, Protocol):
     """A flow or a descent on its way, with the points that it records."""
 
@@ -236,15 +237,17 @@ def follow(
     lead = run.rules[0]
     begin = run.tell(lead)[0]
     kept = Checkpoint(file, run.identity, run, run.recorder)
-    run.end = kept.resume()
+    run.end = kept.resume() or run.end
     if run.end is not None:
+        run.close()
         return run.end
     with ProgressBar(run.name, begin, lead.goal, progress) as bar:
 
         def look() -> None:
             if bar.shown:
                 bar.update(*run.tell(lead))
-            kept.look()
+            if run.end is None or run.end.status == "max_steps":
+                kept.look()  # a run that is over is written down as such
 
         try:
             Drive([run], look=look).go()

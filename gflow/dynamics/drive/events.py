@@ -69,7 +69,7 @@ class Event(NamedTuple):
         value = None if clock is None else rule.clock_value(progress, clock)
         return cls(
             rule,
-            progress,
+            float(progress),
             action,
             math.inf if value is None else value,
             NO_STEP_COUNT if steps is None else steps,

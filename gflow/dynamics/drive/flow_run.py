@@ -108,7 +108,10 @@ class FlowRun:
         self._stand = Stand(s, FlowState(weights, as_array(np.zeros(()))), 0)
         self.next_step, self.resumed = math.nan, None
         self.resumed: Lane | None
-        self.anew = False
+        self.anew, self.passed = False, (0, 0)
+        self.by_clock: list[tuple[float, list[Event]]] = []
+        self.by_steps: list[tuple[int, list[Event]]] = []
+        self.watched: list[Event] = []
         self._program: Hashable = None
         if plan.methods:
             self._begin_leg(0)
@@ -275,8 +278,7 @@ class FlowRun:
                 case Reason.REFUSED_STEPS:
                     self._stop_short()
                 case Reason.OUT_OF_STEPS:
-                    rule = self.saves[self.done].rule
-                    self.end = Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
+                    self.end = self._out_of_steps()
         if self.end is not None and self.report is not None and report.lanes.many:
             self._leave(self.stand)  # its place is another's now
 
@@ -574,8 +576,14 @@ class FlowRun:
             self.resumed = dataclasses.replace(
                 lane, clock_goal=zero, steps_goal=zero, reason=running
             )
+            if int(lane.num_steps + lane.num_rejected) >= self.plan.max_steps:
+                self.end = self._out_of_steps()
         if self.split_run is None:
             self._arm()
+
+    def _out_of_steps(self) -> End:
+        rule = self.saves[self.done].rule
+        return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
 
 
 _FACTS = (

@@ -133,7 +133,7 @@ class OnSplit:
 
     def _met(self, event: Event) -> bool:
         met = self.progress(event.rule) - event.progress
-        return met >= -SLACK * max(1.0, abs(event.progress))
+        return bool(met >= -SLACK * max(1.0, abs(event.progress)))
 
     def _progress(self, state: SplitState, rule: AbstractRule) -> float:
         small = {}

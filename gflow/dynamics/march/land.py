@@ -6,7 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from gflow.dynamics.march.loop import Lane, Member, observe
+from gflow.dynamics.field import AbstractField
+from gflow.dynamics.march.loop import Lane, observe
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule
 from gflow.problem.network import Array
@@ -14,14 +15,13 @@ from gflow.problem.network import Array
 
 @eqx.filter_jit
 def land(
-    member: Member, method: AbstractMethod, rule: AbstractRule, lane: Lane, goal: Array
+    field: AbstractField, method: AbstractMethod, rule: AbstractRule, lane: Lane, goal: Array
 ) -> Lane:
     """Shorten the last accepted step so that it ends where ``rule`` reaches ``goal``.
 
     The step's length is found by the Illinois variant of regula falsi, each trial a true step of
     the solver from where the last one began. The next attempt is to be begun again.
     """
-    field = member.field
     s0, state0, memory0 = lane.previous
 
     def progress(state: Any) -> Array:

@@ -69,7 +69,8 @@ class Member(eqx.Module):
     tolerance: AbstractTolerance
     rules: tuple[AbstractRule, ...]
     """The events watched after each step, one for each of ``goals.events``."""
-    goals: Goals
+    goals: Goals | None
+    """None until it is in a lane."""
 
 
 class Lane(eqx.Module):
@@ -343,7 +344,8 @@ def _end(
 
     aim = _at(goals.clock, lane.clock_goal - goals.first[0])
     s = jnp.where(lane.lands, aim, lane.s + lane.step)
-    num_steps = lane.num_steps + accept
+    one = jnp.ones((), lane.num_steps.dtype)
+    num_steps = lane.num_steps + jnp.where(accept, one, 0)
     state = now(made.state, lane.state)
     num_stiff = lane.num_stiff
     if watch_stiffness:
@@ -360,10 +362,12 @@ def _end(
     landed = accept & ~crossed & lane.lands
     due = num_steps >= _at(goals.steps, lane.steps_goal - goals.first[1])
     counted = accept & ~crossed & due
-    clock_goal, steps_goal = lane.clock_goal + landed, lane.steps_goal + counted
+    clock_goal = lane.clock_goal + jnp.where(landed, one, 0)
+    steps_goal = lane.steps_goal + jnp.where(counted, one, 0)
+    num_rejected = lane.num_rejected + jnp.where(accept, 0, one)
     noisy = (lane.step * NOISE_STEPS <= first_step) & (norm * NOISE_ERRORS > first_norm)
     vanished = following <= 4 * jnp.finfo(s.dtype).eps * jnp.abs(lane.s)
-    tried = num_steps + lane.num_rejected + ~accept
+    tried = num_steps + num_rejected
     reason = jnp.select(
         [
             crossed,
@@ -395,7 +399,7 @@ def _end(
         attempt=lane.attempt,
         previous=now((lane.s, lane.state, lane.memory), lane.previous),
         num_steps=num_steps,
-        num_rejected=lane.num_rejected + ~accept,
+        num_rejected=num_rejected,
         refused=now(jax.tree.map(jnp.zeros_like, lane.refused), first),
         num_stiff=num_stiff,
         clock_goal=clock_goal,

@@ -173,18 +173,3 @@ def imbalance_drift(state: SplitState) -> float:
         change = (corner - start[0, 0]) ** 2 + 2 * np.sum((side - start[1:, 0]) ** 2)
         worst = max(worst, float(change + np.sum((block - start[1:, 1:]) ** 2)))
     return float(np.sqrt(worst) / largest)
-
-
-def bounded_drift(state: SplitState) -> float:
-    """The largest change of the bounded blocks of a conserved matrix, relative to its size."""
-    views, layers = state.layout.views(state.slow), state.layers
-    worst = 0.0
-    for k, (lower, upper) in enumerate(pairwise(layers), start=1):
-        basis = views["frame", k]
-        start = basis.T @ state.imbalance[k - 1] @ basis
-        side = upper.rest.T @ upper.below - lower.sigma * lower.below - start[1:, 0]
-        block = upper.rest.T @ upper.rest - lower.rest @ lower.rest.T
-        block -= np.outer(lower.below, lower.below) + start[1:, 1:]
-        change = np.sqrt(2 * np.sum(side**2) + np.sum(block**2))
-        worst = max(worst, float(change / max(np.linalg.norm(start), 1e-300)))
-    return worst

@@ -141,13 +141,18 @@ class SplitState:
     @classmethod
     def blank(cls, geometry: Geometry, facts: Mapping[str, Any]) -> "SplitState":
         """A state of the structure that ``facts`` tell, its numbers yet to be filled in."""
-        widths = facts["widths"]
+        widths, nothing = facts["widths"], np.zeros(0)
         return cls(
             geometry=geometry,
             layout=Layout(widths),
-            imbalance=(0.0,) * (len(widths) - 2),  # pyright: ignore
-            momentum=Momentum(*[0.0] * len(Momentum._fields)) if facts["has_momentum"] else None,  # pyright: ignore
-            **dict.fromkeys(_NUMBERS, 0.0),  # pyright: ignore
+            imbalance=(nothing,) * (len(widths) - 2),
+            momentum=Momentum(nothing, nothing, 0.0, 0.0, 0.0) if facts["has_momentum"] else None,
+            input_basis=nothing,
+            across=nothing,
+            slow=nothing,
+            minus_log_risk=0.0,
+            along=0.0,
+            scaled_time=0.0,
         )
 
     @property

@@ -13,6 +13,7 @@ from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.split.state import SplitState, split
 from gflow.problem.data import Dataset
 from gflow.problem.network import Weights, check_weights
+from gflow.problem.observables import imbalance
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -82,7 +83,7 @@ def limits(problem: "Problem", weights: Weights, *, late: Weights | None = None)
     late = start if late is None else check_weights(late)
     if solver.obstacle(problem, late) is not None:
         late = _integrate(problem, late)
-    state = solver.start(problem, late, imbalance=_imbalance(start))
+    state = solver.start(problem, late, imbalance=_conserved(start))
     state = solver.advance(state, FAR)
     law = _read(state, start)
     settled = _settled_from(law, state.geometry)
@@ -120,7 +121,7 @@ def limits_of_record(record: "xr.Dataset") -> Limits:
         raise ValueError("the last weights do not separate the data by an unnormalised margin of 1")
     data = Dataset(support, np.ones(len(support)), name="support vectors")
     # The risk only scales the variables that are read back.
-    state = split(data, last, -1.0, -np.inf, _imbalance(first))
+    state = split(data, last, -1.0, -np.inf, _conserved(first))
     law = dataclasses.replace(
         _read(state, first),
         num_points=int(record.attrs["num_points"]),
@@ -166,14 +167,14 @@ def _integrate(problem: "Problem", weights: Weights) -> Weights:
     return tuple(record[f"final_weights_{k + 1}"].values for k in range(len(weights)))
 
 
-def _imbalance(start: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [after.T @ after - before @ before.T for before, after in pairwise(start)]
+def _conserved(start: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    return tuple(map(np.asarray, imbalance(tuple(start))))
 
 
 def _read(state: SplitState, start: Sequence[np.ndarray]) -> Limits:
     """The constants, from a state far out and the start's conserved matrices."""
     geometry, layers, depth = state.geometry, state.layers, state.layout.depth
-    imbalance = _imbalance(start)
+    matrices = _conserved(start)
     squares = [float(np.sum(matrix**2)) for matrix in start]
     views = state.layout.views(state.slow)
     gamma = geometry.margin
@@ -189,11 +190,11 @@ def _read(state: SplitState, start: Sequence[np.ndarray]) -> Limits:
         directions.append(u / np.linalg.norm(u))
         if k == 1:
             drift = basis[:, 1:] @ (layer.below - pushing[0]) * layer.sigma / 2
-        n = basis[:, 1:].T @ (imbalance[k - 1] @ directions[-1])
+        n = basis[:, 1:].T @ (matrices[k - 1] @ directions[-1])
         if np.linalg.norm(n) > 0:
             n /= np.linalg.norm(n)
             lean[k - 1] = (np.sum((layer.rest.T @ n) ** 2) + np.sum((above.rest @ n) ** 2)) / 2
-    conserved = Conserved(tuple(imbalance), rounding, lean)
+    conserved = Conserved(matrices, rounding, lean)
     shift, rank_one, turn = conserved.laws(directions)
     points = geometry.across[geometry.support, : geometry.num_tangent]
     tangent, dual = _soft_minimiser(points)
@@ -229,7 +230,7 @@ def _read(state: SplitState, start: Sequence[np.ndarray]) -> Limits:
         free=free,
         support=geometry.support,
         dual=dual,
-        imbalance=max((float(np.linalg.norm(matrix, 2)) for matrix in imbalance), default=0.0),
+        imbalance=max((float(np.linalg.norm(matrix, 2)) for matrix in matrices), default=0.0),
         settled_from=0.0,
         degenerate=_weightless(geometry.support, dual),
         _points=points,

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gflow.analysis.theorems.claims import LYU_LI, PAPER, SOUDRY, Claim, claim
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.trend import DECADE, Trend, log_trend, stays_bounded, trend
+from gflow.quantities import quantity
 
-QUADRATIC_FLOOR = 1e-14
-"""Rank-one gaps and misalignments below this are zero: a solver's error of 1e-9 in an angle makes
-them about 1e-18, and imbalance that drifts by 1e-8 makes them about 1e-16."""
-
-LINEAR_FLOOR = 1e-9
+LINEAR_FLOOR = quantity("direction_error").zero
 """Direction errors and margin gaps below this are zero: the solver's tolerance."""
 
 NEAR = 0.1
@@ -72,92 +70,87 @@ def norms_grow(facts: Facts) -> Claim:
     )
 
 
-def rank_one(facts: Facts) -> Claim:
-    """Every layer becomes rank one."""
-    gap = _largest(facts["rank_one_gap"])
-    return limit_claim(
+class Vanishing(NamedTuple):
+    """The statement that a variable of the record tends to zero, of layers and pairs the worst."""
+
+    name: str
+    statement: str
+    quantity: str
+    variable: str
+    """Of the record."""
+    from_one: bool = False
+    """Whether it is one minus the variable that tends to zero."""
+    in_margins: bool = False
+    """Whether it is judged in units of the maximum margin."""
+    exponent: float | None = None
+    """L times the exponent of s in the law. None for statements about the direction: they need an
+    exponential tail, and have an envelope, 1/s, in place of a law."""
+
+
+VANISHING = (
+    Vanishing(
         "layers become rank one",
         "|W_k/|W_k|_F - u_k v_k^T|_F -> 0 for every layer",
-        PAPER,
         "largest 1 - |W_k|_2/|W_k|_F",
-        float(gap[-1]),
-        "0",
-        trend(facts.log_s, gap, floor=QUADRATIC_FLOOR),
-        [*facts.one_layer, *facts.obstacles],
-        law=-2 / facts.depth if facts.exponential_tail else None,
-        early=facts.before_alignment,
-    )
-
-
-def alignment(facts: Facts) -> Claim:
-    """Neighbouring layers align."""
-    gap = _largest(facts["misalignment"])
-    return limit_claim(
+        "rank_one_gap",
+        exponent=-2,
+    ),
+    Vanishing(
         "layers align",
         "|<v_{k+1}, u_k>| -> 1 for neighbouring layers",
-        PAPER,
         "largest 1 - |<v_{k+1}, u_k>|",
-        float(gap[-1]),
-        "0",
-        trend(facts.log_s, gap, floor=QUADRATIC_FLOOR),
-        [*facts.one_layer, *facts.obstacles],
-        law=-4 / facts.depth if facts.exponential_tail else None,
-        early=facts.before_alignment,
-    )
-
-
-def first_singular_vector(facts: Facts) -> Claim:
-    """The end-to-end vector follows $v_1$ and no norm is lost in the product."""
-    gap = 1 - facts["direction_alignment"]
-    return limit_claim(
+        "misalignment",
+        exponent=-4,
+    ),
+    Vanishing(  # and no norm is lost in the product
         "product follows v_1",
         "|<w / prod_k |W_k|_F, v_1>| -> 1",
-        PAPER,
         "1 - |<w/prod|W_k|_F, v_1>|",
-        float(gap[-1]),
-        "0",
-        trend(facts.log_s, gap, floor=COSINE_FLOOR),
-        [*facts.one_layer, *facts.obstacles],
-        law=-2 / facts.depth if facts.exponential_tail else None,
-        early=facts.before_alignment,
-    )
-
-
-def direction(facts: Facts) -> Claim:
-    """The direction tends to that of the maximum margin."""
-    error = facts["direction_error"]
-    return limit_claim(
+        "direction_alignment",
+        from_one=True,
+        exponent=-2,
+    ),
+    Vanishing(
         "direction is max margin",
         "w/|w| -> the maximum-margin direction",
-        PAPER,
         "|w/|w| - u|",
-        float(error[-1]),
-        "0",
-        trend(facts.log_s, error, floor=LINEAR_FLOOR, rate=1.0, near=NEAR),
-        facts.tail_obstacles,
-        early=facts.before_asymptotics,
-    )
-
-
-def margin(facts: Facts) -> Claim:
-    """The normalised margin tends to the maximum."""
-    gap = facts["margin_gap"]
-    return limit_claim(
+        "direction_error",
+    ),
+    Vanishing(
         "margin is maximal",
         "min_i <w, z_i>/|w| -> the maximum margin",
-        PAPER,
         "max margin - margin",
-        float(gap[-1]),
+        "margin_gap",
+        in_margins=True,
+    ),
+)
+
+
+def vanishes(facts: Facts, row: Vanishing) -> Claim:
+    """One such statement."""
+    values = facts[row.variable].reshape(len(facts.s), -1)
+    values = _largest(1 - values if row.from_one else values)
+    floor = quantity(row.variable).zero or COSINE_FLOOR
+    unit = facts.max_margin if row.in_margins else 1.0
+    if row.exponent is None:
+        found = trend(facts.log_s, values / unit, floor=floor, rate=1.0, near=NEAR)
+        obstacles, law, early = facts.tail_obstacles, None, facts.before_asymptotics
+    else:
+        found = trend(facts.log_s, values / unit, floor=floor)
+        obstacles, early = [*facts.one_layer, *facts.obstacles], facts.before_alignment
+        law = row.exponent / facts.depth if facts.exponential_tail else None
+    value = float(values[-1])
+    return limit_claim(
+        row.name,
+        row.statement,
+        PAPER,
+        row.quantity,
+        value,
         "0",
-        trend(
-            facts.log_s,
-            gap,
-            floor=LINEAR_FLOOR * facts.max_margin,
-            rate=1.0,
-            near=NEAR * facts.max_margin,
-        ),
-        facts.tail_obstacles,
-        early=facts.before_asymptotics,
+        found,
+        obstacles,
+        law=law,
+        early=early,
     )
 
 
