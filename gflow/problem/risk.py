@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gflow.problem import settings
-from gflow.problem.arguments import expect
+from gflow.problem.arguments import expect, shown
 from gflow.problem.data import Dataset
 from gflow.problem.losses import Logistic
 from gflow.problem.methods import plain_method
@@ -74,6 +74,10 @@ class Problem(eqx.Module):
                 deep linear.
         """
         devices = list(devices or jax.local_devices())
+        if not all(isinstance(device, jax.Device) for device in devices):
+            raise ValueError(
+                f"`devices` holds {shown(devices[0])}; expected devices, as `jax.devices()`."
+            )
         if self.design is None:
             raise ValueError(
                 f"`problem` has a {type(self.network).__name__}; expected a DeepLinear network: "

@@ -5,15 +5,16 @@ A file has the tables ``[data]``, ``[network]``, ``[loss]``, ``[start]``, ``[flo
 error that lists those that are, so that a misspelled setting is never silently ignored.
 """
 
+import contextlib
 import inspect
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gflow.dynamics import clocks, until as rules
+from gflow.dynamics import clocks, stops as rules
 from gflow.problem import datasets, init
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
@@ -154,17 +155,20 @@ def data_of(table: Table, folder: Path) -> Dataset:
         reader = Dataset.from_npz if file.endswith(".npz") else Dataset.from_csv
         options = table.rest(_options(reader))
         table.done()
-        data = Dataset.from_file(folder / file, **options)
+        with named("[data]"):
+            data = Dataset.from_file(folder / file, **options)
     else:
         written = str(name).replace("-", "_")
         maker = next((maker for maker in MAKERS if maker.__name__ == written), None)
         options = {} if maker is None else table.rest(_options(maker))
         table.done()
-        data = datasets.load(str(name)) if maker is None else maker(**options)
+        with named("[data]"):
+            data = datasets.load(str(name)) if maker is None else maker(**options)
         if "bias" in options:  # it is there already
             bias = None
     if bias is not None:
-        data = data.with_bias(bias)
+        with named("[data] bias"):
+            data = data.with_bias(bias)
     return data.scaled() if scale else data
 
 
@@ -172,7 +176,8 @@ def _loss(table: Table) -> AbstractLoss:
     kind = choose("[loss] name", table.get("name", str, "logistic"), LOSSES)
     options = table.rest(_options(kind.__init__) if kind is PolynomialTail else ())
     table.done()
-    return kind(**options)
+    with named("[loss]"):
+        return kind(**options)
 
 
 def _widths(network: Table, data: Dataset) -> tuple[int, ...]:
@@ -211,9 +216,11 @@ def _start(
         maker = choose("[start] method", method, STARTS)
         options = table.rest(_options(maker))
         options.setdefault("seed", 0)
-        weights = maker(widths, **options)
+        with named("[start]"):
+            weights = maker(widths, **options)
     if admissible:
-        weights = init.admissible(weights, problem)
+        with named("[start]"):
+            weights = init.admissible(weights, problem)
     return weights
 
 
@@ -264,10 +271,8 @@ def _descent(table: Table, problem: Problem, starts: "list[init.LayerWeights]") 
     table.done()
     if optimizer == "loss_scaled":
         settings.setdefault("rate", 0.1)
-    try:
+    with named(f"[descent] optimizer = {optimizer!r}:"):
         made = maker(problem, **settings) if optimizer == "paper_steps" else maker(**settings)
-    except TypeError as error:
-        raise ValueError(f"[descent] optimizer = {optimizer!r}: {error}.") from error
     if in_log_domain:
         made = on_log_risk(made)
     given = {key: value for key, value in options.items() if value is not None}
@@ -287,7 +292,8 @@ def _until(table: Table) -> Any:
     for key in wanted.names():
         rule = choose(f"{wanted.where} until", key, RULES)
         kind = int if key == "steps" else float
-        found.append(rule(wanted.get(key, kind, REQUIRED)))
+        with named(f"{wanted.where} {key}:"):
+            found.append(rule(wanted.get(key, kind, REQUIRED)))
     if not found:
         raise ValueError(
             f"{wanted.where} is empty; expected one or more of {', '.join(RULES)}, such as "
@@ -327,6 +333,15 @@ def _solver(name: str) -> Any:
     }
     theirs = {key: getattr(diffrax, key) for key in ("Dopri5", "Dopri8", "Tsit5", "Kvaerno5")}
     return choose("[flow] solver", name, ours | theirs)()
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """Errors of what a file's values are given to, with the place in the file."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{where} {error}") from error
 
 
 def _options(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.problem.arguments import file_path, shown
 from gflow.quantities import quantity
 
 if TYPE_CHECKING:
@@ -147,7 +148,13 @@ def save_figure(axes: Any, path: Any, *, dpi: int = 200) -> "Figure":
     """Write the figure that ``axes`` belong to, and close it."""
     import matplotlib.pyplot as plt
 
-    figure = np.ravel(axes)[0].figure
+    first = next(iter(np.ravel(axes)), None)
+    if not hasattr(first, "figure"):
+        raise ValueError(
+            f"`axes` is {shown(axes)}; expected what a function of gflow.plot returns."
+        )
+    figure = first.figure
+    path = file_path("path", path)
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return figure
