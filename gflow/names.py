@@ -83,7 +83,7 @@ def check_names(
                 f"{where} has a name of the record's own; expected one that the record does not "
                 f"use already, such as {f'my_{name}'!r}."
             )
-        fault = _fault(name)
+        fault = fault_of(name)
         if fault:
             raise ValueError(
                 f"{where} has a name that {fault}, which the file of a record cannot hold; "
@@ -120,8 +120,10 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _fault(name: str) -> str | None:
+def fault_of(name: Any) -> str | None:
     """Why a netCDF file cannot hold a name as it is."""
+    if not isinstance(name, str):
+        return "is no text"
     if not name:
         return "is empty"
     if "/" in name:
@@ -143,4 +145,4 @@ def _legal(name: str) -> str:
     """A name like it that is legal."""
     name = unicodedata.normalize("NFC", name.encode(errors="ignore").decode())
     name = re.sub(r"\W+", "_", name)[:40].strip("_")
-    return name if name and not is_taken(name) and _fault(name) is None else "my_observable"
+    return name if name and not is_taken(name) and fault_of(name) is None else "my_observable"

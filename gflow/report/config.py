@@ -5,10 +5,11 @@ A file has the tables ``[data]``, ``[network]``, ``[loss]``, ``[start]``, ``[flo
 error that lists those that are, so that a misspelled setting is never silently ignored.
 """
 
+import contextlib
 import inspect
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -91,7 +92,7 @@ def read(path: str | Path) -> Experiment:
 def parsed(path: Path) -> dict[str, Any]:
     """The tables of a TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}.") from error
     except UnicodeDecodeError as error:
@@ -157,17 +158,20 @@ def data_of(table: TomlTable, folder: Path) -> Dataset:
         reader = Dataset.from_npz if file.endswith(".npz") else Dataset.from_csv
         options = table.rest(_options(reader))
         table.done()
-        data = Dataset.from_file(folder / file, **options)
+        with named("[data]"):
+            data = Dataset.from_file(folder / file, **options)
     else:
         written = str(name).replace("-", "_")
         maker = MAKERS.get(written)
         options = {} if maker is None else table.rest(_options(maker))
         table.done()
-        data = datasets.load(str(name)) if maker is None else maker(**options)
+        with named("[data]"):
+            data = datasets.load(str(name)) if maker is None else maker(**options)
         if "bias" in options:  # it is there already
             bias = None
     if bias is not None:
-        data = data.with_bias(bias)
+        with named("[data] bias"):
+            data = data.with_bias(bias)
     return data.scaled() if scale else data
 
 
@@ -175,7 +179,8 @@ def _loss(table: TomlTable) -> AbstractLoss:
     kind = choose("[loss] name", table.get("name", str, "logistic"), LOSSES)
     options = table.rest(_options(kind))
     table.done()
-    return kind(**options)
+    with named("[loss]"):
+        return kind(**options)
 
 
 def _widths(network: TomlTable, data: Dataset) -> tuple[int, ...]:
@@ -214,9 +219,11 @@ def _start(
         maker = choose("[start] method", method, STARTS)
         options = table.rest(_options(maker))
         options.setdefault("seed", 0)
-        weights = maker(widths, **options)
+        with named("[start]"):
+            weights = maker(widths, **options)
     if admissible:
-        weights = init.admissible(weights, problem)
+        with named("[start]"):
+            weights = init.admissible(weights, problem)
     return weights
 
 
@@ -259,11 +266,9 @@ def _descent(table: TomlTable, problem: Problem, starts: "list[init.LayerWeights
     table.done()
     if optimizer == "loss_scaled":
         settings.setdefault("rate", 0.1)
-    try:
+    with named(f"[descent] optimizer = {optimizer!r}:"):
         for_problem = "problem" in inspect.signature(maker).parameters
         made = maker(problem, **settings) if for_problem else maker(**settings)
-    except TypeError as error:
-        raise ValueError(f"[descent] optimizer = {optimizer!r}: {error}.") from error
     if in_log_domain:
         made = gflow.on_log_risk(made)
     return [
@@ -295,7 +300,8 @@ def _until(table: TomlTable) -> Any:
     for key in wanted.names():
         rule = choose(f"{wanted.where} until", key, RULES)
         kind = inspect.signature(rule).parameters["value"].annotation
-        found.append(rule(wanted.get(key, kind, REQUIRED)))
+        with named(f"{wanted.where} {key}:"):
+            found.append(rule(wanted.get(key, kind, REQUIRED)))
     if not found:
         raise ValueError(
             f"{wanted.where} is empty; expected one or more of {', '.join(RULES)}, such as "
@@ -326,6 +332,15 @@ def _solver(name: str) -> Any:
     }
     theirs = {key: getattr(diffrax, key) for key in ("Dopri5", "Dopri8", "Tsit5", "Kvaerno5")}
     return choose("[flow] solver", name, ours | theirs)()
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """Errors of what a file's values are given to, with the place in the file."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{where} {error}") from error
 
 
 def _options(function: Callable[..., Any]) -> tuple[str, ...]:
