@@ -48,7 +48,8 @@ LONGEST = 200
 
 def is_taken(name: str) -> bool:
     """Whether some record has a variable, coordinate or dimension of this name."""
-    taken = name.removesuffix("_error") in QUANTITIES or name in (*DIMENSIONS, *ALSO, *PER_MEMBER)
+    of_quantities = name in QUANTITIES or name.removesuffix("_error") in QUANTITIES
+    taken = of_quantities or name in (*DIMENSIONS, *ALSO, *PER_MEMBER)
     return taken or _WEIGHTS.fullmatch(name) is not None
 
 

@@ -43,8 +43,10 @@ class Browser:
         options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
         local = ("--disable-background-networking", "--no-first-run", "--proxy-server=127.0.0.1:9")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MOVED, *map(str, theirs), CHROMIUM, *options, *local]
-            + [f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
+            [
+                *(sys.executable, "-c", MOVED, *map(str, theirs), CHROMIUM, *options, *local),
+                *(f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"),
+            ],
             pass_fds=theirs,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -108,6 +108,9 @@ def test_a_malformed_data_file_is_reported_with_its_line(said, tmp_path):
         ("[2, 3, 1]", "[4, 3, 1]", ["the first must be 2"]),
         ("[2, 3, 1]", "[2, 3, 2]", ["the last 1"]),
         ("[2, 3, 1]", "[2, 0, 1]", ["positive whole numbers"]),
+        ("[flow]", "[start]\nseed = -1\n[flow]", ["[start] `seed` is -1; expected a whole number"]),
+        ("[flow]", "[start]\nscale = 'big'\n[flow]", ["[start] `scale` is 'big'"]),
+        ("log_risk = -20", "steps = -3", ["[flow] until steps: `Steps(-3)`"]),
         ("[flow]\nuntil = { log_risk = -20 }", "", ["neither [flow] nor [descent]"]),
     ],
 )
@@ -207,3 +210,9 @@ def test_every_kind_of_optimizer_can_be_named(tmp_path):
         }
         (run,) = config.build(document, folder=tmp_path, name="x").runs
         assert run.is_descent
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("\ufeff" + GOOD, encoding="utf-8")
+    assert config.read(path).name == "c"

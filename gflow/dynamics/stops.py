@@ -17,7 +17,7 @@ import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
-from gflow.problem.arguments import expect, is_number, numbers_of, shown, whole
+from gflow.problem.arguments import is_number, numbers_of, shown, whole
 from gflow.problem.logarithms import log_expm1
 from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.risk import Problem, risk_and_slope
@@ -283,7 +283,8 @@ class AnyOf(eqx.Module):
     rules: tuple[AbstractRule, ...]
 
     def __or__(self, other: "AbstractRule | AnyOf") -> "AnyOf":
-        expect("until", other, AbstractRule | AnyOf, "stopping rules on both sides of |")
+        if not isinstance(other, AbstractRule | AnyOf):
+            return NotImplemented
         return AnyOf(self.rules + (other.rules if isinstance(other, AnyOf) else (other,)))
 
 
