@@ -14,6 +14,8 @@ import optax
 import pytest
 
 import gflow
+from gflow.dynamics.descending.lanes import DescentLanes, kind_of
+from gflow.dynamics.drive.flow_run import FlowRun
 from gflow.dynamics.drive.progress import ProgressBar
 
 WIDTHS, GOAL, POINTS = (2, 3, 1), -1e3, 4

@@ -11,12 +11,16 @@ offered: for three layers or more the weights blow up in finite $s$.
 
 import math
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 
 from gflow.problem.network import Array
+
+Numbers = Any
+"""A number or an array of NumPy's: the same comes back."""
 
 
 class AbstractClock(eqx.Module):
@@ -32,10 +36,10 @@ class AbstractClock(eqx.Module):
         r"""The speed $\mu$ at clock value ``s``; ``squared_norm`` is $\lVert g\rVert^2$."""
 
     @abstractmethod
-    def read(self, log_risk: float, log_time: float) -> float:
+    def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
         """The clock's value $s$ at a given risk and time."""
 
-    def at_log_risk(self, log_risk: float) -> float | None:
+    def at_log_risk(self, log_risk: Numbers) -> Numbers | None:
         """The clock's value where the risk has a given value; None if the clock cannot know."""
         return self.read(log_risk, -math.inf) if self.centred else None
 
@@ -47,7 +51,7 @@ class AbstractClock(eqx.Module):
         """The log time that the clock's value implies, or None."""
         return None
 
-    def at_log_time(self, log_time: float) -> float | None:
+    def at_log_time(self, log_time: Numbers) -> Numbers | None:
         """The clock's value at a given time; None if the clock cannot know."""
         return None if self.centred else self.read(math.nan, log_time)
 
@@ -61,8 +65,8 @@ class Time(AbstractClock):
     def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
         return jnp.exp(log_risk)
 
-    def read(self, log_risk: float, log_time: float) -> float:
-        return math.exp(log_time)
+    def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
+        return np.exp(log_time)
 
     def log_time_at(self, s: Array) -> Array:
         return jnp.log(s)
@@ -77,8 +81,8 @@ class LogTime(AbstractClock):
     def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
         return jnp.exp(s + log_risk)
 
-    def read(self, log_risk: float, log_time: float) -> float:
-        return log1p_exp(log_time)
+    def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
+        return np.logaddexp(0.0, log_time)
 
     def log_time_at(self, s: Array) -> Array:
         return s + jnp.log(-jnp.expm1(-s))
@@ -96,7 +100,7 @@ class Risk(AbstractClock):
     def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
         return 1 / squared_norm
 
-    def read(self, log_risk: float, log_time: float) -> float:
+    def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
         return -log_risk
 
     def log_risk_at(self, s: Array) -> Array:
@@ -117,15 +121,8 @@ class LogRisk(AbstractClock):
     def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
         return jnp.hypot(1.0, log_risk) / squared_norm
 
-    def read(self, log_risk: float, log_time: float) -> float:
-        return math.asinh(-log_risk)
+    def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
+        return np.arcsinh(-log_risk)
 
     def log_risk_at(self, s: Array) -> Array:
         return -jnp.sinh(s)
-
-
-def log1p_exp(log_time: float) -> float:
-    r"""$\log(1 + t)$ from $\log t$, for every float."""
-    if log_time > 0:
-        return log_time + math.log1p(math.exp(-log_time))
-    return math.log1p(math.exp(log_time))

@@ -10,7 +10,7 @@ import optax
 from gflow.dynamics.descending.optimizers import along_gradient, describe
 from gflow.dynamics.descending.run import DescentRun
 from gflow.dynamics.drive.drive import follow
-from gflow.dynamics.drive.events import course
+from gflow.dynamics.drive.events import AtStart, course
 from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
@@ -140,7 +140,7 @@ def descent_of(
     weights = problem.check(weights)
     rules = rules_on(problem, weights, until)
     recorder = Recorder(problem, weights, options.observables, options.keep_weights)
-    way = course(problem, weights, rules, save, None)
+    way = course(problem, weights, rules, save, None, AtStart.of(problem, weights))
     size = _batch_size(options.batch_size, problem.data.num_points)
     seed, most = seed_of("seed", options.seed), int(options.max_steps)
     return DescentRun(problem, optimizer, size, seed, most, recorder, rules, way)

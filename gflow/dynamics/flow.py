@@ -10,7 +10,7 @@ import numpy as np
 from gflow.dynamics import clocks
 from gflow.dynamics.drive.certify import certificate, evidence, second_tolerance, shorter
 from gflow.dynamics.drive.drive import follow
-from gflow.dynamics.drive.events import Action, Course, Event, course
+from gflow.dynamics.drive.events import Action, AtStart, Course, Event, course
 from gflow.dynamics.drive.flow_run import FlowRun, Plan
 from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.field import AbstractField, FlowField, FlowState
@@ -191,8 +191,9 @@ def flow_of(
     rules = rules_on(problem, weights, until)
     clock = options.clock or default_clock(rules[0])
     recorder = Recorder(problem, weights, options.observables, options.keep_weights)
-    way = course(problem, weights, rules, save, clock)
-    return FlowRun(plan(problem, weights, clock, options), recorder, rules, way)
+    at_start = AtStart.of(problem, weights)
+    way = course(problem, weights, rules, save, clock, at_start)
+    return FlowRun(plan(problem, weights, clock, options), recorder, rules, way, at_start)
 
 
 def plan(
@@ -244,7 +245,9 @@ def second_run(run: FlowRun, options: Options) -> FlowRun:
     again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
     followed = plan(recorder.problem, recorder.start, run.clock, options)
     end = None if saves else Reason.REACHED_AT_START.end(rule=run.rules[0])
-    other = FlowRun(followed, again, run.rules, Course(saves, [], end), compares=False)
+    at_start = AtStart.of(recorder.problem, recorder.start)
+    way = Course(saves, [], end)
+    other = FlowRun(followed, again, run.rules, way, at_start, compares=False)
     other.name = "certificate"
     return other
 

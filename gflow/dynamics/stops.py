@@ -19,7 +19,7 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
 from gflow.problem.network import Array, Weights, as_array
-from gflow.problem.risk import Problem, risk_and_slope
+from gflow.problem.risk import Problem
 from gflow.quantities import quantity
 
 LARGE = 10.0
@@ -82,12 +82,12 @@ class AbstractRule(eqx.Module):
         """The progress at which the rule is met."""
         return float(self.progress_of(np.array([self.value], dtype=np.float64))[0])
 
-    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
-        """The clock's value at a given progress, or None when the clock cannot know it."""
+    def clock_value(self, progress: np.ndarray, clock: AbstractClock) -> np.ndarray | None:
+        """The clock's value at given values of the progress, or None when the clock cannot know it."""
         return None
 
-    def steps_at(self, progress: float) -> int | None:
-        """The number of steps at a given progress, for a rule that counts them."""
+    def steps_at(self, progress: np.ndarray) -> np.ndarray | None:
+        """The numbers of steps at given values of the progress, for a rule that counts them."""
         return None
 
     @property
@@ -124,8 +124,8 @@ class LogRisk(AbstractRule):
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         return np.arcsinh(-value)
 
-    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
-        return clock.at_log_risk(-math.sinh(progress))
+    def clock_value(self, progress: np.ndarray, clock: AbstractClock) -> np.ndarray | None:
+        return clock.at_log_risk(-np.sinh(progress))
 
     @property
     def of_risk(self) -> bool:
@@ -146,7 +146,7 @@ class LogTime(AbstractRule):
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         return np.logaddexp(0.0, value)
 
-    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
+    def clock_value(self, progress: np.ndarray, clock: AbstractClock) -> np.ndarray | None:
         return clock.at_log_time(_log_expm1(progress))
 
     @property
@@ -170,7 +170,7 @@ class Time(AbstractRule):
     def progress_of(self, value: np.ndarray) -> np.ndarray:
         return np.log1p(value)
 
-    def clock_value(self, progress: float, clock: AbstractClock) -> float | None:
+    def clock_value(self, progress: np.ndarray, clock: AbstractClock) -> np.ndarray | None:
         return clock.at_log_time(_log_expm1(progress))
 
     @property
@@ -197,8 +197,9 @@ class Steps(AbstractRule):
     def rounded(self, progress: np.ndarray) -> np.ndarray:
         return np.log1p(np.rint(np.expm1(progress)))
 
-    def steps_at(self, progress: float) -> int:
-        return min(self.value, math.ceil(math.expm1(progress) * (1 - 1e-12) - 1e-9))
+    def steps_at(self, progress: np.ndarray) -> np.ndarray:
+        counts = np.ceil(np.expm1(progress) * (1 - 1e-12) - 1e-9)
+        return np.minimum(counts, self.value).astype(np.int64)
 
 
 class AbstractVanishing(AbstractRule):
@@ -327,14 +328,18 @@ def watched(
 
 
 def progress_of(
-    rules: Sequence[AbstractRule], problem: Problem, weights: Weights, scaled_time: Any, steps: int
+    rules: Sequence[AbstractRule],
+    problem: Problem,
+    weights: Weights,
+    log_risk: Any,
+    scaled_time: Any,
+    steps: int,
 ) -> list[float]:
-    """How far a flow at given weights, $u = tR$ and step count is in the coordinate of each rule."""
-    log_risk = risk_and_slope(problem, weights)[0]
+    """How far a run at weights, $\\log R$, $u = tR$ and a count is in each rule's coordinate."""
     with np.errstate(divide="ignore"):
         log_time = np.log(np.asarray(scaled_time)) - np.asarray(log_risk)
     small = {rule.variable: _measured(anonymous(rule), problem, weights) for rule in rules if rule.variable}
-    at = Coordinates(as_array(log_risk), as_array(log_time), as_array(np.int64(steps)), small)
+    at = Coordinates(as_array(np.asarray(log_risk)), as_array(log_time), as_array(np.int64(steps)), small)
     return [float(rule.progress(at)) for rule in rules]
 
 
@@ -405,6 +410,7 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-def _log_expm1(x: float) -> float:
-    r"""$\log(e^x - 1)$ for positive ``x``: from $\log(1 + t)$ to $\log t$."""
-    return x + math.log(-math.expm1(-x)) if x > 0 else -math.inf
+def _log_expm1(x: np.ndarray) -> np.ndarray:
+    r"""$\log(e^x - 1)$: from $\log(1 + t)$ to $\log t$; minus infinity up to x = 0."""
+    with np.errstate(divide="ignore"):
+        return x + np.log(np.maximum(-np.expm1(-x), 0.0))

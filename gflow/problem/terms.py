@@ -105,6 +105,20 @@ class AbstractJointLoss(eqx.Module):
         return float("inf")
 
     @property
+    def slope_bound(self) -> float:
+        r"""The largest $|\partial R/\partial q_i|$ times the number of points; infinite if unknown."""
+        return float("inf")
+
+    @property
+    def smoothness(self) -> float:
+        r"""The Lipschitz constant of a point's slope; infinite if unknown."""
+        return float("inf")
+
+    def pull_radius(self, num_points: int) -> float:
+        """Where Ji and Telgarsky's Lemma 4 begins to hold; not a number if unknown."""
+        return float("nan")
+
+    @property
     @abc.abstractmethod
     def name(self) -> str:
         """A short name for tables and records."""

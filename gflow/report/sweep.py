@@ -16,6 +16,7 @@ from gflow.dynamics.descending.optimizers import describe
 from gflow.dynamics.drive.members import Unfinished, agreed, filled
 from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
+from gflow.dynamics.reasons import Reason
 from gflow.names import SETTINGS, all_names, check_names
 from gflow.problem.arguments import (
     expect,
@@ -161,7 +162,7 @@ def sweep(
         return _assembled((kept.load(group.name) for group in groups), labels, ends)
     there = [group for group in groups if kept.has(group.name)]
     known = {i for group in there for i in group.indices} | set(stopped[INDEX].values) | set(ends)
-    ends |= {i: ("interrupted", str(Unfinished())) for i in range(total) if i not in known}
+    ends |= {i: Reason.NOT_STARTED.end() for i in range(total) if i not in known}
     parts = (*(kept.load(group.name) for group in there), stopped)
     if not any("log_risk" in part for part in parts):
         raise KeyboardInterrupt

@@ -45,6 +45,7 @@ class DescentLanes(AbstractLanes):
     def seat(self, places: Sequence[int]) -> None:
         for k in places:
             self.seats[k].in_lanes |= len(self.seats) > 1
+            self.seats[k].seated = True
 
     def advance(self, waiting: bool) -> "list[tuple[DescentRun, tuple]]":
         runs = [run for run in self.seats if run is not None]

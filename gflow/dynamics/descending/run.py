@@ -69,7 +69,7 @@ class DescentRun:
     """
 
     name = "gradient descent"
-    in_lanes = False
+    in_lanes = seated = False
     """Whether it went side by side with others."""
 
     def __init__(

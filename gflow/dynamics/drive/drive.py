@@ -50,6 +50,9 @@ class Run(checkpoint.Run, Protocol):
     end: End | None
     """How it ended; None while it is on its way."""
 
+    seated: bool
+    """Whether it is in a lane; a run that is to go on in another way leaves its own."""
+
     @property
     def program(self) -> Hashable:
         """Runs of equal programs can be in lanes side by side."""
@@ -178,7 +181,7 @@ class Drive:
     def _serve(self, queue: deque[Run], alike: list[Run], width: int, device: Any) -> None:
         """Follow runs from the queue in the lanes of one device until none is left."""
         with settings.own(), jax.default_device(device):
-            program, lanes = alike[0].program, alike[0].lanes(alike, width)
+            lanes = alike[0].lanes(alike, width)
             try:
                 while not self.stopped:
                     with self.lock:
@@ -190,7 +193,7 @@ class Drive:
                         break
                     self._advance(lanes, new, bool(queue))
                     for k, run in enumerate(lanes.seats):
-                        if run is not None and (run.end is not None or run.program != program):
+                        if run is not None and (run.end is not None or not run.seated):
                             lanes.seats[k] = None
                     with self.lock:
                         self.look()

@@ -11,7 +11,7 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime, progress_of, save_grid
 from gflow.problem.network import Weights, as_array
-from gflow.problem.risk import Problem
+from gflow.problem.risk import Problem, risk_and_slope
 
 NO_STEP_COUNT = int(np.iinfo(np.int64).max)
 
@@ -65,15 +65,25 @@ class Event(NamedTuple):
         cls, rule: AbstractRule, progress: float, action: Action, clock: AbstractClock | None
     ) -> "Event":
         """Where ``rule`` has made this ``progress``; descent has no clock."""
-        steps = rule.steps_at(progress)
-        value = None if clock is None else rule.clock_value(progress, clock)
-        return cls(
-            rule,
-            float(progress),
-            action,
-            math.inf if value is None else value,
-            NO_STEP_COUNT if steps is None else steps,
-        )
+        return cls.each(rule, [progress], action, clock)[0]
+
+    @classmethod
+    def each(
+        cls,
+        rule: AbstractRule,
+        progress: Sequence[float],
+        action: Action,
+        clock: AbstractClock | None,
+    ) -> "list[Event]":
+        """The same for several values of the progress."""
+        at = np.asarray(progress, dtype=np.float64)
+        steps, values = rule.steps_at(at), None if clock is None else rule.clock_value(at, clock)
+        columns = [
+            at.tolist(),
+            [math.inf] * len(at) if values is None else values.tolist(),
+            [NO_STEP_COUNT] * len(at) if steps is None else steps.tolist(),
+        ]
+        return [cls(rule, p, action, c, n) for p, c, n in zip(*columns, strict=True)]
 
     @classmethod
     def at(cls, clock_value: float, pieces: int, clock: AbstractClock) -> "Event":
@@ -97,6 +107,19 @@ class Event(NamedTuple):
         return math.isinf(self.clock) and not self.counts
 
 
+class AtStart(NamedTuple):
+    """What is known of a start."""
+
+    log_risk: float
+    slope: float
+    r"""$|\nabla\log R|$."""
+
+    @classmethod
+    def of(cls, problem: Problem, weights: Weights) -> "AtStart":
+        log_risk, squared = risk_and_slope(problem, weights)
+        return cls(float(log_risk), math.sqrt(float(squared)))
+
+
 class Course(NamedTuple):
     """All that a run is to do on its way because its caller asks for it."""
 
@@ -114,6 +137,7 @@ def course(
     rules: Sequence[AbstractRule],
     save: int | Sequence[float] | np.ndarray,
     clock: AbstractClock | None,
+    at_start: AtStart,
 ) -> Course:
     """The course of a run from weights at time zero.
 
@@ -122,17 +146,18 @@ def course(
         rules: the stopping rules, the leading one first.
         save: the points to record, in the leading rule's coordinate: see ``stops.save_grid``.
         clock: of a flow; None for descent.
+        at_start: the risk and the slope there.
 
     Raises:
         ValueError: when ``save`` does not fit the leading rule.
     """
     lead, *others = rules
-    standing = progress_of(rules, problem, weights, 0.0, 0)
+    standing = progress_of(rules, problem, weights, at_start.log_risk, 0.0, 0)
     met = [rule for rule, at in zip(rules, standing, strict=True) if at >= rule.goal]
     if met:
         return Course([], [], Reason.REACHED_AT_START.end(rule=met[0]))
     *passed, last = save_grid(lead, standing[0], save)
-    saves = [Event.of(lead, at, Action.SAVE, clock) for at in passed]
-    saves.append(Event.of(lead, last, Action.STOP, clock))
+    saves = Event.each(lead, [*passed, last], Action.SAVE, clock)
+    saves[-1] = saves[-1]._replace(action=Action.STOP)
     ends = [Event.of(rule, rule.goal, Action.STOP, clock) for rule in others]
     return Course(saves, ends, None)

@@ -116,6 +116,8 @@ class FlowLanes(AbstractLanes):
     def seat(self, places: Sequence[int]) -> None:
         for k in places:
             self.seats[k].in_lanes |= self.many
+            self.seats[k].seated = True
+        self._stack()
         member, shared = self._members()
         if not self.many:
             run = self.seats[0]
@@ -124,8 +126,10 @@ class FlowLanes(AbstractLanes):
                 self.lane = start(member, shared, self.method, *run.standing(), many=False)
             run.resumed = None
             return
-        spare = next(run for run in self.seats if run is not None)
-        standing = [(spare if run is None else run).standing() for run in self.seats]
+        spare = self.seats[places[0]].standing()
+        standing = [
+            run.standing() if k in places else spare for k, run in enumerate(self.seats)
+        ]
         fresh = start(member, shared, self.method, *_stacked(standing), many=True)
         which = np.isin(np.arange(len(self.seats)), places)
         self.lane = fresh if self.lane is None else choose(which, fresh, self.lane)
@@ -205,13 +209,10 @@ class FlowLanes(AbstractLanes):
                 run.anew = False
         self.lane = lane
 
-    def _members(self) -> tuple[Member, Member]:
-        """What the runs in the lanes ask for: their own, stacked, and what all share."""
-        runs = list(self.seats)
-        spare = next((run for run in runs if run is not None and run.end is None), None)
-        spare = spare or next(run for run in runs if run is not None)
-        runs = [spare if run is None else run for run in runs]
-        goals = [run.goals(self.rows) for run in runs]
+    def _stack(self) -> None:
+        """Bring together what the runs in the lanes follow: their own, stacked, and shared."""
+        spare = next(run for run in self.seats if run is not None)
+        runs = [spare if run is None else run for run in self.seats]
         columns = zip(*(jax.tree.leaves(run.member) for run in runs), strict=True)
         structure = jax.tree.structure(spare.member)
         own, shared = [], []
@@ -219,12 +220,16 @@ class FlowLanes(AbstractLanes):
             kept = np.stack(column) if apart and self.many else column[0]
             own.append(kept if apart else None)
             shared.append(None if apart else kept)
+        nothing = jax.tree.map(lambda _: None, spare.goals(self.rows))
+        self.followed = jax.tree.unflatten(structure, own)
+        self.shared = dataclasses.replace(jax.tree.unflatten(structure, shared), goals=nothing)
+
+    def _members(self) -> tuple[Member, Member]:
+        """What the lanes follow, with their goals as they are now, and what all share."""
+        spare = next(run for run in self.seats if run is not None)
+        goals = [(spare if run is None else run).goals(self.rows) for run in self.seats]
         wanted = _stacked(goals) if self.many else goals[0]
-        nothing = jax.tree.map(lambda _: None, wanted)
-        return (
-            dataclasses.replace(jax.tree.unflatten(structure, own), goals=wanted),
-            dataclasses.replace(jax.tree.unflatten(structure, shared), goals=nothing),
-        )
+        return dataclasses.replace(self.followed, goals=wanted), self.shared
 
 
 _NO_GOALS = {"clock_goal": as_array(np.int64(0)), "steps_goal": as_array(np.int64(0))}

@@ -20,10 +20,10 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.drive.checkpoint import Snapshot, identity
 from gflow.dynamics.drive.drive import AbstractLanes, widest_for
-from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, Course, Event
+from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, AtStart, Course, Event
 from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, program_of
 from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
-from gflow.dynamics.drive.recorder import Recorder, first_row, rows_for
+from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.land import land
@@ -34,9 +34,10 @@ from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
+from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import imbalance
-from gflow.problem.risk import ROUND_OFF, risk_and_slope
+from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
 UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
 """A margin of this size is uncertain by one: which points share the slope is then no longer known
@@ -70,6 +71,7 @@ class FlowRun:
         recorder: takes its points.
         rules: the stopping rules, the leading one first.
         way: what it is to do on its way.
+        at_start: the risk and the slope at the start.
         compares: whether the two ways of going on are compared before the hand-over.
     """
 
@@ -83,6 +85,7 @@ class FlowRun:
         recorder: Recorder,
         rules: tuple[AbstractRule, ...],
         way: Course,
+        at_start: AtStart,
         *,
         compares: bool = True,
     ):
@@ -90,9 +93,8 @@ class FlowRun:
         self.rules, self.done = rules, 0
         self.saves, self.ends, self.end = way
         self.problem, self.clock = plan.field.problem, plan.field.clock
-        weights = recorder.start
-        log_risk, squared_slope = (float(x) for x in risk_and_slope(self.problem, weights))
-        self.first_slope = math.sqrt(squared_slope)
+        weights, log_risk = recorder.start, at_start.log_risk
+        self.first_slope = at_start.slope
         self.above_zero = log_risk > float(self.problem.log_risk_at_zero()) + ROUND_OFF
         layers = self.problem.network.layers(weights)
         self.imbalance = tuple(map(np.asarray, imbalance(layers))) if layers else ()
@@ -104,7 +106,7 @@ class FlowRun:
         self.counts, self.leg_counts = np.zeros(2, int), (0, 0)
         self.num_rejected = 0
         self.report: Report | None = None
-        s = self.clock.read(log_risk, -math.inf)
+        s = float(self.clock.read(log_risk, -math.inf))
         self._stand = Stand(s, FlowState(weights, as_array(np.zeros(()))), 0)
         self.next_step, self.resumed = math.nan, None
         self.resumed: Lane | None
@@ -113,11 +115,16 @@ class FlowRun:
         self.by_steps: list[tuple[int, list[Event]]] = []
         self.watched: list[Event] = []
         self._program: Hashable = None
+        self._goals: Goals | None = None
+        self._member: Member | None = None
+        self.seated = False
         if plan.methods:
             self._begin_leg(0)
         else:
             self._go_on_in(self._begun_in_split_coordinates(), self._stand)
             self.told = {}
+        self.pending: list[tuple[FlowState, np.ndarray, np.ndarray]] = []
+        """Points that are recorded but not observed yet: states, clock values and step counts."""
         self.record_here()
         if self.end is None:
             self._arm()
@@ -168,7 +175,8 @@ class FlowRun:
         if self.split_run is not None:
             return [self.split_run.progress(rule) for rule in rules]
         (weights, scaled_time), num_steps = self.stand.state, self.stand.num_steps
-        return progress_of(rules, self.problem, weights, scaled_time, num_steps)
+        log_risk = risk_and_slope(self.problem, weights)[0]
+        return progress_of(rules, self.problem, weights, log_risk, scaled_time, num_steps)
 
     def tell(self, lead: AbstractRule) -> tuple[float, str]:
         """How far the run is in the coordinate of ``lead``, and what a bar says beside it."""
@@ -177,16 +185,29 @@ class FlowRun:
     def record_here(self) -> None:
         """Record the point where the run stands."""
         if self.split_run is not None:
+            self.observe()
             self.split_run.record(self.recorder, self.clock)
             return
-        stand, rows = self.stand, rows_for(self.stand.state.weights)
-        one = jax.tree.map(lambda leaf: first_row(leaf, rows), stand.state)
-        self._add(one, [0], np.array([stand.s]), np.array([stand.num_steps]))
+        state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], self.stand.state)
+        self.pending.append((state, np.array([self.stand.s]), np.array([self.stand.num_steps])))
+
+    def observe(self) -> None:
+        """Observe the points that are recorded, so that the recorder has them."""
+        if not self.pending:
+            return
+        states, s, steps = jax.tree.map(lambda *parts: np.concatenate(parts), *self.pending)
+        self.pending, rows = [], rows_for(self.recorder.start)
+        for first in range(0, len(s), rows):
+            part = slice(first, first + rows)
+            block = jax.tree.map(lambda leaf, part=part: filled(leaf[part], rows), states)
+            self._add(block, s[part], steps[part])
 
     def close(self) -> None:
-        """Record the last point, if it is not there yet."""
+        """Record the last point, if it is not there yet, and observe all."""
+        self.observe()
         if self.num_steps > self.recorder.num_steps:
             self.record_here()
+            self.observe()
 
     def facts(self) -> dict[str, Any]:
         """What the record says of the run as a whole."""
@@ -219,8 +240,10 @@ class FlowRun:
     @property
     def member(self) -> Member:
         """What a lane follows, but for its goals."""
-        rules = tuple(anonymous(event.rule) for event in self.watched)
-        return Member(self.plan.field, self.plan.tolerance, rules, None)  # pyright: ignore
+        if self._member is None:
+            rules = tuple(anonymous(event.rule) for event in self.watched)
+            self._member = Member(self.plan.field, self.plan.tolerance, rules, None)
+        return self._member
 
     def standing(self) -> tuple:
         """Where a lane begins: clock value, state, next step and counts of steps."""
@@ -230,6 +253,11 @@ class FlowRun:
 
     def goals(self, window: int) -> Goals:
         """The next goals, one more than the march can save: an attempt knows where it leads."""
+        if self._goals is None:
+            self._goals = self._goals_ahead(window)
+        return self._goals
+
+    def _goals_ahead(self, window: int) -> Goals:
         clock = self.by_clock[self.passed[0] : self.passed[0] + window + 1]
         steps = self.by_steps[self.passed[1] : self.passed[1] + window + 1]
         before = [self.from_s, *(value for value, _ in self.by_clock)][self.passed[0] :]
@@ -257,7 +285,7 @@ class FlowRun:
         if report is None:
             self._advance_in_split()
             return
-        self.report = report
+        self.report, stand = report, None
         self.leg_counts = self.method.counts(report.tally, report.num_steps - self.leg_began)
         self.num_rejected = report.num_rejected
         rows: list[int] = []
@@ -265,9 +293,12 @@ class FlowRun:
             events = self._passed(report, row)
             if any(event.action.saves for event in events):
                 rows.append(row)
-            self._act(events, report.row(row))
+            stand = report.row(row)
+            self._act(events, stand)
         self._record(report, rows)
-        if self.end is None and self.split_run is None and not self.anew:
+        if self.end is not None and stand is not None:
+            self._leave(stand)
+        elif self.end is None and self.split_run is None and not self.anew:
             match report.reason:
                 case Reason.CROSSED:
                     self._land(report)
@@ -281,6 +312,8 @@ class FlowRun:
                     self.end = self._out_of_steps()
         if self.end is not None and self.report is not None and report.lanes.many:
             self._leave(self.stand)  # its place is another's now
+        if self.end is not None or not report.lanes.many:
+            self.observe()
 
     def interrupt(self) -> None:
         """The lanes are about to close: stand where they left the run."""
@@ -289,7 +322,7 @@ class FlowRun:
 
     def _leave(self, stand: Stand, next_step: float = math.nan) -> None:
         """Leave the lanes, standing where they brought the run."""
-        self._stand, self.next_step, self.report = stand, next_step, None
+        self._stand, self.next_step, self.report, self.seated = stand, next_step, None, False
 
     def _begin_leg(self, leg: int) -> None:
         """Begin a leg on the weights."""
@@ -302,17 +335,19 @@ class FlowRun:
         to = int(report.saved.clock_goal[row]), int(report.saved.steps_goal[row])
         met = self.by_clock[self.passed[0] : to[0]]
         met += self.by_steps[self.passed[1] : to[1]]
-        self.passed = to
+        self.passed, self._goals = to, None
         return [event for _, events in met for event in events]
 
     def _record(self, report: Report, rows: list[int]) -> None:
         """Record saved states."""
         if rows:
-            saved = report.saved
-            self._add(saved.state, rows, saved.s[rows], saved.num_steps[rows])
+            chosen = report.saved.state, report.saved.s, report.saved.num_steps
+            self.pending.append(jax.tree.map(lambda leaf: leaf[rows], chosen))
 
-    def _add(self, states: FlowState, rows: list[int], s: np.ndarray, steps: np.ndarray) -> None:
-        scaled_time = np.asarray(states.scaled_time)[rows]
+    def _add(self, states: FlowState, s: np.ndarray, steps: np.ndarray) -> None:
+        """Observe a block of states, the first of which count."""
+        rows = list(range(len(s)))
+        scaled_time = states.scaled_time[rows]
 
         def more(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {
@@ -355,6 +390,7 @@ class FlowRun:
         lead = [event for event in self.saves[self.done : self.done + 1] if event.watched]
         self.watched = [*lead, *(event for event in (*self.ends, *turns) if event.watched)]
         self.passed, self.from_s, self._program = (0, 0), self.stand.s, None
+        self._goals = self._member = None
         self.anew = self.report is not None
 
     def _turns(self) -> list[Event]:
@@ -368,9 +404,15 @@ class FlowRun:
             levels.append((HAND_OVER_AT, Action.HAND_OVER))
             if self.compares and self.early is None:
                 levels.append((COMPARE_AT, Action.COMPARE))
-        levels.append((self._wall[0], Action.WALL))
-        rules = [(LogRisk(level), action) for level, action in levels]
-        return [Event.of(rule, rule.goal, action, self.clock) for rule, action in rules]
+        levels.append((wall(self.problem)[0], Action.WALL))
+        return [
+            Event(_level(level), math.asinh(-level), action, *self._clock_at(level))
+            for level, action in levels
+        ]
+
+    def _clock_at(self, log_risk: float) -> tuple[float, int]:
+        value = self.clock.at_log_risk(log_risk)
+        return math.inf if value is None else float(value), NO_STEP_COUNT
 
     def _is_at(self, event: Event) -> bool:
         """Whether the run stands at an event, or beyond."""
@@ -379,14 +421,6 @@ class FlowRun:
         else:
             here, ahead = self.stand.s, event.clock
         return here >= ahead - SAME * max(1.0, abs(ahead))
-
-    @functools.cached_property
-    def _wall(self) -> tuple[float, End]:
-        """The risk at which float64 weights end, and why."""
-        overflow = float(self.problem.loss.terms(jnp.full((1,), LARGEST_MARGIN)).log_risk)
-        if overflow > -UNCERTAIN_MARGIN:
-            return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
-        return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)
 
     def _act(self, events: Sequence[Event], stand: Stand) -> None:
         """What is to be done at events that happen at one place, saved points first."""
@@ -398,7 +432,7 @@ class FlowRun:
                 case Action.STOP:
                     self.end = Reason.REACHED.end(rule=event.rule, steps=stand.num_steps)
                 case Action.WALL:
-                    self.end = self._wall[1]
+                    self.end = wall(self.problem)[1]
                 case Action.SADDLE:
                     self._at_saddle(stand)
                 case Action.COMPARE:
@@ -542,6 +576,7 @@ class FlowRun:
 
     def snapshot(self) -> Snapshot:
         """All that the run needs to go on."""
+        self.observe()
         splits = {"early": self.early, "split_run": self.split_run}
         facts = {name: getattr(self, name) for name in _FACTS} | {
             "may_split": self.split is not None,
@@ -596,6 +631,19 @@ _FACTS = (
     "num_rejected",
     "used",
 )
+
+
+_level = functools.lru_cache(LogRisk)
+"""Rules that are the same object for the same level."""
+
+
+@once_per_object
+def wall(problem: Problem) -> tuple[float, End]:
+    """The risk at which float64 weights end, and why."""
+    overflow = float(problem.loss.terms(jnp.full((1,), LARGEST_MARGIN)).log_risk)
+    if overflow > -UNCERTAIN_MARGIN:
+        return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
+    return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)
 
 
 def of_the_clock(

@@ -32,7 +32,7 @@ class SplitLane(AbstractLanes):
         super().__init__(1)
 
     def seat(self, places: Sequence[int]) -> None:
-        pass
+        self.seats[0].seated = True
 
     def advance(self, waiting: bool) -> "list[tuple[FlowRun, tuple]]":
         return [(self.seats[0], (None,))]

@@ -1,6 +1,5 @@
 """From saved weights to a record: the part of a run that flow and descent share."""
 
-import functools
 import hashlib
 import math
 import time
@@ -19,6 +18,7 @@ from gflow.names import merged
 from gflow.problem import observables as obs
 from gflow.problem.arguments import flag
 from gflow.problem.max_margin import MaxMargin
+from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.risk import Problem
 from gflow.quantities import QUANTITIES
@@ -40,13 +40,12 @@ def rows_for(weights: Weights, width: int = 1) -> int:
     return max(1, min(ROWS, BUFFER // (size * width)))
 
 
-def first_row(leaf: Any, rows: int) -> np.ndarray:
-    """A buffer of so many rows with ``leaf`` in the first."""
-    leaf = np.asarray(leaf)
-    if rows == 1:
-        return leaf[None]
-    buffer = np.zeros((rows, *leaf.shape), leaf.dtype)
-    buffer[0] = leaf
+def filled(leaf: np.ndarray, rows: int) -> np.ndarray:
+    """A buffer of so many rows that begins with those of ``leaf``."""
+    if len(leaf) == rows:
+        return leaf
+    buffer = np.zeros((rows, *leaf.shape[1:]), leaf.dtype)
+    buffer[: len(leaf)] = leaf
     return buffer
 
 
@@ -106,7 +105,7 @@ class Recorder:
     def add_one(self, weights: Weights, values: Mapping[str, Any]) -> None:
         """Add the point at some weights, with what the run knows of it."""
         rows = rows_for(weights)
-        buffer = jax.tree.map(lambda leaf: first_row(leaf, rows), weights)
+        buffer = jax.tree.map(lambda leaf: filled(np.asarray(leaf)[None], rows), weights)
         columns = {name: np.asarray(value)[None] for name, value in values.items()}
         self.add(buffer, [0], lambda _: columns)
 
@@ -191,29 +190,17 @@ class Recorder:
         digest = hashlib.sha256()
         for _, leaf in _named(self.start):
             digest.update(np.ascontiguousarray(leaf, dtype=np.float64).tobytes())
-        facts = {**_facts(Itself(self.problem), self.layers is not None)}
-        facts["start_sha256"] = digest.hexdigest()
-        return facts | ({"widths": widths(self.start)} if self.layers is not None else {})
+        facts = {**_facts(self.problem), "start_sha256": digest.hexdigest()}
+        if self.layers is not None:
+            facts |= {**_facts_of_layers(self.problem), "widths": widths(self.layers)}
+        return facts
 
 
-class Itself:
-    """A problem, equal to itself only: a key of a cache."""
-
-    def __init__(self, problem: Problem):
-        self.problem = problem
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Itself) and self.problem is other.problem
-
-    def __hash__(self) -> int:
-        return id(self.problem)
-
-
-@functools.lru_cache(maxsize=4)  # an ensemble asks for every member
-def _facts(of: Itself, has_layers: bool) -> dict[str, Any]:
+@once_per_object  # an ensemble asks for every member
+def _facts(problem: Problem) -> dict[str, Any]:
     """What a record says about its problem."""
-    problem, data = of.problem, of.problem.data
-    facts: dict[str, Any] = {
+    data = problem.data
+    return {
         "dataset": data.name,
         "num_points": data.num_points,
         "network": type(problem.network).__name__,
@@ -223,17 +210,20 @@ def _facts(of: Itself, has_layers: bool) -> dict[str, Any]:
         "smoothness": float(problem.loss.smoothness),
         "log_risk_at_zero": float(problem.log_risk_at_zero()),
     }
-    if has_layers:
-        solution = data.max_margin()
-        radius = float(problem.loss.pull_radius(data.num_points))
-        facts |= {
-            "separable": solution.separable,
-            "max_margin": solution.margin if solution.separable else None,
-            "margin_upper_bound": solution.margin_upper,
-            "pull_radius": None if math.isnan(radius) else radius,
-            "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
-        }
-    return facts
+
+
+@once_per_object
+def _facts_of_layers(problem: Problem) -> dict[str, Any]:
+    """What it says beside these of a problem whose network is a product of matrices."""
+    data, solution = problem.data, problem.data.max_margin()
+    radius = float(problem.loss.pull_radius(data.num_points))
+    return {
+        "separable": solution.separable,
+        "max_margin": solution.margin if solution.separable else None,
+        "margin_upper_bound": solution.margin_upper,
+        "pull_radius": None if math.isnan(radius) else radius,
+        "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
+    }
 
 
 def _next_gap(signed_inputs: np.ndarray, solution: MaxMargin) -> float | None:

@@ -12,12 +12,8 @@ STEADY = 0.1
 """A step whose error is below this part of the tolerance does not shorten the next: part of such an
 error is round-off, which shorter steps do not reduce."""
 
-DOUBTFUL = 100 * float(np.finfo(np.float64).eps)
-"""An error below this, relative to the weights, may be round-off as a whole. It is no reason to
-stay at a short step, as the memory of the control would have it."""
-
-LEAST_ERROR = 1e-10
-"""Errors are counted as at least this part of the tolerance."""
+ROUND_OFF = 100 * float(np.finfo(np.float64).eps)
+"""An error below this, relative to the weights, may be round-off as a whole."""
 
 
 def propose(
@@ -26,7 +22,7 @@ def propose(
     last: Any,
     *,
     exponent: float,
-    rtol: Any,
+    noise: Any,
     grow: float = GROW,
     xp: ModuleType = jnp,
 ) -> tuple[Any, Any]:
@@ -40,19 +36,22 @@ def propose(
         norm: of its error, in units of the tolerance; infinite where the step failed.
         last: the norm of the last accepted step before.
         exponent: one over the order of the error in the step.
-        rtol: the tolerance, relative to the weights.
+        noise: the norm that round-off, or an iteration within the step, may leave at any length.
+            A smaller error says no more than that: it is no reason to stay at a short step, as the
+            memory of the control would have it, nor how much longer the next may be.
         grow: the largest ratio of two steps.
         xp: ``jax.numpy``, or ``numpy`` for a solver that is not compiled.
 
-    >>> propose(1.0, 0.5, 1.0, exponent=0.5, rtol=1e-9, xp=np)[0]
-    np.True_
+    >>> accept, longer = propose(1.0, 1e-4, 1.0, exponent=0.5, noise=0.01, xp=np)
+    >>> bool(accept), round(float(longer), 9)
+    (True, 9.0)
     """
-    norm = xp.maximum(norm, LEAST_ERROR)
+    noise = xp.minimum(noise, STEADY)
+    doubtful, norm = norm <= noise, xp.maximum(norm, noise)
     accept = norm <= 1
     steady = norm ** (-0.7 * exponent) * last ** (0.4 * exponent)
     factor = xp.where(accept, steady, xp.minimum(norm ** (-exponent), 1.0))
     factor = xp.clip(SAFETY * factor, SHRINK, grow)
     factor = xp.where(norm < STEADY, xp.maximum(factor, 1.0), factor)
-    doubtful = (norm < STEADY) & (norm * rtol < DOUBTFUL)
-    longer = xp.maximum(SAFETY * norm ** (-exponent), 1.0)
+    longer = xp.clip(SAFETY * norm ** (-exponent), 1.0, grow)
     return accept, step * xp.where(doubtful, xp.maximum(factor, longer), factor)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.march.control import propose
+from gflow.dynamics.march.control import STEADY, propose
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.reasons import Reason
@@ -333,8 +333,9 @@ def _end(
     made = method.end(field, lane.s, lane.step, lane.state, lane.attempt, lane.memory)
     norm = tolerance.norm(made.error, lane.state, made.state)
     norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
+    noise = method.noise / tolerance.rtol
     accept, following = propose(
-        lane.step, norm, lane.error, exponent=method.exponent, rtol=tolerance.rtol
+        lane.step, norm, lane.error, exponent=method.exponent, noise=noise
     )
     # A step that was cut does not shorten the next.
     following = jnp.where(accept & lane.cut, jnp.maximum(following, lane.next_step), following)
@@ -392,7 +393,7 @@ def _end(
         state=state,
         memory=now(made.memory, lane.memory),
         next_step=following,
-        error=now(jnp.maximum(norm, 1e-10), lane.error),
+        error=now(jnp.maximum(norm, jnp.minimum(noise, STEADY)), lane.error),
         step=lane.step,
         lands=lane.lands,
         cut=lane.cut,

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.march.control import ROUND_OFF
 from gflow.problem.network import Array
 
 
@@ -34,6 +35,11 @@ class AbstractMethod(eqx.Module):
     @abstractmethod
     def exponent(self) -> float:
         """One over the order of the error estimate in the step."""
+
+    @property
+    def noise(self) -> float:
+        """The error, relative to the weights, that a step of any length may have."""
+        return ROUND_OFF
 
     @abstractmethod
     def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:

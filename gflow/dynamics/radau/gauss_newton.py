@@ -42,6 +42,10 @@ class Collocation(diffrax.AbstractLocalInterpolation):
         )
 
 
+NOISE = 10.0
+"""The error estimate that Newton's iteration leaves, in units of its tolerance."""
+
+
 class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     """Radau IIA with a matrix-free Newton iteration made for gradient flow.
 
@@ -119,6 +123,10 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     @property
     def exponent(self) -> float:
         return 1 / (2.0 * self.stages - 1.0)
+
+    @property
+    def noise(self) -> float:
+        return NOISE * self.tolerance
 
     def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Solution:
         return newton.at_rest(field, self.stages, s, state.weights, h)

@@ -28,7 +28,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +39,7 @@ from gflow.dynamics.split.geometry import Geometry
 from gflow.dynamics.split.observables import observables
 from gflow.dynamics.split.state import SplitState, split
 from gflow.dynamics.split.walk import Walk
+from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights
 
 if TYPE_CHECKING:
@@ -257,17 +257,9 @@ def _log_risk(problem: "Problem", weights: Weights) -> float:
     return float(np.log(np.mean(np.exp(lowest - margins)))) - lowest
 
 
-_GEOMETRIES: dict[int, Geometry] = {}
+_geometry = once_per_object(Geometry)
 
 
 def geometry(problem: "Problem") -> Geometry:
-    """The data's geometry, worked out once for each data set.
-
-    Kept beside the data and not on it: another attribute of a pytree would be another structure to
-    JAX, and everything would be compiled again.
-    """
-    key = id(problem.data)
-    if key not in _GEOMETRIES:
-        _GEOMETRIES[key] = Geometry(problem.data)
-        weakref.finalize(problem.data, _GEOMETRIES.pop, key).atexit = False
-    return _GEOMETRIES[key]
+    """The data's geometry, worked out once for each data set."""
+    return _geometry(problem.data)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gflow.dynamics.march.control import propose
+from gflow.dynamics.march.control import ROUND_OFF, propose
 from gflow.dynamics.split.field import Chain, Motion, Solved, SplitField, solve
 from gflow.dynamics.split.state import Momentum, SplitState
 
@@ -115,7 +115,7 @@ class Walk:
             error if math.isfinite(error) else np.inf,
             go_on.last_error,
             exponent=1 / ORDER,
-            rtol=self.rtol,
+            noise=ROUND_OFF / self.rtol,
             grow=GROW,
             xp=np,
         )
