@@ -109,7 +109,6 @@ def test_a_malformed_data_file_is_reported_with_its_line(said, tmp_path):
         ("[2, 3, 1]", "[2, 3, 2]", ["the last 1"]),
         ("[2, 3, 1]", "[2, 0, 1]", ["positive whole numbers"]),
         ("[flow]", "[start]\nseed = -1\n[flow]", ["[start] `seed` is -1; expected a whole number"]),
-        ("[flow]", "[start]\nscale = 'big'\n[flow]", ["[start] `scale` is 'big'"]),
         ("log_risk = -20", "steps = -3", ["[flow] until steps: `Steps(-3)`"]),
         ("[flow]\nuntil = { log_risk = -20 }", "", ["neither [flow] nor [descent]"]),
     ],

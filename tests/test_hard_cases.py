@@ -206,7 +206,10 @@ def stalled(problem, start, first_slope):
 
 
 def test_a_network_in_single_precision_is_not_called_a_saddle():
-    network = gflow.Network(lambda w, x: w.astype(jnp.float32) @ x.astype(jnp.float32))
+    def single(w, x):
+        return (w.astype(jnp.float32) @ x.astype(jnp.float32)).astype(jnp.float64)
+
+    network = gflow.Network(single)
     problem = gflow.Problem(PLANE, network=network)
     end = stalled(problem, np.ones(2), 0.2)
     assert end.status == "precision_lost"
