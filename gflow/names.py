@@ -18,22 +18,24 @@ SETTINGS = ("loss", "dataset", "optimizer", "rtol", "atol", "solver")
 """What a run is given. An axis may have such a name, and the run's own words are then under
 ``NAME_used``."""
 
-PER_MEMBER = (
-    *SETTINGS,
-    "status",
-    "message",
-    "wall_time",
-    "max_margin",
-    "margin_upper_bound",
-    "next_margin_gap",
-    "num_rejected",
-    "num_newton_iterations",
-    "start_sha256",
-    "in_lanes",
-    "admissible",
-    "grid_index",
-)
-"""Facts that are attributes of one run and variables of many."""
+PER_MEMBER: dict[str, type] = {
+    **dict.fromkeys(SETTINGS, str),
+    "rtol": float,
+    "atol": float,
+    "status": str,
+    "message": str,
+    "wall_time": float,
+    "max_margin": float,
+    "margin_upper_bound": float,
+    "next_margin_gap": float,
+    "num_rejected": int,
+    "num_newton_iterations": int,
+    "start_sha256": str,
+    "in_lanes": bool,
+    "admissible": bool,
+    "grid_index": int,
+}
+"""Facts that are attributes of one run and variables of many, and their types."""
 
 MOST_AXES = 9
 """More axes than an observable has."""
@@ -46,7 +48,8 @@ LONGEST = 200
 
 def is_taken(name: str) -> bool:
     """Whether some record has a variable, coordinate or dimension of this name."""
-    taken = name.removesuffix("_error") in QUANTITIES or name in (*DIMENSIONS, *ALSO, *PER_MEMBER)
+    of_quantities = name in QUANTITIES or name.removesuffix("_error") in QUANTITIES
+    taken = of_quantities or name in (*DIMENSIONS, *ALSO, *PER_MEMBER)
     return taken or _WEIGHTS.fullmatch(name) is not None
 
 
@@ -81,7 +84,7 @@ def check_names(
                 f"{where} has a name of the record's own; expected one that the record does not "
                 f"use already, such as {f'my_{name}'!r}."
             )
-        fault = _fault(name)
+        fault = fault_of(name)
         if fault:
             raise ValueError(
                 f"{where} has a name that {fault}, which the file of a record cannot hold; "
@@ -118,8 +121,10 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _fault(name: str) -> str | None:
+def fault_of(name: Any) -> str | None:
     """Why a netCDF file cannot hold a name as it is."""
+    if not isinstance(name, str):
+        return "is no text"
     if not name:
         return "is empty"
     if "/" in name:
@@ -141,4 +146,4 @@ def _legal(name: str) -> str:
     """A name like it that is legal."""
     name = unicodedata.normalize("NFC", name.encode(errors="ignore").decode())
     name = re.sub(r"\W+", "_", name)[:40].strip("_")
-    return name if name and not is_taken(name) and _fault(name) is None else "my_observable"
+    return name if name and not is_taken(name) and fault_of(name) is None else "my_observable"

@@ -7,17 +7,20 @@ itself: its variables carry the words of ``quantities.py`` in their attributes.
 
 import contextlib
 import functools
+import json
 import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gflow.names import merged
+from gflow.names import fault_of, merged
+from gflow.problem.arguments import expect, file_path
 from gflow.quantities import DIMENSIONS, QUANTITIES, quantity
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ def variables(
     """The variables of a record, with dimensions and meanings; arguments as of `build`."""
     found: dict[str, Variable] = {}
     for name, values in points.items():
-        stacked = np.stack([np.asarray(value) for value in values])
+        stacked = _countable(np.stack([np.asarray(value) for value in values]))
         if name in VARIABLES:
             dims, meaning = VARIABLES[name]
         else:
@@ -77,7 +80,7 @@ def variables(
             dims, meaning = ("point", *after), name
         found[name] = (dims, stacked, {"long_name": meaning, "units": quantity(name).unit})
     fixed: dict[str, Variable] = {
-        name: (tuple(dims), np.asarray(value), {"long_name": meaning, "units": "1"})
+        name: (tuple(dims), _countable(np.asarray(value)), {"long_name": meaning, "units": "1"})
         for name, (dims, value, meaning) in constants.items()
     }
     return merged(found, fixed)
@@ -118,13 +121,126 @@ def save(record: "xr.Dataset", path: str | os.PathLike[str]) -> Path:
 
     The file appears whole or not at all: it is written beside its final place and renamed.
 
+    Notes of your own in its attributes are kept as far as a file can hold them: None is left out,
+    true and false become 1 and 0, dates and paths text, mappings and nested lists JSON.
+
     Raises:
+        ValueError: when a variable or an attribute cannot be stored, which it names; nothing has
+            been written then.
         OSError: when the folder does not exist or cannot be written.
     """
-    path = Path(path)
+    import xarray as xr
+
+    path = file_path("path", path)
+    expect("record", record, xr.Dataset, "a record, as `gflow.gradient_flow` returns")
+    stored = storable(record)
     with whole_file(path) as partial:
-        record.to_netcdf(partial, engine="netcdf4", format="NETCDF4")
+        try:
+            stored.to_netcdf(partial, engine="netcdf4", format="NETCDF4")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`record` cannot be stored: {error}. {path} is as it was before."
+            ) from error
     return path
+
+
+def storable(record: "xr.Dataset") -> "xr.Dataset":
+    """The record with names and attributes that a file can hold.
+
+    Raises:
+        ValueError: that names what no file can hold.
+    """
+    for name in (*record.variables, *record.dims):
+        fault = fault_of(name)
+        if fault:
+            raise ValueError(
+                f"`record` has the variable or dimension {name!r}, whose name {fault}; expected "
+                "one that a file can hold: rename it."
+            )
+    out = record.copy()
+    out.attrs = _stored_attrs("", record.attrs)
+    for name in out.variables:
+        where = f"[{str(name)!r}]"
+        out[name].attrs = _stored_attrs(where, record[name].attrs)
+        if record[name].dtype.kind not in "biufSUOMm":
+            raise ValueError(
+                f"`record{where}` has the type {record[name].dtype}, which a file cannot hold; "
+                "expected numbers or text. Store real and imaginary parts apart."
+            )
+    return out
+
+
+def _stored_attrs(where: str, attrs: Mapping[Any, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in attrs.items():
+        fault = fault_of(name)
+        if fault:
+            raise ValueError(
+                f"`record{where}.attrs` has the name {name!r}, which {fault}; expected one that a "
+                "file can hold."
+            )
+        if value is None:
+            continue
+        try:
+            found[name] = _stored(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"`record{where}.attrs[{name!r}]` is a {type(value).__name__}, which a file cannot "
+                f"hold ({error}); expected a number, text, a list of them, or what JSON can write."
+            ) from error
+    return found
+
+
+def _stored(value: Any) -> Any:
+    """An attribute as a file holds it."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, date | datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return json.dumps(value, default=_for_json)
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    if isinstance(value, list | tuple):
+        array = _simple_array(value)
+        return json.dumps(value, default=_for_json) if array is None else array
+    array = np.asarray(value)  # of NumPy's and JAX's, and plain numbers
+    if array.dtype == bool:
+        array = array.astype(np.int8)
+    if array.dtype.kind == "U" and array.ndim == 0:
+        return str(array)
+    if array.dtype.kind == "M":
+        return str(array) if array.ndim == 0 else np.datetime_as_string(array)
+    if array.dtype.kind not in "iufU" or array.dtype.itemsize < 1 + (array.dtype.kind == "f"):
+        raise TypeError(f"no number and no text, {array.dtype}")
+    if array.dtype == np.float16 or (array.dtype.itemsize > 8 and array.dtype.kind == "f"):
+        array = array.astype(np.float64)
+    return json.dumps(array.tolist()) if array.ndim > 1 else array
+
+
+def _simple_array(values: Sequence[Any]) -> np.ndarray | None:
+    """Numbers, or texts, as an array; None for what is nested, empty or mixed."""
+    plain = (bool, np.bool_), (int, float, np.integer, np.floating), (str,)
+    for kinds in plain:
+        if values and all(isinstance(each, kinds) for each in values):
+            array = np.asarray(values)
+            return array.astype(np.int8) if array.dtype == bool else array
+    return None
+
+
+def _for_json(value: Any) -> Any:
+    """What JSON does not know, in what it knows."""
+    stored = _stored(value)
+    return stored.tolist() if isinstance(stored, np.ndarray | np.generic) else stored
+
+
+def _countable(values: np.ndarray) -> np.ndarray:
+    """True and false as one and zero, of which there are differences and means."""
+    return values.astype(np.int8) if values.dtype == bool else values
 
 
 @contextlib.contextmanager
@@ -170,7 +286,7 @@ def load(path: str | os.PathLike[str]) -> "xr.Dataset":
 
     from gflow.headline import as_record
 
-    path = Path(path)
+    path = file_path("path", path)
     if not path.exists():
         raise FileNotFoundError(f"`path` is {path}; there is no such file.")
     try:

@@ -1,11 +1,15 @@
 import gc
 import re
+from decimal import Decimal
+from fractions import Fraction
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 
 import gflow.problem.data as module
 from gflow import datasets
@@ -357,3 +361,145 @@ def test_options_of_the_real_sets_standardise_and_add_a_bias():
     np.testing.assert_allclose(features.mean(axis=0), 0.0, atol=1e-14)
     np.testing.assert_allclose(features.std(axis=0), constant[0], rtol=1e-12)
     assert np.linalg.norm(data.inputs, axis=1).max() == pytest.approx(1.0, abs=1e-15)
+
+
+# -- which cells are data, and which labels are there ---------------------------------------------
+
+POINTS = pd.DataFrame({"a": [1.5, -2.0, 3.0, 0.5, 2.5], "b": [0.3, 0.4, 0.5, 0.6, 0.1]})
+NUMBERS, WORDS = POINTS.assign(y=[1, -1, 1, -1, 1]), POINTS.assign(y=["p", "n", "p", "n", "p"])
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize(("frame", "options"), [(NUMBERS, {}), (WORDS, {"positive": "p"})])
+def test_what_pandas_writes_is_read_as_it_was(tmp_path, frame, options, index):
+    for columns in (["a", "b", "y"], [0, 1, 2], [2019, 2020, 2021]):
+        path = tmp_path / "points.csv"
+        frame.set_axis(columns, axis=1).to_csv(path, index=index)
+        data = Dataset.from_csv(path, **options)
+        np.testing.assert_array_equal(data.inputs, POINTS)
+        np.testing.assert_array_equal(data.labels, [1, -1, 1, -1, 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "points"),
+    [
+        ("2019,2020,label\n1.5,2,1\n-1,-2,-1\n", {}, 2),
+        ("2019,2020,label\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes", "header": True}, 2),
+        ("2019,2020,label\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes", "label_column": "label"}, 2),
+        ("x,2,y\n1.5,2,1\n-1,-2,-1\n", {}, 2),
+        ("1.5,2,yes\n-1,-2,no\n", {"positive": "no"}, 2),
+        ("1,2,yes\n-1,-2,no\n", {"positive": "yes"}, 2),
+        ("0,1\n1.5,1\n-2.0,-1\n", {"header": True}, 2),
+        ("0,1\n1.5,1\n-2.0,-1\n", {"header": False}, 3),
+        ('"","x1","y"\n"1",0.5,1\n"2",-1,-1\n', {}, 2),
+    ],
+)
+def test_the_first_row_is_taken_for_what_it_is(tmp_path, text, options, points):
+    assert Dataset.from_csv(write(tmp_path, text), **options).num_points == points
+
+
+COUNTED = "".join(f"{k},{k / 3},{(-1) ** k}\n" for k in range(8))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("0,1\n1.5,1\n-2,-1\n", {}, r"line 1: '0,1' may be names.*`header=True` or `header=False`"),
+        ("2019,2020,y\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes"}, r"line 1: .*`header=True` or"),
+        ("NA,NA,y\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes"}, r"line 1: .*`header=True` or"),
+        ("NA,NA,yes\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes"}, r"line 1, column 1: got 'NA'"),
+        (COUNTED, {}, r"column 1 counts the rows.*`header=False`"),
+        (f"id,x,y\n{COUNTED}", {}, r"column 1 \('id'\) counts the rows.*`header=True`"),
+        (",x,y\na,1,1\nb,2,-1\n", {}, r"column 1 has no name and does not number"),
+        ('"x" "y"\n"1" 2 1\n"2" 3 -1\n', {"delimiter": " "}, r"write.table.*row.names=FALSE"),
+        ("1,5;2;1\n2,5;3;-1\n", {"delimiter": ";"}, r"line 1, column 1: .*decimal comma"),
+        ("1 1:0.5 2:3\n-1 1:2\n", {"delimiter": " "}, r"libsvm's format.*load_svmlight_file"),
+        ("@RELATION r\n@ATTRIBUTE a NUMERIC\n", {}, r"ARFF file.*loadarff"),
+        ("1,2,1,\n2,3,-1,\n", {}, r"line 1, column 4: the column of labels is empty.*delimiter"),
+        ("1,2,1\n", {"header": "yes"}, r"`header` is 'yes'; expected None, True or False"),
+        ("1,2,1\n", {"label_column": None}, r"`label_column` is None; expected a name"),
+        ("1,2,1\n", {"label_column": 1.5}, r"`label_column` is 1.5; expected a name"),
+        ("1,2,1\n", {"delimiter": None}, r"`delimiter` is None; expected one character"),
+    ],
+)
+def test_what_cannot_be_told_of_a_table_is_asked(tmp_path, text, options, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        Dataset.from_csv(write(tmp_path, text), **options)
+
+
+@pytest.mark.parametrize("gap", ["", "NA", "N/A", "nan", "?", "None", "#N/A", "<NA>"])
+def test_a_missing_label_is_no_class(tmp_path, gap):
+    words = write(tmp_path, f"a,y\n1,yes\n-1,no\n3,{gap}\n")
+    for options in ({"positive": "yes"}, {"positive": "yes", "negative": "no"}, {}):
+        with pytest.raises(ValueError, match=r"line 4, column 2 \('y'\): the label is missing"):
+            Dataset.from_csv(words, **options)
+    with pytest.raises(ValueError, match=r"line 4, column 2 .*the label is missing"):
+        Dataset.from_csv(write(tmp_path, f"a,y\n1,1\n-1,0\n3,{gap}\n"), positive=1)
+    np.savez(tmp_path / "a.npz", inputs=np.eye(3), labels=np.array(["yes", "no", gap]))
+    with pytest.raises(ValueError, match=r"`labels\[2\]` is .*no label"):
+        Dataset.from_npz(tmp_path / "a.npz", positive="yes")
+
+
+def test_a_missing_number_among_the_labels_of_an_npz_is_no_class(tmp_path):
+    np.savez(tmp_path / "a.npz", inputs=np.eye(3), labels=[1, 0, np.nan])
+    with pytest.raises(ValueError, match=r"`labels\[2\]` is nan, no label"):
+        Dataset.from_npz(tmp_path / "a.npz", positive=1)
+
+
+def test_a_label_that_is_asked_for_is_there_whatever_it_is_called(tmp_path):
+    path = write(tmp_path, "a,y\n1,none\n-1,mild\n3,none\n")
+    assert Dataset.from_csv(path, positive="none").labels.tolist() == [1, -1, 1]
+    assert Dataset.from_csv(path, positive="mild", negative="none").labels.tolist() == [-1, 1, -1]
+
+
+def test_of_more_than_two_labels_the_second_is_asked_for(tmp_path):
+    path = write(tmp_path, "x,kind\n1,a\n2,b\n3,c\n4,a\n")
+    with pytest.raises(ValueError, match=r"2 other labels: 'b', 'c'.*`negative='b'`"):
+        Dataset.from_csv(path, positive="a")
+    two = Dataset.from_csv(path, positive="a", negative="b")
+    assert two.inputs.ravel().tolist() == [1, 2, 4] and two.labels.tolist() == [1, -1, 1]
+    rest = Dataset.from_csv(path, positive="a", negative=["b", "c"])
+    assert rest.labels.tolist() == [1, -1, -1, 1]
+    with pytest.raises(ValueError, match=r"`negative` is 'd'; expected one of several labels"):
+        Dataset.from_csv(path, positive="a", negative="d")
+
+
+# -- arrays of other kinds ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        POINTS[:3].convert_dtypes(),
+        POINTS[:3].assign(c=[True, False, True]),
+        np.array([[Decimal("1.5")], [Fraction(1, 3)], [2]], dtype=object),
+        jnp.eye(3, dtype=jnp.bfloat16),
+        np.ma.masked_array(np.eye(3)),
+    ],
+    ids=["nullable", "a column of booleans", "objects", "bfloat16", "nothing masked"],
+)
+def test_numbers_of_any_kind_are_taken(inputs, unchecked):
+    data = Dataset(inputs, pd.Series([1, -1, 1], dtype="Int64"))
+    np.testing.assert_array_equal(data.inputs, np.asarray(inputs).astype(float))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (np.ma.masked_array(np.eye(3), np.eye(3)), [1, -1, 1], r"`inputs\[0, 0\]` is masked \(3"),
+        ([np.ma.masked_array([1.0, 2.0], [0, 1])], [1], r"`inputs\[0\]\[1\]` is masked"),
+        (INPUTS, np.ma.masked_array([1, -1, 1], [0, 1, 0]), r"`labels\[1\]` is masked"),
+        (pd.DataFrame({"a": pd.array([1, None], dtype="Int64")}), [1, -1], r"`inputs\[1, 0\]` is"),
+        (scipy.sparse.csr_array(np.eye(3)), [1, -1, 1], r"is a sparse csr_array.*inputs.toarray"),
+        ([["1.5"], ["2"]], [1, -1], r"the type <U3; .*np.asarray\(values, dtype=float\)"),
+        (INPUTS, ["yes", "no", "yes"], r"np.where\(np.asarray\(labels\) == 'yes', 1.0, -1.0\)"),
+        (INPUTS, np.array(["a", None, "b"], dtype=object), r"`labels\[1\]` is None; .*every point"),
+    ],
+)
+def test_what_is_no_number_is_told_how_to_become_one(inputs, labels, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        Dataset(inputs, labels)
+
+
+def test_the_size_of_data_near_the_end_of_the_range_is_told():
+    assert "max |x| = 1.414e+200" in repr(Dataset([[1e200, 1e200]], [1]))

@@ -195,3 +195,43 @@ def test_in_function_space_margins_and_direction_are_right_to_the_tolerance(scal
 def test_a_function_space_tolerance_has_no_absolute_part():
     with pytest.raises(ValueError, match="`atol`"):
         follow(plane(PLANE), gflow.init.gaussian((2, 2, 1)), atol=1e-9, function_space=True)
+
+
+# -- why a flow stalls ----------------------------------------------------------------------------
+
+
+def stalled(problem, start, first_slope):
+    """What is said of a flow that stands at ``start`` and cannot go on."""
+    return why_stalled(gflow.FlowField(problem, gflow.clocks.LogRisk()), start, first_slope, 1e-9)
+
+
+def test_a_network_in_single_precision_is_not_called_a_saddle():
+    def single(w, x):
+        return (w.astype(jnp.float32) @ x.astype(jnp.float32)).astype(jnp.float64)
+
+    network = gflow.Network(single)
+    problem = gflow.Problem(PLANE, network=network)
+    end = stalled(problem, np.ones(2), 0.2)
+    assert end.status == "precision_lost"
+    assert "computes in float32" in end.message and "saddle" not in end.message
+
+
+@pytest.mark.parametrize(("weights", "data"), [(1e-80, 1.0), (1.0, 1e-30)])
+def test_a_risk_that_is_that_of_zero_to_all_digits_is_told(weights, data):
+    problem = gflow.Problem(gflow.Dataset(data * PLANE.inputs, PLANE.labels))
+    start = tuple(weights * layer for layer in gflow.init.gaussian((2, 3, 1), seed=0))
+    end = stalled(problem, start, 1e-40)
+    assert "below float64's round-off beside R(0)" in end.message and "saddle" not in end.message
+    assert "data.scaled()" in end.message
+
+
+def test_a_slope_that_has_vanished_at_the_level_of_zero_is_a_saddle():
+    start = tuple(1e-12 * layer for layer in gflow.init.gaussian((2, 3, 1), seed=0))
+    end = stalled(gflow.Problem(PLANE), start, 1.0)
+    assert end.status == "stalled" and "running into a saddle" in end.message
+
+
+def test_a_gradient_whose_square_underflows_is_not_called_zero():
+    start = tuple(1e-200 * layer for layer in gflow.init.gaussian((2, 3, 1), seed=0))
+    with pytest.raises(ValueError, match=r"gradient of log R of size .*e-20., whose square"):
+        gflow.gradient_flow(gflow.Problem(PLANE), start, until=gflow.LogRisk(-1))

@@ -2,11 +2,13 @@ import itertools
 import math
 from fractions import Fraction
 
+import equinox as eqx
 import jax
 import mpmath
 import numpy as np
 import pytest
 
+import gflow
 from gflow import datasets
 from gflow.problem.compensated import Pair, least_squares, residual
 from gflow.problem.data import Dataset
@@ -437,3 +439,50 @@ def test_refined_least_squares_solve_an_ill_conditioned_system_to_32_digits():
         # The target itself is rounded to 32 digits; the condition number is 1e10.
         assert abs(Fraction(high) + Fraction(low) - x) < Fraction(1, 10**20)
     assert least_squares(np.ones((2, 3)), Pair.of(np.ones(2))) is None
+
+
+# -- units ----------------------------------------------------------------------------------------
+
+
+def spread(ratio, separable=True, rows=False):
+    """Points of a plane with a margin, in units that lie far apart."""
+    generator = np.random.default_rng(2)
+    x, w = generator.normal(size=(30, 4)), generator.normal(size=4)
+    y = np.sign(x @ w) if separable else generator.choice([-1.0, 1.0], 30)
+    z = y[:, None] * x + (0.05 * w if separable else 0.0)
+    exponents = np.linspace(-0.5, 0.5, 30 if rows else 4)
+    return z * (ratio ** exponents[:, None] if rows else ratio**exponents)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("ratio", [1.0, 1e14, 1e20, 1e30, 1e100])
+def test_the_verdict_does_not_depend_on_units(ratio, rows):
+    found = max_margin(spread(ratio, rows=rows))
+    assert found.separable and not found.inseparable and found.verdict == "the data are separable"
+    assert (spread(ratio, rows=rows) @ found.direction > 0).all()
+    assert 0 < found.margin_lower <= found.margin <= found.margin_upper
+    none = max_margin(spread(ratio, separable=False, rows=rows))
+    assert none.inseparable and not none.separable and "not separable" in none.verdict
+
+
+def test_columns_that_lie_far_apart_do_not_cost_the_margin_its_digits():
+    assert max_margin(spread(1e14)).relative_gap < 1e-12
+    # In equal units the same data have a margin of order one, and it is the same direction.
+    one = max_margin(spread(1e10)).direction * 1e10 ** np.linspace(-0.5, 0.5, 4)
+    assert (spread(1.0) @ one > 0).all()
+
+
+def test_what_is_not_known_is_not_told_as_a_proof():
+    unknown = max_margin(np.array([[1.0], [-1.0]]))
+    unknown = eqx.tree_at(lambda m: m.margin_upper, unknown, 0.5)
+    object.__setattr__(unknown, "inseparable", False)
+    assert "not known whether" in unknown.verdict and "not known whether" in unknown.summary
+    assert "not known whether separable" in repr(unknown)
+
+
+def test_a_problem_may_stand_for_its_data(unchecked):
+    data = Dataset([[0.5, 0.5], [-0.5, 0.1]], [1, -1])
+    assert max_margin(gflow.Problem(data)).margin == data.max_margin().margin
+    masked = np.ma.masked_array(np.eye(2), mask=np.eye(2))
+    with pytest.raises(ValueError, match=r"`data\[0, 0\]` is masked \(2 such entries\)"):
+        max_margin(masked)

@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +97,71 @@ def test_a_network_with_several_outputs_is_refused():
 def test_a_problem_of_something_else_is_refused():
     with pytest.raises(ValueError, match="`data` is a list; expected a gflow Dataset"):
         gflow.Problem([1.0])  # pyright: ignore
+
+
+def test_jax_takes_the_methods_of_a_problem():
+    problem = gflow.Problem(DATA)
+    value = problem.log_risk(WEIGHTS)
+    for transform in (jax.jit, jax.checkpoint, eqx.filter_jit):
+        np.testing.assert_allclose(transform(problem.log_risk)(WEIGHTS), value, rtol=1e-14)
+    stacked = jax.tree.map(lambda layer: jnp.stack([layer, layer]), WEIGHTS)
+    assert jax.jit(jax.vmap(problem.margins))(stacked).shape == (2, 3)
+    _, gradient = jax.jit(problem.log_risk_and_gradient)(WEIGHTS)
+    expected = jax.jit(jax.grad(problem.log_risk))(WEIGHTS)
+    for one, other in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
+    # One program for one problem, as for the methods of any other class.
+    assert problem.log_risk == problem.log_risk
+    assert hash(problem.log_risk) == hash(problem.log_risk)
+    assert problem.log_risk != gflow.Problem(DATA).log_risk
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"a": np.ones(2), "heads": 2}, r"`weights\['heads'\]` is of the type int64, 2; .*trained"),
+        ({"a": np.ones(2), "on": True}, r"`weights\['on'\]` is of the type bool"),
+        ({"a": np.ones(2), "f": jnp.tanh}, r"`weights\['f'\]` is .*equinox.partition"),
+        ({"a": np.ones(2), "f": "relu"}, r"`weights\['f'\]` is 'relu'; expected an array"),
+        ({"a": np.ma.masked_array([1.0, 2.0], [0, 1])}, r"`weights\['a'\]\[1\]` is masked"),
+        ([np.ones(2), 1j], r"`weights\[1\]` is"),
+    ],
+)
+def test_leaves_that_are_not_to_be_trained_are_named(weights, words):
+    network = gflow.Network(lambda w, x: jnp.sum(x))
+    with pytest.raises(ValueError, match=words):
+        network.check(weights, DATA)
+    with pytest.raises(ValueError, match=words.replace("weights", "weights_batch")):
+        gflow.ensemble(gflow.Problem(DATA, network), weights, until=gflow.LogRisk(-1))
+
+
+def test_a_model_is_split_as_the_message_says():
+    model = eqx.nn.MLP(2, "scalar", 3, 1, activation=jnp.tanh, key=jax.random.key(0))
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    network = gflow.Network(lambda arrays, x: eqx.combine(arrays, rest)(x))
+    assert network.check(arrays, DATA).layers[0].weight.dtype == np.float64
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("apply", "homogeneity", "words"),
+    [
+        (lambda w, x: w @ x, 2, r"`homogeneity` is 2, but with twice the weights"),
+        (lambda w, x: w @ x + 1.0, 1, r"`homogeneity` is 1, but .*None if it has none"),
+        (lambda w, x: w @ x, "2", r"`homogeneity` is '2'; expected the degree"),
+        (3, None, r"`apply` is 3; expected the function"),
+        (lambda w, x: w * x, None, r"returns shape \(2,\)"),
+        (lambda w, x: w @ x[:1, None, None], None, r"`apply\(weights, x\)` raises|returns shape"),
+    ],
+)
+def test_a_network_that_is_not_what_it_says_is_refused(apply, homogeneity, words):
+    with pytest.raises(ValueError, match=words):
+        gflow.Network(apply, homogeneity=homogeneity).check(np.ones(2), DATA)
+
+
+def test_the_degree_of_networks_in_single_precision_is_believed():
+    single = gflow.Network(
+        lambda w, x: w.astype(jnp.float32) @ x.astype(jnp.float32), homogeneity=1.0
+    )
+    single.check(np.ones(2), DATA)

@@ -126,3 +126,90 @@ def test_one_layer_of_logistic_loss_calms_down_at_any_step():
         )
         assert record.attrs["status"] == "reached"
         assert record.num_steps[-1] < max(rate, 2) / data.max_margin().margin ** 2
+
+
+# -- what is written by hand ----------------------------------------------------------------------
+
+
+def by_hand(optimizer, steps=25):
+    """The loop that one would write, compiled."""
+    now = tuple(map(jnp.asarray, START))
+    state = optimizer.init(now)
+
+    @jax.jit
+    def step(now, state):
+        gradient = jax.grad(lambda at: jnp.exp(PROBLEM.log_risk(at)))(now)
+        with jax.numpy_dtype_promotion("standard"):  # of low precision with double
+            updates, state = optimizer.update(gradient, state, now)
+        return optax.apply_updates(now, updates), state
+
+    for _ in range(steps):
+        now, state = step(now, state)
+    return now
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.adam(0.05, mu_dtype=jnp.bfloat16),
+        lambda: optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.float32),
+        lambda: optax.contrib.sam(  # takes no extra arguments, also inside a chain
+            optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), sync_period=2
+        ),
+        lambda: optax.sgd(jnp.array([0.1])),
+    ],
+    ids=["bfloat16", "float32", "sam", "rate of shape (1,)"],
+)
+def test_descent_makes_the_steps_of_a_loop_by_hand(make):
+    with jax.numpy_rank_promotion("allow"):  # for the rate
+        found = gflow.gradient_descent(PROBLEM, START, make(), until=gflow.Steps(25), save=3)
+        expected = by_hand(make())
+    for k, layer in enumerate(expected, start=1):
+        np.testing.assert_allclose(found[f"final_weights_{k}"], layer, rtol=0, atol=1e-14)
+
+
+def test_members_with_states_of_low_precision_make_the_steps_that_they_make_alone():
+    makers = [optax.adam(rate, mu_dtype=jnp.bfloat16) for rate in (0.02, 0.05)]
+    batch = tuple(np.stack([layer, layer]) for layer in START)
+    found = gflow.ensemble(PROBLEM, batch, makers, until=gflow.Steps(25), save=3)
+    for k, layer in enumerate(by_hand(makers[1]), start=1):
+        np.testing.assert_allclose(found[f"final_weights_{k}"][1], layer, rtol=0, atol=1e-14)
+
+
+def test_time_passes_for_a_projected_descent():
+    data = gflow.Dataset(np.abs(DATA.inputs) + 0.1, np.ones(20))
+    kept = optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative())
+    start = (np.array([[0.1, 0.2]]),)
+    found = gflow.gradient_descent(gflow.Problem(data), start, kept, until=gflow.Steps(50), save=3)
+    assert found.attrs["status"] == "reached" and found.attrs["step_size"] == "measured"
+    # The projection changes nothing here: it is plain descent, whose steps are 0.1.
+    np.testing.assert_allclose(np.exp(found.log_time[1:]), 0.1 * found.num_steps[1:], rtol=1e-12)
+
+
+def test_decay_of_the_weights_leaves_the_nominal_time():
+    found = gflow.gradient_descent(
+        PROBLEM, START, optax.adamw(0.05, weight_decay=0.1), until=gflow.Steps(4), save=2
+    )
+    assert found.attrs["step_size"] == "nominal"
+    assert found.log_step_size[-1] == pytest.approx(math.log(0.05), rel=1e-6)
+
+
+def test_a_schedule_that_ends_at_zero_is_not_said_to_go_uphill():
+    # Schedules count in float32 and end at -1.5e-9 instead of zero.
+    falling = optax.sgd(optax.linear_schedule(0.1, 0.0, 20))
+    found = gflow.gradient_descent(PROBLEM, START, falling, until=gflow.Steps(25), save=3)
+    assert "uphill" not in found.attrs["message"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (optax.lookahead(optax.sgd(0.1), 5, 0.5), "as the pairs of optax.lookahead, cannot be run"),
+        (optax.sgd(jnp.full((1, 1, 1), 0.1)), "an array of shape|cannot make a step"),
+        (optax.sgd(jnp.ones(3)), "cannot make a step"),
+        (optax.masked(optax.sgd(0.1), {"a": True}), "cannot be started: its `init` raises"),
+    ],
+)
+def test_optimisers_that_cannot_run_are_refused_in_words(optimizer, words):
+    with pytest.raises(ValueError, match=f"`optimizer`.*({words})"):
+        gflow.gradient_descent(PROBLEM, START, optimizer, until=gflow.Steps(5))

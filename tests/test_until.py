@@ -97,3 +97,20 @@ def test_rules_on_small_variables_stop_where_they_are_met(rule, far):
     assert record.attrs["status"] == "reached"
     assert record[rule.variable][-1] == pytest.approx(rule.value, rel=1e-9)
     assert bool(record.beyond_hand_over[-1]) == far
+
+
+def test_a_log_risk_with_the_wrong_sign_is_doubted():
+    with pytest.warns(UserWarning, match=r"is it LogRisk\(-50\)"):
+        as_rules(gflow.LogRisk(50) | gflow.Steps(3))
+    as_rules(gflow.LogRisk(5.0))  # which some start may be above
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", [None, "5", np.nan, np.inf, [5], True, np.ma.masked, 1j])
+@pytest.mark.parametrize(
+    "rule",
+    [gflow.LogRisk, gflow.Time, gflow.LogTime, gflow.Steps, gflow.Misalignment, gflow.KKT],
+)
+def test_what_is_no_number_is_no_goal(rule, value):
+    with pytest.raises(ValueError, match=rf"`{rule.__name__}\("):
+        rule(value)

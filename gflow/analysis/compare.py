@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.problem.logarithms import log_expm1
 from gflow.quantities import QUANTITIES, Kind, quantity
 
@@ -36,6 +37,7 @@ COORDINATES = {
 }
 
 
+@settings.own()
 def compare(
     flow: "xr.Dataset",
     descent: "xr.Dataset",
@@ -272,7 +274,7 @@ def _check_same(flow: "xr.Dataset", descent: "xr.Dataset") -> None:
             f"the two records differ in {', '.join(differing)}, so that their gaps are not "
             "those of discretisation alone.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from gflow.dynamics.clocks import LogTime
 from gflow.dynamics.field import FlowField, FlowState
+from gflow.problem import settings
 from gflow.problem.arguments import numbers_of
 from gflow.problem.curvature import ends_of_spectrum, relative_hessian
 from gflow.problem.network import Array, Weights, squared_norm
@@ -62,6 +63,7 @@ class _Field(eqx.Module):
         return _State(self.flow(s, state.flow), growing, growing * state.bound + force, force)
 
 
+@settings.own()
 def gap_bound(
     problem: Problem, weights: Weights, log_times: np.ndarray, *, rtol: float = 1e-8
 ) -> "xr.Dataset":

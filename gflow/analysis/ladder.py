@@ -24,6 +24,7 @@ import numpy as np
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.modified import ORDERS, ModifiedEquation
 from gflow.dynamics.stops import Time
+from gflow.problem import settings
 from gflow.problem.arguments import numbers_of, positive
 from gflow.problem.network import Array, Weights, end_to_end
 from gflow.problem.risk import Problem
@@ -42,6 +43,7 @@ FLOOR = 10.0
 """A gap below so many times ``rtol``, relative to the weights, may be an error of the solver."""
 
 
+@settings.own()
 def ladder(
     problem: Problem,
     weights: Weights,

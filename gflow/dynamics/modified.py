@@ -35,6 +35,7 @@ import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField
+from gflow.problem.arguments import is_number, shown
 from gflow.problem.curvature import Slope, relative_gradient
 from gflow.problem.network import (
     AbstractNetwork,
@@ -78,10 +79,10 @@ class ModifiedEquation(eqx.Module):
     order: int = eqx.field(static=True)
 
     def __init__(self, step: float, order: int = 1):
-        if not (math.isfinite(step) and step > 0):
+        if not (is_number(step) and 0 < step < math.inf):
             raise ValueError(
-                f"`step` is {step}; expected a positive finite number, the learning rate of the "
-                "descent to follow. Without `modified` the flow is that of descent's limit."
+                f"`step` is {shown(step)}; expected a positive finite number, the learning rate of "
+                "the descent to follow. Without `modified` the flow is that of descent's limit."
             )
         if order not in ORDERS:
             raise ValueError(

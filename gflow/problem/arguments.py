@@ -62,6 +62,21 @@ def positive(name: str, value: Any) -> float:
     return number(name, value, "a positive finite number", lambda v: 0 < v < math.inf)
 
 
+def between(
+    name: str, value: Any, low: float, high: float, expected: str, *, ends: bool = False
+) -> float:
+    """``value`` of an argument as a number between two, or a ValueError that names it.
+
+    Args:
+        name: of the argument.
+        value: what it got.
+        low, high: the two.
+        expected: in words, what to give instead.
+        ends: whether ``low`` is allowed.
+    """
+    return number(name, value, expected, lambda v: low < v < high or (ends and v == low))
+
+
 def seed_of(name: str, value: Any) -> int:
     """``value`` of an argument that seeds random numbers, or a ValueError that names it."""
     if not whole(value) or value < 0:

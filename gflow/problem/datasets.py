@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gflow.problem.arguments import numbers_of
+from gflow.problem import settings
+from gflow.problem.arguments import between, numbers_of, seed_of, shown, whole
 from gflow.problem.data import Dataset
 
 # -------------------------------------------------------------------------------------------------
@@ -17,6 +18,7 @@ from gflow.problem.data import Dataset
 # -------------------------------------------------------------------------------------------------
 
 
+@settings.own()
 def separable(n: int = 100, d: int = 2, margin: float = 0.1, seed: int = 0) -> Dataset:
     r"""Random data in the unit ball whose max margin is `margin` by construction, up to rounding.
 
@@ -37,15 +39,13 @@ def separable(n: int = 100, d: int = 2, margin: float = 0.1, seed: int = 0) -> D
     >>> round(data.max_margin().margin, 12)
     0.25
     """
-    if n < 1 or d < 1:
-        name, value = ("n", n) if n < 1 else ("d", d)
-        raise ValueError(f"`{name}` is {value}; expected at least 1.")
-    if not 0.0 < margin < 1.0:
-        raise ValueError(
-            f"`margin` is {margin}; expected a number between 0 and 1: the points are in the unit "
-            "ball."
-        )
-    generator = np.random.default_rng(seed)
+    for name, value in (("n", n), ("d", d)):
+        if not whole(value) or value < 1:
+            raise ValueError(f"`{name}` is {shown(value)}; expected at least 1, a whole number.")
+    n, d = int(n), int(d)
+    inside = "a number between 0 and 1: the points are in the unit ball"
+    margin = between("margin", margin, 0.0, 1.0, inside)
+    generator = np.random.default_rng(seed_of("seed", seed))
     direction = _unit(generator.normal(size=d))
     carriers = min(n, d)
     weights = np.linspace(1.0, 2.5, carriers) * generator.uniform(0.9, 1.1, size=carriers)
@@ -68,6 +68,7 @@ def separable(n: int = 100, d: int = 2, margin: float = 0.1, seed: int = 0) -> D
     return Dataset((labels[:, None] * z)[order], labels[order], name=name)
 
 
+@settings.own()
 def two_point(a: float = 0.8, b: float = 0.5, multiplicities: tuple[int, int] = (3, 1)) -> Dataset:
     r"""Copies of $z = (a, b)$ and $z = (a, -b)$: the smallest data with the generic rate.
 
@@ -80,16 +81,21 @@ def two_point(a: float = 0.8, b: float = 0.5, multiplicities: tuple[int, int] = 
         b: the coordinate across, positive.
         multiplicities: the numbers of copies; the second point is labelled -1.
     """
-    if not (a > 0.0 and b > 0.0):
-        name, value = ("a", a) if not a > 0.0 else ("b", b)
-        raise ValueError(f"`{name}` is {value}; expected a positive number.")
-    first, second = multiplicities
-    if min(first, second) < 1:
-        raise ValueError(f"`multiplicities` is {multiplicities}; expected two numbers from 1 on.")
+    a, b = (
+        between(name, value, 0.0, np.inf, "a positive number")
+        for name, value in (("a", a), ("b", b))
+    )
+    counts = multiplicities if isinstance(multiplicities, tuple | list) else ()
+    if len(counts) != 2 or not all(whole(count) and count >= 1 for count in counts):
+        raise ValueError(
+            f"`multiplicities` is {shown(multiplicities)}; expected two numbers from 1 on."
+        )
+    first, second = map(int, counts)
     inputs = [[a, b]] * first + [[-a, b]] * second
     return Dataset(inputs, [1.0] * first + [-1.0] * second, name=f"two-point ({first}:{second})")
 
 
+@settings.own()
 def one_datum(z: Sequence[float] = (1.0, 0.9, 0.3)) -> Dataset:
     r"""A single point with the label +1.
 
@@ -120,6 +126,7 @@ def _in_ball(generator: np.random.Generator, n: int, normal: np.ndarray) -> np.n
 # -------------------------------------------------------------------------------------------------
 
 
+@settings.own()
 def digits(first: int = 3, second: int = 5, *, bias: float | None = None) -> Dataset:
     """Handwritten digits, 8 by 8 pixels in [0, 1]; every pair is separable through the origin.
 
@@ -132,6 +139,7 @@ def digits(first: int = 3, second: int = 5, *, bias: float | None = None) -> Dat
     return _pair("digits", inputs / 16.0, classes, first, second, False, bias)
 
 
+@settings.own()
 def iris(
     first: int = 0, second: int = 1, *, standardise: bool = False, bias: float | None = None
 ) -> Dataset:
@@ -147,6 +155,7 @@ def iris(
     return _pair("iris", inputs, classes, first, second, standardise, bias)
 
 
+@settings.own()
 def wine(
     first: int = 0, second: int = 1, *, standardise: bool = True, bias: float | None = None
 ) -> Dataset:
@@ -162,6 +171,7 @@ def wine(
     return _pair("wine", inputs, classes, first, second, standardise, bias)
 
 
+@settings.own()
 def breast_cancer(*, standardise: bool = True, bias: float | None = 1.0) -> Dataset:
     r"""Breast tumours, 30 features, benign +1 and malignant -1: the hard case.
 
@@ -195,9 +205,9 @@ def _pair(
 ) -> Dataset:
     """Two classes as a binary problem, in the unit ball."""
     for argument, value in (("first", first), ("second", second)):
-        if value not in classes:
+        if not whole(value) or value not in classes:
             raise ValueError(
-                f"`{argument}` is {value!r}; expected a class of {name}, 0 to {classes.max()}."
+                f"`{argument}` is {shown(value)}; expected a class of {name}, 0 to {classes.max()}."
             )
     if first == second:
         raise ValueError(f"`first` and `second` are both {first}; expected two classes.")
@@ -225,6 +235,7 @@ _NAMED: dict[str, Callable[[], Dataset]] = {
 _PAIRS: dict[str, Callable[[int, int], Dataset]] = {"digits": digits, "iris": iris, "wine": wine}
 
 
+@settings.own()
 def load(name: str) -> Dataset:
     """A data set by its name, with the defaults of its function.
 
@@ -240,7 +251,7 @@ def load(name: str) -> Dataset:
     """
     if name in _NAMED:
         return _NAMED[name]()
-    match = re.fullmatch(r"([a-z]+)-(\d)-(\d)", name)
+    match = re.fullmatch(r"([a-z]+)-(\d)-(\d)", str(name))
     if match and match[1] in _PAIRS:
         return _PAIRS[match[1]](int(match[2]), int(match[3]))
     known = [*_NAMED, *(f"{family}-A-B" for family in _PAIRS)]

@@ -11,34 +11,42 @@ from itertools import pairwise
 import numpy as np
 
 from gflow.problem import settings
-from gflow.problem.arguments import numbers_of
+from gflow.problem.arguments import A_PROBLEM, expect, number, numbers_of, seed_of, whole
 from gflow.problem.network import check_weights, end_to_end
 from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
 
 LayerWeights = tuple[np.ndarray, ...]
 
 
+@settings.own()
 def gaussian(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     r"""Independent entries $\mathcal N(0, \text{scale}^2/d_{k-1})$ (LeCun's scaling).
 
     With ``scale=1`` a layer keeps the expected norm of what passes through it.
     """
+    scale = number("scale", scale)
     return _random(widths, lambda rows, columns: scale / np.sqrt(columns), seed)
 
 
+@settings.own()
 def xavier(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     r"""Gaussian entries of variance $2\,\text{scale}^2/(d_{k-1} + d_k)$ (Glorot, Bengio)."""
+    scale = number("scale", scale)
     return _random(widths, lambda rows, columns: scale * np.sqrt(2 / (rows + columns)), seed)
 
 
+@settings.own()
 def he(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     r"""Gaussian entries of variance $2\,\text{scale}^2/d_{k-1}$ (He et al. 2015)."""
+    scale = number("scale", scale)
     return _random(widths, lambda rows, columns: scale * np.sqrt(2 / columns), seed)
 
 
+@settings.own()
 def orthogonal(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     """Each layer ``scale`` times a random matrix with orthonormal rows or columns (Haar)."""
-    rng = np.random.default_rng(seed)
+    scale = number("scale", scale)
+    rng = np.random.default_rng(seed_of("seed", seed))
 
     def layer(rows: int, columns: int) -> np.ndarray:
         q, r = np.linalg.qr(rng.normal(size=(max(rows, columns), min(rows, columns))))
@@ -48,6 +56,7 @@ def orthogonal(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> L
     return tuple(layer(rows, columns) for rows, columns in _shapes(widths))
 
 
+@settings.own()
 def balanced(
     widths: Sequence[int],
     end_to_end: Sequence[float] | np.ndarray | None = None,
@@ -70,10 +79,10 @@ def balanced(
             balanced to the last bit; a random basis is balanced to round-off.
     """
     shapes = _shapes(widths)
-    rng = np.random.default_rng(0 if seed is None else seed)
+    rng = np.random.default_rng(0 if seed is None else seed_of("seed", seed))
     direction = rng.normal(size=shapes[0][1])
     if end_to_end is None:
-        sigma = float(scale)
+        sigma = number("scale", scale)
     else:
         direction = numbers_of("end_to_end", end_to_end)
         if direction.shape != (shapes[0][1],) or not np.all(np.isfinite(direction)):
@@ -95,6 +104,7 @@ def balanced(
     return tuple(sigma * np.outer(after, before) for before, after in pairwise(units))
 
 
+@settings.own()
 def zero_first(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     """The paper's recipe $W_1(0) = 0$, the other layers as :func:`gaussian`.
 
@@ -104,9 +114,11 @@ def zero_first(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> L
     return (np.zeros_like(first), *rest)
 
 
+@settings.own()
 def from_arrays(arrays: Sequence[np.ndarray]) -> LayerWeights:
     """Given layer matrices from input to output, checked and copied to float64."""
-    return tuple(np.array(layer) for layer in check_weights(tuple(arrays)))
+    layers = tuple(arrays) if isinstance(arrays, list) else arrays
+    return tuple(np.array(layer) for layer in check_weights(layers))
 
 
 @settings.own()
@@ -121,6 +133,7 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
     Raises:
         ValueError: when the product is orthogonal to the gradient at zero, so no scaling helps.
     """
+    expect("problem", problem, Problem, A_PROBLEM)
     *rest, last = from_arrays(weights)
     at_zero = float(problem.log_risk_at_zero())
 
@@ -146,13 +159,13 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
 def _random(
     widths: Sequence[int], deviation: Callable[[int, int], float], seed: int
 ) -> LayerWeights:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed_of("seed", seed))
     return tuple(deviation(*shape) * rng.normal(size=shape) for shape in _shapes(widths))
 
 
 def _shapes(widths: Sequence[int]) -> list[tuple[int, int]]:
     widths = list(widths) if np.ndim(widths) else [widths]  # pyright: ignore
-    bad = [width for width in widths if int(width) != width or width < 1]
+    bad = [width for width in widths if not whole(width) or width < 1]
     if len(widths) < 2 or bad or widths[-1] != 1:
         raise ValueError(
             f"`widths` is {tuple(widths)}; expected at least two positive integers from the "

@@ -204,7 +204,8 @@ class Network(AbstractNetwork):
     Args:
         apply: ``apply(weights, x)`` with ``x`` of shape (d,), returning a scalar; pure JAX.
         homogeneity: the degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$,
-            if there is one; the normalised margin $\min_i q_i/\lVert W\rVert^L$ needs it.
+            if there is one; the normalised margin $\min_i q_i/\lVert W\rVert^L$ needs it. It is
+            tried at the start.
     """
 
     apply: Callable[[Any, Array], Array] = eqx.field(static=True)

@@ -152,7 +152,9 @@ def gradient_alignment(problem: Problem, weights: Weights) -> Array:
     Tends to one for homogeneous networks (Ji and Telgarsky, arXiv 2006.06657).
     """
     _, gradient = problem.log_risk_and_gradient(weights)
-    return -inner_product(weights, gradient) / jnp.sqrt(squared_norm(weights) * squared_norm(gradient))
+    return -inner_product(weights, gradient) / jnp.sqrt(
+        squared_norm(weights) * squared_norm(gradient)
+    )
 
 
 class Reference(eqx.Module):

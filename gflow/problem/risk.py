@@ -21,9 +21,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gflow.problem import settings
-from gflow.problem.arguments import expect
+from gflow.problem.arguments import expect, shown
 from gflow.problem.data import Dataset
 from gflow.problem.losses import Logistic
+from gflow.problem.methods import plain_method
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
 from gflow.problem.terms import AbstractJointLoss
 
@@ -50,10 +51,12 @@ class Problem(eqx.Module):
         network: AbstractNetwork | None = None,
         loss: AbstractJointLoss | None = None,
     ):
-        self.data, self.network, self.loss = data, network or DeepLinear(), loss or Logistic()
-        expect("data", self.data, Dataset, "a gflow Dataset")
-        expect("network", self.network, AbstractNetwork, "a gflow AbstractNetwork")
-        expect("loss", self.loss, AbstractJointLoss, "a gflow AbstractLoss")
+        self.data = data
+        self.network = DeepLinear() if network is None else network
+        self.loss = Logistic() if loss is None else loss
+        expect("data", self.data, Dataset, "a gflow Dataset, as `gflow.Dataset(inputs, labels)`")
+        expect("network", self.network, AbstractNetwork, "a network, as `gflow.DeepLinear()`")
+        expect("loss", self.loss, AbstractJointLoss, "a loss, as `gflow.Logistic()`")
         self.design = self.network.design(self.data)
 
     def sharded(self, devices: Sequence[Any] | None = None) -> "Problem":
@@ -71,6 +74,10 @@ class Problem(eqx.Module):
                 deep linear.
         """
         devices = list(devices or jax.local_devices())
+        if not all(isinstance(device, jax.Device) for device in devices):
+            raise ValueError(
+                f"`devices` holds {shown(devices[0])}; expected devices, as `jax.devices()`."
+            )
         if self.design is None:
             raise ValueError(
                 f"`problem` has a {type(self.network).__name__}; expected a DeepLinear network: "
@@ -86,19 +93,23 @@ class Problem(eqx.Module):
             design = jax.device_put(np.asarray(self.design), rows)
         return eqx.tree_at(lambda p: p.design, self, design)
 
+    @plain_method
     def margins(self, weights: Weights) -> Array:
         """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,)."""
         return self.spread(self.network.coordinates(weights, self.data))
 
+    @plain_method
     def log_risk(self, weights: Weights) -> Array:
         r"""$\log R(W)$, natural logarithm of the mean loss."""
         return self.loss.terms(self.margins(weights)).log_risk
 
+    @plain_method
     def log_risk_and_gradient(self, weights: Weights) -> tuple[Array, Weights]:
         r"""$\log R$ and $g = \nabla \log R$, the latter shaped as the weights."""
         log_risk, gradient, _ = self.log_risk_gradient_and_norm(weights)
         return log_risk, gradient
 
+    @plain_method
     def log_risk_gradient_and_norm(self, weights: Weights) -> tuple[Array, Weights, Array]:
         r"""$\log R$, $g = \nabla\log R$ and $\lVert g\rVert^2$."""
         coordinates, pull = self.network.pullback(weights, self.data)
@@ -140,6 +151,7 @@ class Problem(eqx.Module):
                 "another rule."
             )
 
+    @plain_method
     def log_risk_at_zero(self) -> Array:
         r"""$\log R(0) = \log\ell(0)$, the level of the paper's assumption on the start."""
         return self.loss.log_risk_at_zero(self.data.num_points)
@@ -149,10 +161,12 @@ class Problem(eqx.Module):
         """The number m of coordinates that the implicit solver works in."""
         return self.data.num_points if self.design is None else min(self.design.shape)
 
+    @plain_method
     def spread(self, coordinates: Array) -> Array:
         """$A c$: from the network's coordinates to the margins, along the last axis."""
         return coordinates if self.design is None else coordinates @ self.design.T
 
+    @plain_method
     def gather(self, slopes: Array) -> Array:
         r"""$A^\top s$: from covectors on the margins to those on the coordinates, likewise."""
         return slopes if self.design is None else slopes @ self.design

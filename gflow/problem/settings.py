@@ -24,6 +24,10 @@ class Settings(NamedTuple):
     to_host: str | None
     floats: Mapping[str, Any]
     """As of ``np.geterr``."""
+    ranks: str | None = None
+    """Whether ranks may be promoted; None leaves it."""
+    types: str | None = None
+    """Which types may be promoted; None leaves it."""
 
     @classmethod
     def now(cls) -> "Settings":
@@ -36,7 +40,19 @@ class Settings(NamedTuple):
             config.jax_transfer_guard_device_to_device,
             config.jax_transfer_guard_device_to_host,
             np.geterr(),
+            config.jax_numpy_rank_promotion,
+            config.jax_numpy_dtype_promotion,
         )
+
+    @contextlib.contextmanager
+    def promotion(self) -> Iterator[None]:
+        """What may be promoted, in force in this thread until the block ends."""
+        with contextlib.ExitStack() as stack:
+            if self.ranks is not None:
+                stack.enter_context(jax.numpy_rank_promotion(self.ranks))
+            if self.types is not None:
+                stack.enter_context(jax.numpy_dtype_promotion(self.types))
+            yield
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -70,11 +86,13 @@ def own() -> Iterator[None]:
     """Our settings and float64, for a block or, as ``@own()``, for a function.
 
     Settings belong to a thread. One that is started inside has the caller's at hand if it runs in a
-    copy of the context: ``pool.submit(contextvars.copy_context().run, function)``.
+    copy of the context: ``pool.submit(contextvars.copy_context().run, function)``. What the caller
+    lets JAX promote, which their network and optimiser count on, then holds there too.
     """
-    token = None if _CALLERS.get() else _CALLERS.set(Settings.now())
+    theirs = _CALLERS.get()
+    token = None if theirs else _CALLERS.set(Settings.now())
     try:
-        with OWN.applied(), jax.enable_x64(True):
+        with OWN.applied(), jax.enable_x64(True), (theirs or OWN).promotion():
             yield
     finally:
         if token is not None:

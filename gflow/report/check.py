@@ -19,7 +19,7 @@ from gflow.analysis import exact
 from gflow.analysis.table import Table, line
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.stops import LogRisk
-from gflow.problem import init
+from gflow.problem import init, settings
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
 from gflow.problem.network import Network, Weights
@@ -84,6 +84,7 @@ class Checks(Table[Check]):
         return f"{met}; fewest {fewest:.1f}"
 
 
+@settings.own()
 def check(*, show: bool = False) -> Checks:
     """Follow every flow that has a closed form, and count the correct digits.
 

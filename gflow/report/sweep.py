@@ -5,8 +5,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,11 +13,18 @@ import numpy as np
 
 from gflow import record
 from gflow.dynamics.descending.optimizers import describe
-from gflow.dynamics.drive.members import agreed, filled
+from gflow.dynamics.drive.members import Unfinished, agreed, filled
 from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
 from gflow.dynamics.reasons import Reason
 from gflow.names import SETTINGS, all_names, check_names
+from gflow.problem.arguments import (
+    expect,
+    expect_unmasked,
+    file_path,
+    positive_count,
+    shown,
+)
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 from gflow.report.groups import Folder
@@ -97,10 +103,13 @@ def sweep(
     >>> dict(found.misalignment.sizes)
     {'depth': 2, 'seed': 2, 'point': 3, 'pair': 2}
     """
+    group_size = positive_count("group_size", group_size)
+    folder = None if folder is None else file_path("folder", folder)
     if not callable(function):
+        function = file_path("function", function)
         from gflow.report.variation import read_sweep
 
-        made = read_sweep(os.fspath(function))
+        made = read_sweep(function)
         function, own = made.function, made.grid
         unknown = set(grid or ()) - set(own)
         if unknown:
@@ -108,6 +117,8 @@ def sweep(
                 f"`grid` has {sorted(unknown)}; expected dimensions of the file: {list(own)}."
             )
         grid = {**own, **(grid or {})}
+    listed = 'a mapping from name to values, as {"seed": [0, 1]}'
+    expect("grid", grid, Mapping | None, listed)
     taken = all_names(options.get("observables"))
     check_names("grid", grid or (), beside=taken, allowed=SETTINGS)
     check_names("observables", options.get("observables") or ())
@@ -117,7 +128,7 @@ def sweep(
     labels = {name: list(labels) for name, (labels, _) in axes.items()}
     trials = _trials(function, axes, {"until": until, "save": save, **options})
     groups = list(_groups(trials, labels, group_size))
-    kept = Folder(None if folder is None else Path(folder), labels, [g.name for g in groups])
+    kept = Folder(folder, labels, [g.name for g in groups])
 
     missing = [group for group in groups if not kept.has(group.name)]
     total, done = len(trials), len(trials) - sum(len(group.indices) for group in missing)
@@ -175,6 +186,12 @@ class Group(NamedTuple):
 
 def _axis(name: str, values: Any) -> tuple[list[Any], list[Any]]:
     """Labels and values along a dimension."""
+    expect_unmasked(f"grid[{name!r}]", values)
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(
+            f"`grid[{name!r}]` is {shown(values)}; expected a list of values, or a mapping from "
+            "label to value."
+        )
     labels, values = (
         (list(values), list(values.values()))
         if isinstance(values, Mapping)

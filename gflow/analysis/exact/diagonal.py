@@ -19,10 +19,12 @@ from jaxtyping import Float, Real
 from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.analysis.exact._path import ExactFlow, Times
 from gflow.analysis.exact.one_datum import Vector
+from gflow.problem import settings
 from gflow.problem.arguments import numbers_of, positive
 from gflow.problem.losses import AbstractLoss, Exponential
 
 
+@settings.own()
 def diagonal_network(
     accumulated_slopes: Real[np.ndarray, "*shape"], *, scale: float, depth: int = 2
 ) -> Float[np.ndarray, "*shape"]:
@@ -66,6 +68,7 @@ def diagonal_network(
     return scale**depth * np.exp(-power * lower) * np.expm1(power * (lower - np.log1p(-x)))
 
 
+@settings.own()
 def one_datum_diagonal(
     datum: Vector,
     *,

@@ -17,12 +17,14 @@ from jaxtyping import Real
 from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.analysis.exact._path import ExactFlow, Times
 from gflow.analysis.exact._quadrature import Values
+from gflow.problem import settings
 from gflow.problem.arguments import positive
 from gflow.problem.losses import AbstractLoss, Exponential
 
 Vector = Sequence[float] | Real[np.ndarray, " dim"]
 
 
+@settings.own()
 def one_datum_linear(
     datum: Vector,
     start: Vector,
@@ -114,6 +116,7 @@ def _linear_gain(log_scaled_time: Values, start: float, logistic: bool) -> Value
     return np.where(np.isneginf(log_scaled_time), 0.0, gain)
 
 
+@settings.own()
 def one_datum_balanced(
     datum: Vector,
     start: float,
@@ -169,6 +172,7 @@ def one_datum_balanced(
     return ExactFlow(times, risks, np.exp(x)[..., None] * (z / norm))
 
 
+@settings.own()
 def two_layer_one_datum(
     datum: Vector,
     start: tuple[float, float],
@@ -233,6 +237,7 @@ def two_layer_one_datum(
     return ExactFlow(times, risks, product[..., None] * (z / norm))
 
 
+@settings.own()
 def one_datum_convolution(
     datum: Vector,
     start: Vector,

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Real
 
 from gflow.analysis.exact.square_loss import SquareLossFlow, Times, checked_times
+from gflow.problem import settings
 from gflow.problem.arguments import numbers_of
 
 # Rows of the start that differ by less than this (relative) are taken as dependent.
@@ -15,6 +16,7 @@ _BALANCED = 1e-12
 _RANK = 1e-15
 
 
+@settings.own()
 def two_layer_riccati(
     time: Times,
     *,

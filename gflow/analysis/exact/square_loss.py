@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import ArrayLike as _ArrayLike, Float, Real
 
 from gflow.analysis.exact import _path, _quadrature as quadrature
+from gflow.problem import settings
 from gflow.problem.arguments import numbers_of, positive
 
 Times = Real[_ArrayLike, "*times"] | Sequence[float]
@@ -30,6 +31,7 @@ class SquareLossFlow(NamedTuple):
     end_to_end: Float[np.ndarray, "..."]
 
 
+@settings.own()
 def square_loss_mode(time: Times, *, target: float, start: float, depth: int) -> SquareLossFlow:
     r"""The strength $u$ of one mode of a balanced network of any depth, loss $\tfrac12(s - u)^2$.
 
@@ -89,6 +91,7 @@ def square_loss_mode(time: Times, *, target: float, start: float, depth: int) ->
     return SquareLossFlow(times, log_risk, np.asarray(strength))
 
 
+@settings.own()
 def two_layer_square_loss(
     time: Times, *, target: float, start: tuple[float, float]
 ) -> SquareLossFlow:

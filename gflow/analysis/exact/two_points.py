@@ -6,9 +6,11 @@ from jaxtyping import Float, Real
 from gflow.analysis.exact import _path, _quadrature as quadrature
 from gflow.analysis.exact._path import ExactFlow, Times
 from gflow.analysis.exact.one_datum import Vector
+from gflow.problem import settings
 from gflow.problem.arguments import positive
 
 
+@settings.own()
 def two_point_linear(
     datum: Vector,
     counts: Vector,
@@ -119,6 +121,7 @@ def _two_positive(name: str, value: Real[np.ndarray, " 2"] | Vector) -> tuple[fl
     return positive(f"{name}[0]", first), positive(f"{name}[1]", second)
 
 
+@settings.own()
 def risk_clock(
     clock: Real[np.ndarray, "*points"] | float, start: float
 ) -> Float[np.ndarray, "*points"]:

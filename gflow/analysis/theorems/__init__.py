@@ -37,11 +37,13 @@ from gflow.analysis.theorems import bounds, limit_claims, rates
 from gflow.analysis.theorems.claims import Claim as Claim, Claims as Claims
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.sharp import sharp_laws
+from gflow.problem import settings
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
+@settings.own()
 def verify(record: "xr.Dataset") -> Claims:
     r"""Hold every claim of the theory against a record of flow or descent.
 

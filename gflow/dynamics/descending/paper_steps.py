@@ -10,10 +10,13 @@ import numpy as np
 import optax
 
 from gflow.dynamics.descending.optimizers import transformation
+from gflow.problem import settings
+from gflow.problem.arguments import A_PROBLEM, between, expect, shown, whole
 from gflow.problem.network import Array, DeepLinear, inner_product
 from gflow.problem.risk import Problem
 
 
+@settings.own()
 def paper_steps(
     problem: Problem, *, sharper: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -38,6 +41,7 @@ def paper_steps(
     return transformation(PaperSteps(np.asarray(slope), np.asarray(curvature), bool(sharper)))
 
 
+@settings.own()
 def ball_smoothness(problem: Problem, depth: int, radius: float, *, sharper: bool = False) -> float:
     r"""A Lipschitz constant of $\nabla R$ on the ball $\max_k\lVert W_k\rVert_F \le$ ``radius``.
 
@@ -52,10 +56,9 @@ def ball_smoothness(problem: Problem, depth: int, radius: float, *, sharper: boo
     The paper's constant step size on the ball of radius r is
     ``optax.sgd(1 / gflow.ball_smoothness(problem, depth, r))``.
     """
-    if int(depth) != depth or depth < 1:
-        raise ValueError(f"`depth` is {depth}; expected the number of layers.")
-    if not 1 <= radius < math.inf:
-        raise ValueError(f"`radius` is {radius}; expected at least 1, as lemma 5 does.")
+    if not whole(depth) or depth < 1:
+        raise ValueError(f"`depth` is {shown(depth)}; expected the number of layers.")
+    radius = between("radius", radius, 1, math.inf, "at least 1, as lemma 5 does", ends=True)
     slope, curvature = _constants(problem)
     return float(_smoothness(slope, curvature, int(depth), radius, sharper))
 
@@ -73,6 +76,7 @@ def _smoothness(slope: Any, curvature: Any, depth: int, radius: Any, sharper: bo
 
 def _constants(problem: Problem) -> tuple[float, float]:
     """Bounds of the first and second derivative of a point's loss along unit vectors."""
+    expect("problem", problem, Problem, A_PROBLEM)
     if not isinstance(problem.network, DeepLinear):
         raise ValueError(
             f"`problem` has a {type(problem.network).__name__}; expected a DeepLinear network: the "

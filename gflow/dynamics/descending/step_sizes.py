@@ -27,7 +27,7 @@ from gflow.dynamics.descending.optimizers import (
     transformation,
     with_extra_arguments,
 )
-from gflow.problem.arguments import positive
+from gflow.problem.arguments import between, positive
 from gflow.problem.network import Array, inner_product
 
 Schedule = Callable[[Any], Any]
@@ -70,8 +70,7 @@ def loss_scaled(
         power: of the decay, non-negative.
     """
     steps = rate if callable(rate) else np.asarray(positive("rate", rate))
-    if not 0 <= power < math.inf:
-        raise ValueError(f"`power` is {power}; expected a finite number of at least 0.")
+    power = between("power", power, 0, math.inf, "a finite number of at least 0", ends=True)
     return _on_log_risk(ScaledGradient(steps, float(power)))
 
 
@@ -97,10 +96,8 @@ def loss_line_search(
         grow: above one.
         shrink: between zero and one.
     """
-    if not 1 < grow < math.inf:
-        raise ValueError(f"`grow` is {grow}; expected a finite number above 1.")
-    if not 0 < shrink < 1:
-        raise ValueError(f"`shrink` is {shrink}; expected a number between 0 and 1.")
+    grow = between("grow", grow, 1, math.inf, "a finite number above 1")
+    shrink = between("shrink", shrink, 0, 1, "a number between 0 and 1")
     return _on_log_risk(LossLineSearch(positive("rate", rate), float(grow), float(shrink)))
 
 

@@ -92,6 +92,8 @@ def _shape(name: str, function: Any, problem: Problem, weights: Weights) -> tupl
 def _stored(value: Any) -> Array:
     """A value as an array of a type that files know."""
     array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        raise TypeError("a random key is no number")
     short = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
     if short or (array.dtype.kind not in "biufc" and jnp.issubdtype(array.dtype, jnp.number)):
         return array.astype(jnp.float32)

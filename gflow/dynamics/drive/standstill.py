@@ -36,12 +36,13 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
     above, slope = log_risk - float(problem.log_risk_at_zero()), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
-    if above >= 0 and slope <= SADDLE * first_slope:
+    level = 4 * EPSILON * max(1.0, abs(log_risk))
+    if above >= -level and slope <= SADDLE * first_slope:
         return Reason.SADDLE_AHEAD.end(**where, first=first_slope)
     inseparable = _inseparable(problem, weights)
     if inseparable:
         return Reason.NOT_SEPARABLE.end(**where, verdict=inseparable)
-    if abs(above) <= 4 * EPSILON * max(1.0, abs(log_risk)):
+    if abs(above) <= level:
         return Reason.BELOW_ROUND_OFF.end(**where, **_sizes(problem, weights))
     why = _why_rounded(problem, weights)
     return Reason.ROUND_OFF.end(**where, why=why, rtol=rtol)

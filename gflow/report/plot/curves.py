@@ -22,10 +22,14 @@ def labelled(records: "Records") -> "dict[str, xr.Dataset]":
 
     if isinstance(records, xr.Dataset):
         return {own_label(records): records}
-    if isinstance(records, Mapping):
-        return {str(label): record for label, record in records.items()}
+    if not isinstance(records, Iterable) or isinstance(records, str):
+        raise ValueError(
+            f"`records` is a {type(records).__name__}; expected records of trajectories "
+            "(xarray.Dataset), one, several, or a mapping from label to record."
+        )
+    several = records.values() if isinstance(records, Mapping) else records
     named: dict[str, Any] = {}
-    for record in records:
+    for record in several:
         if not isinstance(record, xr.Dataset):
             raise ValueError(
                 f"`records` holds a {type(record).__name__}; expected records of trajectories "
@@ -37,6 +41,8 @@ def labelled(records: "Records") -> "dict[str, xr.Dataset]":
         named[label] = record
     if not named:
         raise ValueError("`records` is empty; expected at least one record.")
+    if isinstance(records, Mapping):
+        return {str(label): record for label, record in records.items()}
     return named
 
 

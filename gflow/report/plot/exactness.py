@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.report.plot.curves import curve, entry_name, has_curves, say, x_values
 from gflow.report.plot.style import (
     FONT,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LAWS = ("misalignment", "rank_one_gap", "direction_error")
 
 
+@settings.own()
 def certificate(
     record: "xr.Dataset",
     variables: Sequence[str] = ("direction_error", "rank_one_gap", "misalignment"),
@@ -82,6 +84,7 @@ def certificate(
     return finish(ax, x, "observable, and its error (bands)")
 
 
+@settings.own()
 def orders(found: "xr.Dataset", *, ax: "Axes | None" = None) -> "Axes":
     r"""The ladder: how the gaps between descent and its models shrink with the learning rate.
 
@@ -118,6 +121,7 @@ def orders(found: "xr.Dataset", *, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
+@settings.own()
 def asymptotes(
     record: "xr.Dataset", limits: "Limits", variables: Sequence[str] = LAWS
 ) -> np.ndarray:

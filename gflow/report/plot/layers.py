@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.report.plot.curves import curve, entry_name, x_values
 from gflow.report.plot.style import axes_of, color_of, finish
 
@@ -15,6 +16,7 @@ RESOLVED = 1e-15
 """Singular values below so much of the largest are round-off of float64 weights."""
 
 
+@settings.own()
 def singular_values(
     record: "xr.Dataset", x: str = "log_risk", *, layer: int | None = None, ax: "Axes | None" = None
 ) -> "Axes":

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.quantities import quantity
 from gflow.report.plot.curves import (
     LINES,
@@ -27,6 +28,7 @@ GRID = 200
 """Places at which members, each with saved points of its own, are read."""
 
 
+@settings.own()
 def ensemble(
     records: "Records",
     variable: str = "direction_error",
@@ -112,6 +114,7 @@ def _band(record: "xr.Dataset", variable: str, x: str, within: float, linear: bo
     return np.vstack([np.sinh(grid), lines])
 
 
+@settings.own()
 def gaps(
     compared: "Records", variable: str = "direction_gap", *, ax: "Axes | None" = None
 ) -> "Axes":

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.report.plot.curves import LINES, labelled
 from gflow.report.plot.style import COLORS, FONT, SMALL, axes_of, long_ticks
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gflow.report.plot.curves import Records
 
 
+@settings.own()
 def decision_lines(
     data: "Dataset",
     records: "Records",
@@ -153,6 +155,7 @@ def _line_through_origin(normal: np.ndarray, length: float) -> tuple[np.ndarray,
     return ends * along[0], ends * along[1]
 
 
+@settings.own()
 def animation(
     data: "Dataset",
     records: "Records",

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.problem.arguments import file_path, shown
 from gflow.quantities import quantity
 
 if TYPE_CHECKING:
@@ -38,8 +39,14 @@ def color_of(number: int) -> str:
 def axes_of(ax: "Axes | None", size: tuple[float, float] = COLUMN) -> "Axes":
     """The axes given, or new ones."""
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
 
-    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+    if ax is None:
+        return plt.subplots(figsize=size, layout="constrained")[1]
+    hint = " Choose one of them, as `axes[0]`." if isinstance(ax, np.ndarray | list | tuple) else ""
+    if not isinstance(ax, Axes):
+        raise ValueError(f"`ax` is a {type(ax).__name__}; expected one Axes of matplotlib.{hint}")
+    return ax
 
 
 def finish(ax: "Axes", x: str, y_label: str) -> "Axes":
@@ -141,7 +148,13 @@ def save_figure(axes: Any, path: Any, *, dpi: int = 200) -> "Figure":
     """Write the figure that ``axes`` belong to, and close it."""
     import matplotlib.pyplot as plt
 
-    figure = np.ravel(axes)[0].figure
+    first = next(iter(np.ravel(axes)), None)
+    if not hasattr(first, "figure"):
+        raise ValueError(
+            f"`axes` is {shown(axes)}; expected what a function of gflow.plot returns."
+        )
+    figure = first.figure
+    path = file_path("path", path)
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return figure

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.quantities import DIMENSIONS
 from gflow.report.plot.style import FONT, SMALL
 
@@ -23,6 +24,7 @@ def swept(record: "xr.Dataset") -> list[str]:
     ]
 
 
+@settings.own()
 def phase_diagram(
     record: "xr.Dataset",
     variable: str = "misalignment",

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gflow.problem import settings
 from gflow.report.plot.curves import draw_families, draw_lines, entry_name, has_curves, labelled
 from gflow.report.plot.style import axes_of, finish, long_scale, symbol
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from gflow.report.plot.curves import Records
 
 
+@settings.own()
 def summary(records: "Records", x: str = "log_time") -> np.ndarray:
     """Six panels: risk, norms, margin, direction error, alignment and rank one.
 
@@ -30,6 +32,7 @@ def summary(records: "Records", x: str = "log_time") -> np.ndarray:
     return axes
 
 
+@settings.own()
 def risk(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
     r"""The logarithm of the risk, $\log R$; slope -1 in $\log t$ is $R = c/t$."""
     ax = axes_of(ax)
@@ -38,6 +41,7 @@ def risk(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -
     return finish(ax, x, symbol("log_risk"))
 
 
+@settings.own()
 def margin(
     records: "Records", x: str = "log_time", *, gap: bool = False, ax: "Axes | None" = None
 ) -> "Axes":
@@ -63,6 +67,7 @@ def margin(
     return finish(ax, x, symbol("margin"))
 
 
+@settings.own()
 def direction_error(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
     r"""The distance of the end-to-end direction from the max-margin one."""
     ax = axes_of(ax)
@@ -72,6 +77,7 @@ def direction_error(records: "Records", x: str = "log_time", *, ax: "Axes | None
     return finish(ax, x, symbol("direction_error"))
 
 
+@settings.own()
 def alignment(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
     r"""The misalignment $1 - |\langle v_{k+1}, u_k\rangle|$ of every pair of neighbours."""
     ax = axes_of(ax)
@@ -83,6 +89,7 @@ def alignment(records: "Records", x: str = "log_time", *, ax: "Axes | None" = No
     return finish(ax, x, symbol("misalignment"))
 
 
+@settings.own()
 def rank_one(
     records: "Records", x: str = "log_risk", *, gap: bool = False, ax: "Axes | None" = None
 ) -> "Axes":
@@ -108,6 +115,7 @@ def rank_one(
     return finish(ax, x, symbol("rank_one_gap") if gap else r"$\|W_k\|_2/\|W_k\|_F$")
 
 
+@settings.own()
 def norms(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
     r"""The Frobenius norm $\lVert W_k\rVert_F$ of every layer."""
     ax = axes_of(ax)
