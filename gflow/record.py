@@ -214,7 +214,7 @@ def _stored(value: Any) -> Any:
     if array.dtype.kind == "U" and array.ndim == 0:
         return str(array)
     if array.dtype.kind == "M":
-        return str(array) if array.ndim == 0 else np.datetime_as_string(array)
+        return str(array) if array.ndim == 0 else np.datetime_as_string(array)  # pyright: ignore
     if array.dtype.kind not in "iufU" or array.dtype.itemsize < 1 + (array.dtype.kind == "f"):
         raise TypeError(f"no number and no text, {array.dtype}")
     if array.dtype == np.float16 or (array.dtype.itemsize > 8 and array.dtype.kind == "f"):

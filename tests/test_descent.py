@@ -433,5 +433,5 @@ def test_bad_arguments_are_named(optimizer, options, complaint):
 def test_only_deep_linear_networks_have_a_misalignment():
     network = gflow.Network(lambda w, x: w[0] @ x)
     general = gflow.Problem(DATA, network, gflow.Logistic())
-    with pytest.raises(ValueError, match="`until` holds Misalignment.* layers of a product of matrices"):
+    with pytest.raises(ValueError, match=r"`until` holds Misalignment.* product of matrices"):
         gradient_descent(general, (np.ones(2),), SGD, until=gflow.Misalignment(0.1))

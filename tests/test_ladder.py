@@ -146,7 +146,9 @@ def test_the_modified_fields_are_the_derivatives_of_the_risk():
 
     g, *expected = by_differentiation(flat)
     for order, field in enumerate(expected, start=1):
-        modified = ModifiedField(PROBLEM, gflow.clocks.LogRisk(), gflow.ModifiedEquation(rate, order))
+        modified = ModifiedField(
+            PROBLEM, gflow.clocks.LogRisk(), gflow.ModifiedEquation(rate, order)
+        )
         log_risk, direction, descent = eqx.filter_jit(modified.direction)(weights)
         risk = np.exp(log_risk)
         np.testing.assert_allclose(ravel_pytree(direction)[0] * risk, field, atol=DERIVATIVES)

@@ -33,6 +33,7 @@ LANES = 32
 """Members side by side on a device: more fill the vector units better, but the last ones to land
 leave more lanes idle."""
 
+
 def ensemble(
     problem: Problem | Sequence[Problem],
     weights_batch: Weights,
@@ -254,6 +255,7 @@ def _member(
         variables, attrs = flow.told(run, _flow_options(work, i), seconds.get(i))
     else:
         optimizer = work.optimizers[i]
+        assert optimizer is not None
         variables, attrs = {}, descent.attributes(run, optimizer, descent.Options(**work.options))
     contents = run.recorder.contents(variables, **attrs, wall_time=None)  # of all together only
     attrs = contents.pop("attrs")

@@ -42,7 +42,7 @@ class AbstractField(eqx.Module):
 
     @abstractmethod
     def direction(self, weights: Weights) -> tuple[Array, Weights, Array]:
-        r"""$\log R$, $h$ and $\langle g, h\rangle$, which is not positive where $h$ does not fall."""
+        r"""$\log R$, $h$ and $\langle g, h\rangle$, not positive where $h$ does not go down."""
 
     def __call__(self, s: ArrayLike, state: FlowState, args: Any = None) -> FlowState:
         log_risk, direction, descent = self.direction(state.weights)
@@ -119,8 +119,7 @@ class FlowField(AbstractField):
         self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
     ) -> tuple[Factors, Array]:
         squares = [
-            jnp.sum(left**2, 1) * jnp.sum(right**2, 1)
-            for left, right in zip(*slopes, strict=True)
+            jnp.sum(left**2, 1) * jnp.sum(right**2, 1) for left, right in zip(*slopes, strict=True)
         ]
         return slopes, sum(squares[1:], squares[0])
 

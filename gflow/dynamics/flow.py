@@ -99,8 +99,8 @@ def gradient_flow(
         max_steps: steps to try in all before giving up.
         certify: follow the flow a second time, at a tenth of the tolerance, and record the error of
             every observable, as ``margin_error`` that of ``margin`` (see
-            ``gflow.dynamics.drive.certify``). It compiles nothing, costs about another run and is not
-            part of ``checkpoint``: after a kill it is repeated.
+            ``gflow.dynamics.drive.certify``). It compiles nothing, costs about another run and is
+            not part of ``checkpoint``: after a kill it is repeated.
 
     Returns:
         The record: an ``xarray.Dataset`` with dimension ``point``. ``attrs["status"]`` is
@@ -196,9 +196,7 @@ def flow_of(
     return FlowRun(plan(problem, weights, clock, options), recorder, rules, way, at_start)
 
 
-def plan(
-    problem: Problem, weights: Weights, clock: clocks.AbstractClock, options: Options
-) -> Plan:
+def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, options: Options) -> Plan:
     """The field, the solvers in the order of their use, and how exact they are to be."""
     field: AbstractField = FlowField(problem, clock)
     if options.modified is not None:

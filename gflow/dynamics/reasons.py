@@ -68,9 +68,7 @@ class End(NamedTuple):
 
 
 _TIME_CLOCK = "a time clock (`until=gflow.Time(...)`) shows the approach"
-_SHORTER = (
-    "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}"
-)
+_SHORTER = "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}"
 
 _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.REACHED: ("reached", "{rule!r} after {steps} steps"),

@@ -84,7 +84,7 @@ class AbstractRule(eqx.Module):
         return float(self.progress_of(np.array([self.value], dtype=np.float64))[0])
 
     def clock_value(self, progress: np.ndarray, clock: AbstractClock) -> np.ndarray | None:
-        """The clock's value at given values of the progress, or None when the clock cannot know it."""
+        """The clock's value at given values of the progress; None if it cannot know it."""
         return None
 
     def steps_at(self, progress: np.ndarray) -> np.ndarray | None:
@@ -336,11 +336,17 @@ def progress_of(
     scaled_time: Any,
     steps: int,
 ) -> list[float]:
-    """How far a run at weights, $\\log R$, $u = tR$ and a count is in each rule's coordinate."""
+    """How far a run at weights, log R, u = tR and a count is in each rule's coordinate."""
     with np.errstate(divide="ignore"):
         log_time = np.log(np.asarray(scaled_time)) - np.asarray(log_risk)
-    small = {rule.variable: _measured(anonymous(rule), problem, weights) for rule in rules if rule.variable}
-    at = Coordinates(as_array(np.asarray(log_risk)), as_array(log_time), as_array(np.int64(steps)), small)
+    small = {
+        rule.variable: _measured(anonymous(rule), problem, weights)
+        for rule in rules
+        if rule.variable
+    }
+    at = Coordinates(
+        as_array(np.asarray(log_risk)), as_array(log_time), as_array(np.int64(steps)), small
+    )
     return [float(rule.progress(at)) for rule in rules]
 
 

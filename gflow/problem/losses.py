@@ -61,7 +61,7 @@ class AbstractLoss(AbstractJointLoss):
         return jnp.exp(self.log_slope(margin))
 
     def terms(self, offsets: Array, level: Array | None = None) -> LossTerms:
-        r"""$\log R$, the slopes $-\ell'_i/\sum_j\ell_j$ and the diagonal of $\ell''_i/\sum_j\ell_j$.
+        r"""$\log R$, slopes $-\ell'_i/\sum_j\ell_j$, the diagonal $\ell''_i/\sum_j\ell_j$.
 
         Where the loss is exponential up to a bounded factor, that factor is taken at the margin and
         the exponential at the offset, so that a large level costs no digits.

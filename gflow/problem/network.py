@@ -55,10 +55,6 @@ class Factors(NamedTuple):
 class AbstractNetwork(eqx.Module):
     """A network with one real output, seen through the margins of a data set."""
 
-    homogeneity: eqx.AbstractVar[float | None]
-    """The degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$; None where there is none. A chain
-    of matrices has as many as it has layers and says so by :meth:`layers`."""
-
     @abstractmethod
     def design(self, data: Dataset) -> Array | None:
         """The matrix $A$ (points, m) with $q = A c$; None stands for the identity."""
@@ -84,6 +80,10 @@ class AbstractNetwork(eqx.Module):
 
     def layers(self, weights: Weights) -> tuple[Array, ...] | None:
         """The matrices whose product the network is, from input to output; None if it is none."""
+        return None
+
+    def degree(self, weights: Weights) -> float | None:
+        """The L with $f(aW; x) = a^L f(W; x)$ for a > 0; None where none is known."""
         return None
 
     # An implicit solver moves along few vectors K_j at all its stages. What follows serves it; a
@@ -128,12 +128,11 @@ class DeepLinear(AbstractNetwork):
     Its depth and widths are those of the weights it is given.
     """
 
-    @property
-    def homogeneity(self) -> None:
-        """None: it is homogeneous in each layer, of a degree that the weights tell."""
-
     def layers(self, weights: Weights) -> tuple[Array, ...]:
         return tuple(weights)
+
+    def degree(self, weights: Weights) -> float:
+        return float(len(weights))
 
     def design(self, data: Dataset) -> Array:
         return as_array(data.signed_inputs)
@@ -225,6 +224,9 @@ class Network(AbstractNetwork):
 
     def design(self, data: Dataset) -> None:
         return None
+
+    def degree(self, weights: Weights) -> float | None:
+        return self.homogeneity
 
     def coordinates(self, weights: Weights, data: Dataset) -> Array:
         outputs = jax.vmap(lambda x: self.apply(weights, x))(jnp.asarray(data.inputs))

@@ -212,7 +212,7 @@ def kkt(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     scale = jnp.where(smallest > 0, smallest, jnp.nan)
     size, slope = jnp.sqrt(squared_norm(weights)), jnp.sqrt(squared_slope)
     apart = squared_norm(jax.tree.map(lambda w, g: w / size + g / slope, weights, gradient))
-    degree = problem.degree(weights)
+    degree = problem.network.degree(weights)
     assert degree is not None
     residual = size / scale ** (1 / degree) * jnp.sqrt(apart)
     multipliers = size * scale ** (1 - 2 / degree) * slopes / slope
@@ -286,7 +286,7 @@ def general(problem: Problem, weights: Weights) -> dict[str, Array]:
     margins = problem.margins(weights)
     norm = jnp.sqrt(squared_norm(weights))
     found = {"log_risk": problem.log_risk(weights), "min_margin": jnp.min(margins), "norm": norm}
-    degree = problem.degree(weights)
+    degree = problem.network.degree(weights)
     if degree is not None:
         total = _log_total(problem, weights)
         found["margin"] = jnp.min(margins) / norm**degree

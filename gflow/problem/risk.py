@@ -117,11 +117,6 @@ class Problem(eqx.Module):
         gradient, squared_norm = pull(-self.gather(slopes))
         return log_risk, gradient, squared_norm
 
-    def degree(self, weights: Weights) -> float | None:
-        """The L with $q(aW) = a^L q(W)$ for a > 0; None where there is none."""
-        layers = self.network.layers(weights)
-        return self.network.homogeneity if layers is None else len(layers)
-
     def expect_needs(self, where: str, needs: Collection[str], weights: Weights) -> None:
         """Refuse what asks for more than this problem has, as a variable of a record may.
 
@@ -140,7 +135,7 @@ class Problem(eqx.Module):
                 f"{where}, which looks at the layers of a product of matrices; `problem` has a "
                 f"{kind}, which is none. Choose another rule, or a DeepLinear network."
             )
-        if "homogeneity" in needs and self.degree(weights) is None:
+        if "homogeneity" in needs and self.network.degree(weights) is None:
             raise ValueError(
                 f"{where}, which needs a homogeneous network; `problem` has a {kind} of no known "
                 "degree. Say it: Network(apply, homogeneity=L)."

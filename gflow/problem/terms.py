@@ -106,7 +106,7 @@ class AbstractJointLoss(eqx.Module):
 
     @property
     def slope_bound(self) -> float:
-        r"""The largest $|\partial R/\partial q_i|$ times the number of points; infinite if unknown."""
+        r"""The largest $n\,|\partial R/\partial q_i|$ for n points; infinite if unknown."""
         return float("inf")
 
     @property

@@ -1,4 +1,6 @@
-"""Gradient descent: ``method`` the loop on the device, ``run`` a descent on its way, ``step_meter`` how
-long its steps are, ``step_sizes`` and ``paper_steps`` rules for them, ``optimizers`` and ``closures``
-how an optax optimiser is held.
+"""Gradient descent, from a step on the device to a run.
+
+``method`` is the loop on the device, ``run`` a descent on its way, ``lanes`` many of them at once,
+``step_meter`` how long steps are, ``step_sizes`` and ``paper_steps`` are rules for them,
+``optimizers`` and ``closures`` hold an optax optimiser.
 """

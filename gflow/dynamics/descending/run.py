@@ -260,7 +260,9 @@ class DescentRun:
             return Reason.DIVERGED.end(
                 why="the optimiser's first update is not finite; check its settings"
             )
-        where = f"the weights or margins of step {broken + 1} are not finite; the last point is before"
+        where = (
+            f"the weights or margins of step {broken + 1} are not finite; the last point is before"
+        )
         return Reason.DIVERGED.end(why=where + self._explained("take shorter steps"))
 
     def _stalled(self) -> bool:

@@ -98,7 +98,7 @@ def certificate(run: "FlowRun", other: "FlowRun") -> tuple[dict[str, np.ndarray]
         "certificate_wall_time": again.seconds(),
     }
     recorder = run.recorder
-    degree = recorder.problem.degree(recorder.start)
+    degree = recorder.problem.network.degree(recorder.start)
     names = tuple(recorder.extra)
     return error_estimates(points, again.points[: len(points)], names, degree), facts
 

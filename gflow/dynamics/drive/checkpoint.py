@@ -36,6 +36,7 @@ SECONDS_A_SEGMENT = 2.0
 SHARE = 20.0
 """Writing takes at most one part in so many of the time: a large file has longer segments."""
 
+
 class Snapshot(NamedTuple):
     """All that a run needs to go on, as references that nobody changes."""
 
@@ -145,7 +146,7 @@ class Checkpoint:
         """
         if self.path is None:
             return
-        self.segment = _Segment(len(self.recorder.points), self.run.snapshot(), None)
+        self.segment = self._segment(None)
         if time.monotonic() - self.wrote_at > max(SECONDS_A_SEGMENT, SHARE * self.cost):
             self.flush()
 
@@ -166,8 +167,12 @@ class Checkpoint:
         """Write down that the run is over: the same call will give the same record at once."""
         if self.path is None:
             return
-        self.segment = _Segment(len(self.recorder.points), self.run.snapshot(), end)
+        self.segment = self._segment(end)
         self.flush()
+
+    def _segment(self, end: End | None) -> _Segment:
+        snapshot = self.run.snapshot()  # the recorder has all points from then on
+        return _Segment(len(self.recorder.points), snapshot, end)
 
     def _write(self) -> None:
         assert self.path is not None

@@ -223,9 +223,7 @@ class Drive:
                     run.fail(error)
 
 
-def follow(
-    run: Run, *, progress: bool | None, path: str | os.PathLike[str] | None = None
-) -> End:
+def follow(run: Run, *, progress: bool | None, path: str | os.PathLike[str] | None = None) -> End:
     """Follow one run from its start to its end; says how it ended.
 
     Args:

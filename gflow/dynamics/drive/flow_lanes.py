@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 TRIPS_AT_FIRST = 64
 """Steps tried in the first call, before their speed is known."""
 
+
 def program_of(member: Member, *more: Hashable) -> Hashable:
     """What runs that can share a program have in common: all of a member but its numbers."""
     leaves, structure = jax.tree.flatten(member)
-    kinds = tuple(
-        (np.shape(leaf), str(leaf.dtype)) if _is_array(leaf) else leaf for leaf in leaves
-    )
+    kinds = tuple((np.shape(leaf), str(leaf.dtype)) if _is_array(leaf) else leaf for leaf in leaves)
     return structure, kinds, *more
 
 
@@ -77,8 +76,8 @@ class Report:
 
     def row(self, row: int) -> Stand:
         """A saved state."""
-        state = jax.tree.map(lambda leaf: leaf[row], self.saved.state)
-        return Stand(float(self.saved.s[row]), state, int(self.saved.num_steps[row]))
+        at = jax.tree.map(lambda leaf: leaf[row], self.saved.rows)
+        return Stand(float(at.s), at.state, int(at.num_steps))
 
     def replace(self, lane: Lane) -> None:
         """Let the run go on from another state."""
@@ -127,11 +126,9 @@ class FlowLanes(AbstractLanes):
             run.resumed = None
             return
         spare = self.seats[places[0]].standing()
-        standing = [
-            run.standing() if k in places else spare for k, run in enumerate(self.seats)
-        ]
+        standing = [run.standing() if k in places else spare for k, run in enumerate(self.seats)]
         fresh = start(member, shared, self.method, *_stacked(standing), many=True)
-        which = np.isin(np.arange(len(self.seats)), places)
+        which = as_array(np.isin(np.arange(len(self.seats)), places))
         self.lane = fresh if self.lane is None else choose(which, fresh, self.lane)
 
     def advance(self, waiting: bool) -> "list[tuple[FlowRun, tuple]]":
@@ -164,7 +161,9 @@ class FlowLanes(AbstractLanes):
         found = []
         for k, run in enumerate(self.seats):
             if run is not None:
-                scalars, tally = jax.tree.map(lambda leaf, k=k: leaf[k], told) if self.many else told
+                scalars, tally = (
+                    jax.tree.map(lambda leaf, k=k: leaf[k], told) if self.many else told
+                )
                 own = jax.tree.map(lambda leaf, k=k: leaf[k], rows) if self.many else rows
                 found.append((run, (Report(self, k, scalars, tally, own),)))
         return found

@@ -50,6 +50,7 @@ COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
 Further out, float64 weights still carry the flow but not its misalignment and direction error."""
 
+
 class Plan(NamedTuple):
     """How a flow is to be followed."""
 
@@ -269,16 +270,15 @@ class FlowRun:
         def filled(values: list[Any], nothing: Any) -> np.ndarray:
             return np.array(values + [nothing] * (window + 1 - len(values)), dtype=type(nothing))
 
-        goals = Goals(
-            clock=filled([value for value, _ in clock], math.inf),
-            steps=filled([value for value, _ in steps], NO_STEP_COUNT),
-            first=np.array(self.passed),
-            count=np.array([len(self.by_clock), len(self.by_steps)]),
-            events=np.array([event.progress for event in self.watched]),
-            longest=filled(longest, math.inf),
-            max_steps=np.array(self.plan.max_steps),
+        return Goals(
+            clock=as_array(filled([value for value, _ in clock], math.inf)),
+            steps=as_array(filled([value for value, _ in steps], NO_STEP_COUNT)),
+            first=as_array(np.array(self.passed)),
+            count=as_array(np.array([len(self.by_clock), len(self.by_steps)])),
+            events=as_array(np.array([event.progress for event in self.watched])),
+            longest=as_array(filled(longest, math.inf)),
+            max_steps=as_array(np.array(self.plan.max_steps)),
         )
-        return jax.tree.map(as_array, goals)
 
     def take(self, report: Report | None) -> None:
         """What a call of the march has come to; in split coordinates it is the run that goes on."""
@@ -332,7 +332,8 @@ class FlowRun:
 
     def _passed(self, report: Report, row: int) -> list[Event]:
         """The events of a saved state."""
-        to = int(report.saved.clock_goal[row]), int(report.saved.steps_goal[row])
+        saved = report.saved.rows
+        to = int(saved.clock_goal[row]), int(saved.steps_goal[row])
         met = self.by_clock[self.passed[0] : to[0]]
         met += self.by_steps[self.passed[1] : to[1]]
         self.passed, self._goals = to, None
@@ -341,13 +342,14 @@ class FlowRun:
     def _record(self, report: Report, rows: list[int]) -> None:
         """Record saved states."""
         if rows:
-            chosen = report.saved.state, report.saved.s, report.saved.num_steps
+            rows_of = report.saved.rows
+            chosen = rows_of.state, rows_of.s, rows_of.num_steps
             self.pending.append(jax.tree.map(lambda leaf: leaf[rows], chosen))
 
     def _add(self, states: FlowState, s: np.ndarray, steps: np.ndarray) -> None:
         """Observe a block of states, the first of which count."""
         rows = list(range(len(s)))
-        scaled_time = states.scaled_time[rows]
+        scaled_time = np.asarray(states.scaled_time)[rows]
 
         def more(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {
@@ -583,7 +585,9 @@ class FlowRun:
             "counts": self.counts.tolist(),
             "splits": {name: run and run.facts() for name, run in splits.items()},
         }
-        arrays = {name: run.state for name, run in splits.items() if run is not None}
+        arrays: dict[str, Any] = {
+            name: run.state for name, run in splits.items() if run is not None
+        }
         if self.split_run is None and self.report is not None:
             arrays["lane"] = self.report.lane
         return Snapshot(facts, arrays)
@@ -660,7 +664,7 @@ def of_the_clock(
     with np.errstate(divide="ignore", invalid="ignore"):
         log_time = np.log(scaled_time) - log_risk
         found = {"log_time": log_time}
-        by_risk, by_time = clock.log_risk_at(s), clock.log_time_at(s)
+        by_risk, by_time = clock.log_risk_at(as_array(s)), clock.log_time_at(as_array(s))
         if by_risk is not None:
             off = np.abs(log_risk - np.asarray(by_risk))
             found["clock_error"] = off / np.maximum(1.0, np.abs(log_risk))

@@ -1,4 +1,5 @@
-"""The compiled loop that steps one or many members: ``loop`` the march itself, ``method`` what it
-asks of a solver, ``control`` the step size, ``land`` steps that end on a target, ``tolerance`` the
-size of an error.
+"""The compiled loop that steps one or many members of a flow.
+
+``loop`` is the march itself, ``method`` what it asks of a solver, ``control`` the step size,
+``land`` steps that end on an event, ``tolerance`` the size of an error.
 """

@@ -72,6 +72,12 @@ class Member(eqx.Module):
     goals: Goals | None
     """None until it is in a lane."""
 
+    @property
+    def ahead(self) -> Goals:
+        """The goals of a member in a lane."""
+        assert self.goals is not None
+        return self.goals
+
 
 class Lane(eqx.Module):
     """Where a member stands: everything it needs to go on, a pytree of arrays."""
@@ -104,8 +110,8 @@ class Lane(eqx.Module):
     reason: Array
 
 
-class Saved(NamedTuple):
-    """States on goals, rows of a buffer."""
+class Rows(NamedTuple):
+    """States on goals, on a leading axis."""
 
     s: Array
     state: FlowState
@@ -113,8 +119,14 @@ class Saved(NamedTuple):
     clock_goal: Array
     """Number of the lane's clock goal ahead, after this one."""
     steps_goal: Array
+
+
+class Saved(NamedTuple):
+    """A buffer of states on goals."""
+
+    rows: Rows
     count: Array
-    """Rows in use."""
+    """How many are in use."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,7 +323,8 @@ def _begin(member: Member, method: AbstractMethod, lane: Lane) -> Lane:
     A last step that fits is cut to land on the clock goal; one that almost fits is halved, so that
     no tiny step is left over.
     """
-    goals, ahead = member.goals, lane.clock_goal - member.goals.first[0]
+    goals = member.ahead
+    ahead = lane.clock_goal - goals.first[0]
     remaining = _at(goals.clock, ahead) - lane.s
     allowed = jnp.minimum(lane.next_step, _at(goals.longest, ahead))
     lands, halved = allowed >= remaining, allowed > remaining / 2
@@ -337,14 +350,12 @@ def _end(
     Returns:
         The lane, and whether it stands on a clock goal or a count of steps.
     """
-    field, goals, tolerance = member.field, member.goals, member.tolerance
+    field, goals, tolerance = member.field, member.ahead, member.tolerance
     made = method.end(field, lane.s, lane.step, lane.state, lane.attempt, seen, lane.memory)
     norm = tolerance.norm(made.error, lane.state, made.state)
     norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
     noise = method.noise / tolerance.rtol
-    accept, following = propose(
-        lane.step, norm, lane.error, exponent=method.exponent, noise=noise
-    )
+    accept, following = propose(lane.step, norm, lane.error, exponent=method.exponent, noise=noise)
     # A step that was cut does not shorten the next.
     following = jnp.where(accept & lane.cut, jnp.maximum(following, lane.next_step), following)
 
@@ -460,8 +471,8 @@ def _chosen(which: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
-def _row(lane: Lane) -> tuple:
-    return lane.s, lane.state, lane.num_steps, lane.clock_goal, lane.steps_goal
+def _row(lane: Lane) -> Rows:
+    return Rows(lane.s, lane.state, lane.num_steps, lane.clock_goal, lane.steps_goal)
 
 
 def _buffer(lane: Lane, rows: int, many: bool) -> Saved:
@@ -470,7 +481,7 @@ def _buffer(lane: Lane, rows: int, many: bool) -> Saved:
         return jnp.zeros((*lanes, rows, *shape), leaf.dtype)
 
     count = jnp.zeros_like(lane.num_steps)
-    return Saved(*jax.tree.map(blank, _row(lane)), count)
+    return Saved(jax.tree.map(blank, _row(lane)), count)
 
 
 def _store(saved: Saved, lane: Lane, arrived: Array, many: bool) -> Saved:
@@ -484,8 +495,8 @@ def _store(saved: Saved, lane: Lane, arrived: Array, many: bool) -> Saved:
         def put(rows: Array, values: Array) -> Array:
             return rows.at[index].set(values[at])
 
-        rows = jax.tree.map(put, tuple(saved[:-1]), _row(lane))
-        return Saved(*rows, saved.count.at[at].add(1)), arrived.at[at].set(False)
+        rows = jax.tree.map(put, saved.rows, _row(lane))
+        return Saved(rows, saved.count.at[at].add(1)), arrived.at[at].set(False)
 
     return jax.lax.while_loop(lambda loop: jnp.any(loop[1]), one, (saved, arrived))[0]
 

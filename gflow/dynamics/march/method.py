@@ -47,9 +47,7 @@ class AbstractMethod(eqx.Module):
         """The memory at the start of a run whose first step may be ``h`` long."""
 
     @abstractmethod
-    def begin(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
-    ) -> Any:
+    def begin(self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any) -> Any:
         """An attempt at the step from ``s`` to ``s + h``."""
 
     @abstractmethod
@@ -57,9 +55,7 @@ class AbstractMethod(eqx.Module):
         """Whether the attempt can be ended."""
 
     @abstractmethod
-    def look(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
-    ) -> Any:
+    def look(self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any) -> Any:
         """What the field is at the attempt as it stands: what comes next is made from it."""
 
     @abstractmethod
@@ -79,9 +75,7 @@ class AbstractMethod(eqx.Module):
     ) -> Step:
         """The new state with its error, infinite where the attempt failed."""
 
-    def solve(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
-    ) -> Any:
+    def solve(self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any) -> Any:
         """An attempt from its beginning until it is solved, for one member by itself."""
         attempt = self.begin(field, s, h, state, before)
         if not self.iterates:
@@ -115,22 +109,20 @@ class WholeStep(AbstractMethod):
 
     @property
     def exponent(self) -> float:
-        return 1 / float(self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y)))
+        order = self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y))
+        assert order is not None  # the solver is adaptive
+        return 1 / float(order)
 
     def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
         return self.solver.init(diffrax.ODETerm(field), s, s + h, state, None)
 
-    def begin(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
-    ) -> Any:
+    def begin(self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any) -> Any:
         return ()
 
     def solved(self, attempt: Any) -> Array:
         return jnp.array(True)
 
-    def look(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
-    ) -> Any:
+    def look(self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any) -> Any:
         return ()
 
     def correct(self, field: AbstractField, h: Array, attempt: Any, seen: Any) -> Any:

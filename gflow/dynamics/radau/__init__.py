@@ -1,3 +1,5 @@
-"""Radau IIA for gradient flow: ``tableau`` the method, ``newton`` its equations, ``gauss_newton``
-the solver that diffrax and gflow's own loop call.
+"""Radau IIA for gradient flow.
+
+``tableau`` is the method, ``newton`` its equations, ``batching`` small systems for many members,
+``gauss_newton`` the solver that diffrax and gflow's own loop call.
 """

@@ -20,9 +20,7 @@ def solve(matrix: Array, rhs: Array) -> Array:
 
 
 @solve.def_vmap
-def _solve_many(
-    size: int, batched: list[bool], matrix: Array, rhs: Array
-) -> tuple[Array, bool]:
+def _solve_many(size: int, batched: list[bool], matrix: Array, rhs: Array) -> tuple[Array, bool]:
     many = [
         x if given else jnp.broadcast_to(x, (size, *x.shape))
         for x, given in zip((matrix, rhs), batched, strict=True)

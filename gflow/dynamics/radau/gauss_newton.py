@@ -145,9 +145,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         evaluate = self._evaluate(field, state.weights, s, h)
         return evaluate(attempt.coefficients, attempt.derivatives, attempt.offsets)
 
-    def correct(
-        self, field: AbstractField, h: Array, attempt: Attempt, seen: Stages
-    ) -> Attempt:
+    def correct(self, field: AbstractField, h: Array, attempt: Attempt, seen: Stages) -> Attempt:
         return newton.correct(field, self.stages, h, attempt, seen)
 
     def end(

@@ -182,7 +182,7 @@ def evaluate(
 def begin(
     field: AbstractField, stages: int, s: Array, h: Array, weights: Weights, before: Solution
 ) -> Attempt:
-    """The predictor: the polynomial of the previous step, followed for at most three of its steps."""
+    """The predictor: the polynomial of the previous step, for at most three of its lengths."""
     tableau, frame = radau(stages), start_frame(field, weights)
     ahead = 1 + jnp.minimum(h / before.step, 3.0) * tableau.nodes
     extrapolate = legendre_values(ahead, stages).T @ tableau.legendre
@@ -227,9 +227,7 @@ def _axes(problem: Problem, num_coordinates: int) -> tuple[Array, Array | None]:
     return jnp.eye(num_coordinates), design
 
 
-def correct(
-    field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages
-) -> Attempt:
+def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages) -> Attempt:
     """The next Newton iterate, by the equations above.
 
     Args:
@@ -289,9 +287,7 @@ def correct(
     sizes = [
         (_norms(l1 - l0) * _norms(r1) + _norms(l0) * _norms(r1 - r0)).max()
         / (w + h * (_norms(l1) * _norms(r1)).max())
-        for l0, r0, l1, r1, w in zip(
-            *attempt.derivatives, *derivatives, frame.sizes, strict=True
-        )
+        for l0, r0, l1, r1, w in zip(*attempt.derivatives, *derivatives, frame.sizes, strict=True)
     ]
     size = h * jnp.max(jnp.stack(sizes))
     moved = jax.vmap(lambda each, v: each.apply(v))(at.curvature, jnp.abs(shift))
@@ -378,7 +374,7 @@ def end(
     decay = at.rate * at.squared_norm
     system = jnp.eye(p) + matrix * decay[None, :]
     u = solve_differentiably(system, before.scaled_time + matrix @ at.rate)
-    time_slopes = np.linalg.inv(tableau.matrix) @ (u - before.scaled_time) / h
+    time_slopes = jnp.asarray(np.linalg.inv(tableau.matrix)) @ (u - before.scaled_time) / h
     *_, third, second, final = jnp.abs(tableau.legendre @ time_slopes)
     tail = h * final * decay_rate(final, second, third) ** (p - 1)
     balance = at.log_risk[-1] - log_risk + matrix[-1] @ decay
