@@ -13,7 +13,7 @@ import numpy as np
 
 from gflow import record
 from gflow.dynamics.descending.optimizers import describe
-from gflow.dynamics.drive.members import Unfinished, agreed, filled
+from gflow.dynamics.drive.members import agreed, filled
 from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
 from gflow.dynamics.reasons import Reason
