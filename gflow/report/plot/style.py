@@ -148,7 +148,7 @@ def save_figure(axes: Any, path: Any, *, dpi: int = 200) -> "Figure":
     """Write the figure that ``axes`` belong to, and close it."""
     import matplotlib.pyplot as plt
 
-    first = next(iter(np.ravel(axes)), None)
+    first: Any = next(iter(np.ravel(axes)), None)
     if not hasattr(first, "figure"):
         raise ValueError(
             f"`axes` is {shown(axes)}; expected what a function of gflow.plot returns."
