@@ -1,9 +1,10 @@
-"""Make the README's picture and its tables: ``python docs/readme.py [--benchmarks]``.
+"""Make the README's picture and the documentation's tables: ``python docs/readme.py``.
 
 The picture is the paper's figure 1 on synthetic data, the table of results the claims on the same
 runs; both come from the first experiment of ``gflow reproduce``. The table of peers comes from
-``benchmarks/results/reach.json``; ``--benchmarks`` renews it alone. The README is rewritten between
-its markers.
+``benchmarks/results/reach.json``; ``--benchmarks`` renews it alone. The table of variables in
+``docs/api.md`` comes from ``gflow/quantities.py``; ``--variables`` renews it alone. Pages are
+rewritten between their markers.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from gflow.analysis.table import markdown
+from gflow.quantities import QUANTITIES
 from gflow.report import experiment as ex, plot, reproduce
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "figures" / "figure_1.png"
-README = ROOT / "README.md"
+README, API = ROOT / "README.md", ROOT / "docs" / "api.md"
 REACH = ROOT / "benchmarks" / "results" / "reach.json"
 
 
@@ -43,12 +45,30 @@ def fill(outcome: ex.Outcome) -> None:
     put("results", table)
 
 
-def put(marker: str, block: str) -> None:
-    """Replace what stands between two markers of the README."""
-    text = README.read_text(encoding="utf-8")
+def put(marker: str, block: str, page: Path = README) -> None:
+    """Replace what stands between two markers of a page."""
+    text = page.read_text(encoding="utf-8")
     whole = f"<!-- {marker} -->\n{block}\n<!-- end of {marker} -->"
     pattern = rf"<!-- {marker} -->.*?<!-- end of {marker} -->"
-    README.write_text(re.sub(pattern, lambda _: whole, text, flags=re.DOTALL), encoding="utf-8")
+    page.write_text(re.sub(pattern, lambda _: whole, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def variables_table() -> str:
+    """What a record may hold, one row a variable."""
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(row.dims),
+            f"`{row.meaning}`",
+            "yes" if row.certified else "",
+            ", ".join(row.needs),
+        )
+        for name, row in QUANTITIES.items()
+    ]
+    # Not `markdown`: in code the site's Markdown takes bars as they are.
+    header = ("variable", "dimensions", "meaning", "certified", "needs")
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
+    return "\n".join(lines)
 
 
 def peers_table(found: dict[str, Any]) -> str:
@@ -120,10 +140,14 @@ def _seconds(value: float | None) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--benchmarks", action="store_true", help="renew the table of peers alone")
-    alone = parser.parse_args().benchmarks
+    parser.add_argument("--variables", action="store_true", help="renew that of variables alone")
+    options = parser.parse_args()
     mpl.use("Agg")
-    put("peers", peers_table(json.loads(REACH.read_text(encoding="utf-8"))))
-    if not alone:
+    if not options.benchmarks:
+        put("variables", variables_table(), API)
+    if not options.variables:
+        put("peers", peers_table(json.loads(REACH.read_text(encoding="utf-8"))))
+    if not (options.benchmarks or options.variables):
         synthetic = ex.follow(reproduce.experiments()[0])
         draw(synthetic)
         fill(synthetic)

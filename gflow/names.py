@@ -18,22 +18,24 @@ SETTINGS = ("loss", "dataset", "optimizer", "rtol", "atol", "solver")
 """What a run is given. An axis may have such a name, and the run's own words are then under
 ``NAME_used``."""
 
-PER_MEMBER = (
-    *SETTINGS,
-    "status",
-    "message",
-    "wall_time",
-    "max_margin",
-    "margin_upper_bound",
-    "next_margin_gap",
-    "num_rejected",
-    "num_newton_iterations",
-    "start_sha256",
-    "in_lanes",
-    "admissible",
-    "grid_index",
-)
-"""Facts that are attributes of one run and variables of many."""
+PER_MEMBER: dict[str, type] = {
+    **dict.fromkeys(SETTINGS, str),
+    "rtol": float,
+    "atol": float,
+    "status": str,
+    "message": str,
+    "wall_time": float,
+    "max_margin": float,
+    "margin_upper_bound": float,
+    "next_margin_gap": float,
+    "num_rejected": int,
+    "num_newton_iterations": int,
+    "start_sha256": str,
+    "in_lanes": bool,
+    "admissible": bool,
+    "grid_index": int,
+}
+"""Facts that are attributes of one run and variables of many, and their types."""
 
 MOST_AXES = 9
 """More axes than an observable has."""

@@ -240,12 +240,28 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     # The data.
     "max_margin_direction": Quantity(
-        ("coordinate",), "maximum-margin direction through the origin", of_data=True
+        ("coordinate",),
+        "maximum-margin direction through the origin",
+        of_data=True,
+        needs=("layers", "reference"),
     ),
-    "support": Quantity(("support",), "numbers of the points on the margin", of_data=True),
-    "support_vectors": Quantity(("support", "coordinate"), "y_i x_i on the margin", of_data=True),
+    "support": Quantity(
+        ("support",),
+        "numbers of the points on the margin",
+        of_data=True,
+        needs=("layers", "reference"),
+    ),
+    "support_vectors": Quantity(
+        ("support", "coordinate"),
+        "y_i x_i on the margin",
+        of_data=True,
+        needs=("layers", "reference"),
+    ),
     "dual_weights": Quantity(
-        ("support",), "weights p with sum_i p_i y_i x_i = margin u", of_data=True
+        ("support",),
+        "weights p with sum_i p_i y_i x_i = margin u",
+        of_data=True,
+        needs=("layers", "reference"),
     ),
 }
 

@@ -103,7 +103,7 @@ def test_a_malformed_data_file_is_reported_with_its_line(said, tmp_path):
         ("[flow]", "[flow]\nsave = 'many'", ["[flow] save is 'many'", "whole number"]),
         ("[flow]", "[flow]\nsave = true", ["[flow] save is True", "whole number"]),
         ("[flow]", "[descent]\nuntil = { steps = 3 }\noptimizer = 'sdg'\n[flow]", ["sdg", "'sgd'"]),
-        ("log_risk", "log_rsk", ["log_rsk", "log_time, steps"]),
+        ("log_risk", "log_rsk", ["log_rsk", "log_time", "steps", "Did you mean 'log_risk'"]),
         ("two-point", "three-point", ["three-point", "separable"]),
         ("[2, 3, 1]", "[4, 3, 1]", ["the first must be 2"]),
         ("[2, 3, 1]", "[2, 3, 2]", ["the last 1"]),
@@ -159,6 +159,21 @@ def test_the_example_documents_every_key_and_is_read():
     for known in (config.LOSSES, config.STARTS, config.RULES, config.CLOCKS):
         assert all(name in text for name in known)
     assert all(name in text for name in config.GFLOW_OPTIMIZERS)
+    flow, descent = text.split("[descent]")
+    assert all(name in flow for name in config.plain_options(gflow.gradient_flow))
+    assert all(name in descent for name in config.plain_options(gflow.gradient_descent))
+
+
+def test_a_file_may_set_every_plain_option_of_a_run():
+    document = {
+        "data": {"dataset": "two-point"},
+        "network": {"widths": [2, 3, 1]},
+        "flow": {"until": {"log_risk": -5}, "atol": 1e-8, "certify": True, "clock": "time"},
+        "descent": {"until": {"steps": 4}, "optimizer": "polyak", "batch_size": 2, "seed": 7},
+    }
+    flow, descent = config.build(document, folder=Path(), name="all").runs
+    assert flow.options == {"atol": 1e-8, "certify": True, "clock": gflow.clocks.Time()}
+    assert descent.options == {"batch_size": 2, "seed": 7}
 
 
 def test_stored_weights_and_arrays_of_an_npz_file_are_used(tmp_path):

@@ -27,7 +27,7 @@ def records():
     return {
         "flow": gflow.gradient_flow(*deep(), until=few, save=2, certify=True),
         "descent": gflow.gradient_descent(*deep(), optax.sgd(0.1), until=gflow.Steps(2), save=2),
-        "homogeneous": gflow.gradient_flow(*other(1), until=few, save=2),
+        "homogeneous": gflow.gradient_flow(*other(1), until=few, save=2, certify=True),
         "any network": gflow.gradient_flow(*other(None), until=few, save=2),
     }
 
@@ -46,12 +46,11 @@ def test_every_variable_of_a_record_is_declared_with_its_dimensions_and_meaning(
 
 
 def test_a_certified_flow_has_errors_of_exactly_the_certified_variables(records):
-    flow = records["flow"]
-    there = {name for name in QUANTITIES if name in flow.variables}
-    certified = {name for name in there if QUANTITIES[name].certified}
-    assert {str(n).removesuffix("_error") for n in flow if str(n).endswith("_error")} == (
-        certified | {"clock", "direction"}  # clock_error and direction_error are no estimates
-    )
+    for flow in (records["flow"], records["homogeneous"]):
+        there = {name for name in QUANTITIES if name in flow.variables}
+        certified = {f"{name}_error" for name in there if QUANTITIES[name].certified}
+        estimates = {str(name) for name in flow if str(name).endswith("_error")} - there
+        assert estimates == certified
 
 
 def test_a_record_holds_nothing_that_its_network_cannot_give(records):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import gflow
-from gflow.dynamics import optimizers
+from gflow.dynamics.descending import optimizers
 from gflow.dynamics.descending.step_meter import works_entry_by_entry
 from gflow.problem.network import inner_product
 

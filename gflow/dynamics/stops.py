@@ -18,6 +18,7 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
+from gflow.problem.logarithms import log_expm1
 from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.risk import Problem
 from gflow.quantities import quantity
@@ -147,7 +148,7 @@ class LogTime(AbstractRule):
         return np.logaddexp(0.0, value)
 
     def clock_value(self, progress: np.ndarray, clock: AbstractClock) -> np.ndarray | None:
-        return clock.at_log_time(_log_expm1(progress))
+        return clock.at_log_time(log_expm1(np.maximum(progress, 0.0)))
 
     @property
     def of_time(self) -> bool:
@@ -171,7 +172,7 @@ class Time(AbstractRule):
         return np.log1p(value)
 
     def clock_value(self, progress: np.ndarray, clock: AbstractClock) -> np.ndarray | None:
-        return clock.at_log_time(_log_expm1(progress))
+        return clock.at_log_time(log_expm1(np.maximum(progress, 0.0)))
 
     @property
     def of_time(self) -> bool:
@@ -408,9 +409,3 @@ def _positive(name: str, value: float) -> float:
     if not value > 0:
         raise ValueError(f"`{name}({value})`: expected a positive number.")
     return value
-
-
-def _log_expm1(x: np.ndarray) -> np.ndarray:
-    r"""$\log(e^x - 1)$: from $\log(1 + t)$ to $\log t$; minus infinity up to x = 0."""
-    with np.errstate(divide="ignore"):
-        return x + np.log(np.maximum(-np.expm1(-x), 0.0))

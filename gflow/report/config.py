@@ -7,66 +7,69 @@ error that lists those that are, so that a misspelled setting is never silently 
 
 import contextlib
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import diffrax
 import numpy as np
+import optax
 
+import gflow
 from gflow.dynamics import clocks, stops as rules
 from gflow.problem import datasets, init
 from gflow.problem.data import Dataset
-from gflow.problem.losses import AbstractLoss, Exponential, Logistic
-from gflow.problem.polynomial_tail import PolynomialTail
+from gflow.problem.losses import AbstractLoss
 from gflow.problem.risk import Problem
 from gflow.report.experiment import Experiment, Run, one_run
-from gflow.report.table import REQUIRED, Table, choose
+from gflow.report.toml_table import REQUIRED, TomlTable, choose
 
-LOSSES: dict[str, type[AbstractLoss]] = {
-    "exponential": Exponential,
-    "logistic": Logistic,
-    "polynomial_tail": PolynomialTail,
+# What a file may name is what gflow has: a new loss, rule, clock, start or option of a run needs no
+# line here. Names are those in Python, in lower case: LogRisk is log_risk.
+
+
+def _kinds(kind: type, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of a kind, those to build, by name."""
+    return {
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): found
+        for name, found in names.items()
+        if inspect.isclass(found) and issubclass(found, kind) and not inspect.isabstract(found)
+    }
+
+
+def _makers(module: Any, first: str | None = None) -> dict[str, Callable[..., Any]]:
+    """The public functions of a module, those whose first argument is ``first`` if it is given."""
+    return {
+        name: found
+        for name, found in vars(module).items()
+        if inspect.isfunction(found)
+        and found.__module__ == module.__name__
+        and not name.startswith("_")
+        and (first is None or next(iter(inspect.signature(found).parameters)) == first)
+    }
+
+
+LOSSES: dict[str, type[AbstractLoss]] = _kinds(AbstractLoss, vars(gflow))
+RULES: dict[str, Callable[[Any], rules.AbstractRule]] = _kinds(rules.AbstractRule, vars(gflow))
+CLOCKS: dict[str, Callable[[], clocks.AbstractClock]] = _kinds(clocks.AbstractClock, vars(clocks))
+STARTS: dict[str, Callable[..., init.LayerWeights]] = _makers(init, first="widths")
+MAKERS: dict[str, Callable[..., Dataset]] = {
+    name: maker for name, maker in _makers(datasets).items() if maker is not datasets.load
+}
+"""Data sets whose arguments a file may set, beside those that ``datasets.load`` knows by name."""
+
+GFLOW_OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    name: found
+    for name, found in vars(gflow).items()
+    if inspect.isfunction(found)
+    and inspect.signature(found).return_annotation is optax.GradientTransformationExtraArgs
+    and "optimizer" not in inspect.signature(found).parameters
 }
 
-STARTS: dict[str, Callable[..., init.LayerWeights]] = {
-    "gaussian": init.gaussian,
-    "xavier": init.xavier,
-    "he": init.he,
-    "orthogonal": init.orthogonal,
-    "balanced": init.balanced,
-    "zero_first": init.zero_first,
-}
-
-RULES: dict[str, Callable[[Any], rules.AbstractRule]] = {
-    "log_risk": rules.LogRisk,
-    "time": rules.Time,
-    "log_time": rules.LogTime,
-    "steps": rules.Steps,
-    "misalignment": rules.Misalignment,
-    "margin_gap": rules.MarginGap,
-    "kkt": rules.KKT,
-}
-
-CLOCKS: dict[str, Callable[[], clocks.AbstractClock]] = {
-    "time": clocks.Time,
-    "log_time": clocks.LogTime,
-    "risk": clocks.Risk,
-    "log_risk": clocks.LogRisk,
-}
-
-MAKERS: tuple[Callable[..., Dataset], ...] = (
-    datasets.separable,
-    datasets.two_point,
-    datasets.one_datum,
-    datasets.digits,
-    datasets.iris,
-    datasets.wine,
-    datasets.breast_cancer,
-)
-"""Data sets whose arguments a file may set."""
-
-GFLOW_OPTIMIZERS = ("loss_scaled", "polyak", "loss_line_search", "paper_steps")
+OF_THE_CALL = ("progress", "checkpoint")
+"""Options of a run that the command line has, not the file."""
 
 
 def read(path: str | Path) -> Experiment:
@@ -101,7 +104,7 @@ def build(
     *,
     folder: Path,
     name: str,
-    read_data: "Callable[[Table, Path], Dataset] | None" = None,
+    read_data: "Callable[[TomlTable, Path], Dataset] | None" = None,
 ) -> Experiment:
     """The experiment that a parsed configuration describes.
 
@@ -111,7 +114,7 @@ def build(
         name: of the experiment unless the document has one.
         read_data: what makes the data of their table, unless it is `data_of`.
     """
-    top = Table(document, "")
+    top = TomlTable(document, "")
     name = top.get("name", str, name)
     tables = {key: top.table(key, REQUIRED) for key in ("data", "network")}
     loss, start = top.table("loss", {}), top.table("start", {})
@@ -140,7 +143,7 @@ def build(
     return Experiment(name, problem, runs)
 
 
-def data_of(table: Table, folder: Path) -> Dataset:
+def data_of(table: TomlTable, folder: Path) -> Dataset:
     """The data that a table describes."""
     file = table.get("file", str, None)
     name = table.get("dataset", str, None)
@@ -159,7 +162,7 @@ def data_of(table: Table, folder: Path) -> Dataset:
             data = Dataset.from_file(folder / file, **options)
     else:
         written = str(name).replace("-", "_")
-        maker = next((maker for maker in MAKERS if maker.__name__ == written), None)
+        maker = MAKERS.get(written)
         options = {} if maker is None else table.rest(_options(maker))
         table.done()
         with named("[data]"):
@@ -172,15 +175,15 @@ def data_of(table: Table, folder: Path) -> Dataset:
     return data.scaled() if scale else data
 
 
-def _loss(table: Table) -> AbstractLoss:
+def _loss(table: TomlTable) -> AbstractLoss:
     kind = choose("[loss] name", table.get("name", str, "logistic"), LOSSES)
-    options = table.rest(_options(kind.__init__) if kind is PolynomialTail else ())
+    options = table.rest(_options(kind))
     table.done()
     with named("[loss]"):
         return kind(**options)
 
 
-def _widths(network: Table, data: Dataset) -> tuple[int, ...]:
+def _widths(network: TomlTable, data: Dataset) -> tuple[int, ...]:
     depth, width = network.get("depth", int, None), network.get("width", int, None)
     if depth is not None and width is not None and "widths" not in network.values:
         if depth < 1 or width < 1:
@@ -205,7 +208,7 @@ def _widths(network: Table, data: Dataset) -> tuple[int, ...]:
 
 
 def _start(
-    table: Table, folder: Path, widths: tuple[int, ...], problem: Problem
+    table: TomlTable, folder: Path, widths: tuple[int, ...], problem: Problem
 ) -> init.LayerWeights:
     file = table.get("file", str, None)
     admissible = table.get("admissible", bool, True)
@@ -242,28 +245,20 @@ def _stored_weights(path: Path, widths: tuple[int, ...]) -> init.LayerWeights:
     return weights
 
 
-def _flow(table: Table, problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
+def _flow(table: TomlTable, problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
     until = _until(table)
-    options = _common(table)
-    for key in ("rtol", "atol"):
-        options[key] = table.get(key, float, None)
-    options["max_steps"] = table.get("max_steps", int, None)
-    for key in ("certify", "function_space"):
-        options[key] = table.get(key, bool, None)
-    clock = table.get("clock", str, None)
-    options["clock"] = None if clock is None else choose("[flow] clock", clock, CLOCKS)()
-    solver = table.get("solver", str, None)
-    options["solver"] = None if solver is None else _solver(solver)
+    options = _plain_options(table, gflow.gradient_flow)
+    if (clock := table.get("clock", str, None)) is not None:
+        options["clock"] = choose("[flow] clock", clock, CLOCKS)()
+    if (solver := table.get("solver", str, None)) is not None:
+        options["solver"] = _solver(solver)
     table.done()
-    given = {key: value for key, value in options.items() if value is not None}
-    return [one_run("flow", weights, until, options=given) for weights in starts]
+    return [one_run("flow", weights, until, options=options) for weights in starts]
 
 
-def _descent(table: Table, problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
-    from gflow.dynamics.descending.step_sizes import on_log_risk
-
+def _descent(table: TomlTable, problem: Problem, starts: "list[init.LayerWeights]") -> list[Run]:
     until = _until(table)
-    options = _common(table)
+    options = _plain_options(table, gflow.gradient_descent)
     optimizer = table.get("optimizer", str, "loss_scaled")
     in_log_domain = table.get("on_log_risk", bool, False)
     maker = _optimizer(optimizer)
@@ -272,26 +267,39 @@ def _descent(table: Table, problem: Problem, starts: "list[init.LayerWeights]") 
     if optimizer == "loss_scaled":
         settings.setdefault("rate", 0.1)
     with named(f"[descent] optimizer = {optimizer!r}:"):
-        made = maker(problem, **settings) if optimizer == "paper_steps" else maker(**settings)
+        for_problem = "problem" in inspect.signature(maker).parameters
+        made = maker(problem, **settings) if for_problem else maker(**settings)
     if in_log_domain:
-        made = on_log_risk(made)
-    given = {key: value for key, value in options.items() if value is not None}
-    return [one_run("descent", weights, until, optimizer=made, options=given) for weights in starts]
+        made = gflow.on_log_risk(made)
+    return [
+        one_run("descent", weights, until, optimizer=made, options=options) for weights in starts
+    ]
 
 
-def _common(table: Table) -> dict[str, Any]:
-    return {
-        "save": table.get("save", int, None),
-        "keep_weights": table.get("keep_weights", bool, None),
-    }
+def plain_options(verb: Callable[..., Any]) -> dict[str, type]:
+    """The options of a verb that are a number, or true or false, and of which kind each is."""
+    found = {}
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in OF_THE_CALL:
+            allowed = get_args(parameter.annotation) or (parameter.annotation,)
+            kinds = [kind for kind in (float, int, bool) if kind in allowed]
+            if kinds:
+                found[name] = kinds[0]
+    return found
 
 
-def _until(table: Table) -> Any:
+def _plain_options(table: TomlTable, verb: Callable[..., Any]) -> dict[str, Any]:
+    """Those that a table sets."""
+    found = {name: table.get(name, kind, None) for name, kind in plain_options(verb).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _until(table: TomlTable) -> Any:
     wanted = table.table("until", REQUIRED)
     found = []
     for key in wanted.names():
         rule = choose(f"{wanted.where} until", key, RULES)
-        kind = int if key == "steps" else float
+        kind = inspect.signature(rule).parameters["value"].annotation
         with named(f"{wanted.where} {key}:"):
             found.append(rule(wanted.get(key, kind, REQUIRED)))
     if not found:
@@ -306,26 +314,17 @@ def _until(table: Table) -> Any:
 
 
 def _optimizer(name: str) -> Callable[..., Any]:
-    import gflow
-
-    ours = {key: getattr(gflow, key) for key in GFLOW_OPTIMIZERS}
-    if name in ours:
-        return ours[name]
-    import optax
-
+    if name in GFLOW_OPTIMIZERS:
+        return GFLOW_OPTIMIZERS[name]
     theirs = {
         key: value
         for key, value in vars(optax).items()
         if inspect.isfunction(value) and "learning_rate" in inspect.signature(value).parameters
     }
-    return choose("[descent] optimizer", name, ours | theirs)
+    return choose("[descent] optimizer", name, GFLOW_OPTIMIZERS | theirs)
 
 
 def _solver(name: str) -> Any:
-    import diffrax
-
-    import gflow
-
     ours = {
         key: value
         for key, value in vars(gflow).items()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from gflow.names import SETTINGS, is_taken
 from gflow.problem.data import Dataset
 from gflow.report.config import build, data_of, parsed
-from gflow.report.table import Table
+from gflow.report.toml_table import TomlTable
 
 
 class Variation(NamedTuple):
@@ -50,7 +50,7 @@ def read_sweep(path: str | Path) -> Variation:
     }
     datasets: dict[str, Dataset] = {}
 
-    def read_data(table: Table, folder: Path) -> Dataset:
+    def read_data(table: TomlTable, folder: Path) -> Dataset:
         known = json.dumps(table.values, sort_keys=True, default=str)
         if known not in datasets:
             datasets[known] = data_of(table, folder)

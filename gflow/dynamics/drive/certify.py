@@ -77,9 +77,7 @@ def shorter(steps: int) -> int:
     return math.ceil(SHORTER * steps) if steps <= FEW_STEPS else 1
 
 
-def certificate(
-    run: "FlowRun", other: "FlowRun"
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def certificate(run: "FlowRun", other: "FlowRun") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Error estimates from a second run, and what the record says of it.
 
     Args:
@@ -99,7 +97,10 @@ def certificate(
         "certificate_num_steps": other.num_steps,
         "certificate_wall_time": again.seconds(),
     }
-    return error_estimates(points, again.points[: len(points)], tuple(run.recorder.extra)), facts
+    recorder = run.recorder
+    degree = recorder.problem.degree(recorder.start)
+    names = tuple(recorder.extra)
+    return error_estimates(points, again.points[: len(points)], names, degree), facts
 
 
 def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
@@ -125,6 +126,7 @@ def error_estimates(
     points: Sequence[Mapping[str, Any]],
     others: Sequence[Mapping[str, Any]],
     names: Sequence[str] = (),
+    degree: float | None = None,
 ) -> dict[str, np.ndarray]:
     """The absolute error of each observable at each saved point, as ``NAME_error``.
 
@@ -132,8 +134,9 @@ def error_estimates(
         points: the observables of the run.
         others: those of the second run at the same points; NaN from where it ended.
         names: further observables that the caller added.
+        degree: of homogeneity of the margins, if they have one.
     """
-    found, noise = {}, _round_off(points)
+    found, noise = {}, _round_off(points, degree)
     for name in (*CERTIFIED, *names):
         if name not in points[0]:
             continue
@@ -156,7 +159,7 @@ def _error(name: str, value: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.where(known, error, np.where(value == other, 0.0, np.nan))  # log t starts at -inf
 
 
-def _round_off(points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _round_off(points: Sequence[Mapping[str, Any]], degree: float | None) -> dict[str, np.ndarray]:
     r"""Round-off, absolute, of the observables that are small differences of large numbers.
 
     Angles are known to ``ANGLE``, halves of their squares accordingly. Margins of size s are known
@@ -180,15 +183,21 @@ def _round_off(points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
             found[name] = np.sqrt(2 * value) * lost_angle + lost_angle**2 / 2
         else:
             found[name] = lost_angle
-    if "kkt_residual" not in points[0]:
+    if degree is None:
         return found
-    frobenius, residual = column("frobenius_norm"), column("kkt_residual")
-    smallest = column("margin") * np.linalg.norm(column("end_to_end"), axis=1)
-    smallest = np.where(smallest > 0, smallest, np.inf)  # before the data are separated
-    size = np.linalg.norm(frobenius, axis=1) / smallest ** (1 / frobenius.shape[1])
     lost = np.where(far, ANGLE, EPSILON * np.maximum(1.0, -column("log_risk")))
-    seen = size * column("direction_error") / np.where(residual > 0, residual, np.inf)
-    found["kkt_residual"] = lost * size * np.minimum(1.0, seen)
+    if "end_to_end" in points[0]:
+        norm = np.linalg.norm(column("frobenius_norm"), axis=1)
+        smallest = column("margin") * np.linalg.norm(column("end_to_end"), axis=1)
+    else:
+        norm, smallest = column("norm"), column("min_margin")
+    smallest = np.where(smallest > 0, smallest, np.inf)  # before the data are separated
+    size, seen = norm / smallest ** (1 / degree), 1.0
+    if "direction_error" in points[0]:
+        residual = column("kkt_residual")
+        turned = size * column("direction_error") / np.where(residual > 0, residual, np.inf)
+        seen = np.minimum(1.0, turned)
+    found["kkt_residual"] = lost * size * seen
     found["kkt_slackness"] = lost * column("kkt_slackness")
     return found
 

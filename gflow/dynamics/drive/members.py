@@ -1,36 +1,17 @@
 """From what single members gave to one record with a dimension ``member``."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gflow import record
-from gflow.names import merged
+from gflow.names import PER_MEMBER, merged
 from gflow.quantities import quantity
 from gflow.record import Variable
 
 if TYPE_CHECKING:
     import xarray as xr
-
-PER_MEMBER: dict[str, Callable[[Any], Any]] = {
-    "status": str,
-    "message": str,
-    "wall_time": float,
-    "max_margin": float,
-    "margin_upper_bound": float,
-    "next_margin_gap": float,
-    "num_rejected": int,
-    "num_newton_iterations": int,
-    "start_sha256": str,
-    "rtol": float,
-    "atol": float,
-    "loss": str,
-    "dataset": str,
-    "optimizer": str,
-    "solver": str,
-}
-"""Attributes of a record that are variables where there are many members."""
 
 
 class Member(NamedTuple):

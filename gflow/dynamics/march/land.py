@@ -29,14 +29,9 @@ def land(
 
     def trial(s: Array) -> Step:
         h = s - s0
-        attempt = method.begin(field, s0, h, state0, memory0)
-        if method.iterates:
-            attempt = jax.lax.while_loop(
-                lambda attempt: ~method.solved(attempt),
-                lambda attempt: method.work(field, s0, h, state0, attempt),
-                attempt,
-            )
-        return method.end(field, s0, h, state0, attempt, memory0)
+        attempt = method.solve(field, s0, h, state0, memory0)
+        seen = method.look(field, s0, h, state0, attempt)
+        return method.end(field, s0, h, state0, attempt, seen, memory0)
 
     start, end = progress(state0) - goal, progress(lane.state) - goal
     near = 1e-13 * jnp.maximum(1.0, jnp.abs(goal))

@@ -227,12 +227,15 @@ def march(
     def solved(lane: Lane) -> Array:
         return method.solved(lane.attempt)
 
-    def work(own: Member, lane: Lane) -> Any:
+    def look(own: Member, lane: Lane) -> Any:
         field = eqx.combine(own, shared).field
-        return method.work(field, lane.s, lane.step, lane.state, lane.attempt)
+        return method.look(field, lane.s, lane.step, lane.state, lane.attempt)
 
-    def end(own: Member, lane: Lane) -> tuple[Lane, Array]:
-        return _end(eqx.combine(own, shared), method, lane, watch_stiffness)
+    def correct(own: Member, lane: Lane, seen: Any) -> Any:
+        return method.correct(eqx.combine(own, shared).field, lane.step, lane.attempt, seen)
+
+    def end(own: Member, lane: Lane, seen: Any) -> tuple[Lane, Array]:
+        return _end(eqx.combine(own, shared), method, lane, seen, watch_stiffness)
 
     def iterate(lane: Lane) -> Lane:
         """Work on attempts until enough of them are solved."""
@@ -246,10 +249,9 @@ def march(
             return SHARE * jnp.sum(ready) < jnp.sum(running)
 
         def once(attempt: Any) -> Any:
-            further = each(work)(member, carrying(attempt))
-            if not many:
-                return further
-            return _chosen(running & ~each(solved)(carrying(attempt)), further, attempt)
+            here = carrying(attempt)
+            further = each(correct)(member, here, each(look)(member, here))
+            return _chosen(running & ~each(solved)(here), further, attempt) if many else further
 
         return carrying(jax.lax.while_loop(unfinished, once, lane.attempt))
 
@@ -263,8 +265,14 @@ def march(
             lane = iterate(lane)
         running = lane.reason == Reason.RUNNING
         ready = running & each(solved)(lane)
-        after, arrived = each(end)(member, lane)
-        after = _chosen(ready, after, lane) if many else after
+        seen = each(look)(member, lane)
+        after, arrived = each(end)(member, lane, seen)
+        if many:
+            after = _chosen(ready, after, lane)
+            if method.iterates:  # the others use what was seen as well
+                further = each(correct)(member, lane, seen)
+                attempt = _chosen(running & ~ready, further, after.attempt)
+                after = eqx.tree_at(lambda at: at.attempt, after, attempt)
         arrived = ready & arrived
         saved = _store(saved, after, arrived, many)
         full = saved.count >= rows
@@ -322,7 +330,7 @@ def _begin(member: Member, method: AbstractMethod, lane: Lane) -> Lane:
 
 
 def _end(
-    member: Member, method: AbstractMethod, lane: Lane, watch_stiffness: bool
+    member: Member, method: AbstractMethod, lane: Lane, seen: Any, watch_stiffness: bool
 ) -> tuple[Lane, Array]:
     """The end of an attempt, accepted or not, and the beginning of the next.
 
@@ -330,7 +338,7 @@ def _end(
         The lane, and whether it stands on a clock goal or a count of steps.
     """
     field, goals, tolerance = member.field, member.goals, member.tolerance
-    made = method.end(field, lane.s, lane.step, lane.state, lane.attempt, lane.memory)
+    made = method.end(field, lane.s, lane.step, lane.state, lane.attempt, seen, lane.memory)
     norm = tolerance.norm(made.error, lane.state, made.state)
     norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
     noise = method.noise / tolerance.rtol

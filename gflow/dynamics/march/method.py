@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
@@ -56,16 +57,41 @@ class AbstractMethod(eqx.Module):
         """Whether the attempt can be ended."""
 
     @abstractmethod
-    def work(
+    def look(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
     ) -> Any:
+        """What the field is at the attempt as it stands: what comes next is made from it."""
+
+    @abstractmethod
+    def correct(self, field: AbstractField, h: Array, attempt: Any, seen: Any) -> Any:
         """The attempt after one more iteration."""
 
     @abstractmethod
     def end(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any, before: Any
+        self,
+        field: AbstractField,
+        s: Array,
+        h: Array,
+        state: FlowState,
+        attempt: Any,
+        seen: Any,
+        before: Any,
     ) -> Step:
         """The new state with its error, infinite where the attempt failed."""
+
+    def solve(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
+    ) -> Any:
+        """An attempt from its beginning until it is solved, for one member by itself."""
+        attempt = self.begin(field, s, h, state, before)
+        if not self.iterates:
+            return attempt
+
+        def once(attempt: Any) -> Any:
+            seen = self.look(field, s, h, state, attempt)
+            return self.correct(field, h, attempt, seen)
+
+        return jax.lax.while_loop(lambda attempt: ~self.solved(attempt), once, attempt)
 
     @abstractmethod
     def tally(self, memory: Any) -> Any:
@@ -102,13 +128,23 @@ class WholeStep(AbstractMethod):
     def solved(self, attempt: Any) -> Array:
         return jnp.array(True)
 
-    def work(
+    def look(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
     ) -> Any:
+        return ()
+
+    def correct(self, field: AbstractField, h: Array, attempt: Any, seen: Any) -> Any:
         return attempt
 
     def end(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any, before: Any
+        self,
+        field: AbstractField,
+        s: Array,
+        h: Array,
+        state: FlowState,
+        attempt: Any,
+        seen: Any,
+        before: Any,
     ) -> Step:
         after, error, _, memory, result = self.solver.step(
             diffrax.ODETerm(field), s, s + h, state, None, before, jnp.array(False)

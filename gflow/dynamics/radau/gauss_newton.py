@@ -139,12 +139,16 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     def solved(self, attempt: Attempt) -> Array:
         return newton.solved(attempt, self.tolerance, self.max_iterations)
 
-    def work(
+    def look(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Attempt
-    ) -> Attempt:
+    ) -> Stages:
         evaluate = self._evaluate(field, state.weights, s, h)
-        at = evaluate(attempt.coefficients, attempt.derivatives, attempt.offsets)
-        return newton.correct(field, self.stages, h, attempt, at)
+        return evaluate(attempt.coefficients, attempt.derivatives, attempt.offsets)
+
+    def correct(
+        self, field: AbstractField, h: Array, attempt: Attempt, seen: Stages
+    ) -> Attempt:
+        return newton.correct(field, self.stages, h, attempt, seen)
 
     def end(
         self,
@@ -153,6 +157,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         h: Array,
         state: FlowState,
         attempt: Attempt,
+        seen: Stages,
         before: Solution,
     ) -> Step:
         found = Solution(
@@ -163,11 +168,9 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
             num_evaluations=before.num_evaluations + self.stages * (attempt.count + 1),
             newton_error=newton.remaining(attempt.size, attempt.contraction),
         )
-        evaluate = self._evaluate(field, state.weights, s, h)
-        at = evaluate(h * radau(self.stages).matrix, attempt.derivatives, attempt.offsets)
         error = newton.error_of_weights(self.stages, h, attempt)
         log_risk = attempt.frame.log_risk
-        end = newton.end(self.stages, self.tolerance, h, state, log_risk, found, error, at)
+        end = newton.end(self.stages, self.tolerance, h, state, log_risk, found, error, seen)
         return Step(end.state, end.error, found)
 
     def tally(self, memory: Solution) -> tuple[Array, Array]:
@@ -199,12 +202,7 @@ def _solve_stages(
     before: Solution,
 ) -> tuple[tuple[Factors, Array], tuple[Array, Array, Array, list[Array]]]:
     """Derivatives and offsets at the stages; Newton's count and error, log R, the step's error."""
-    state = FlowState(weights, jnp.zeros_like(h))
-    last = jax.lax.while_loop(
-        lambda attempt: ~solver.solved(attempt),
-        lambda attempt: solver.work(field, t0, h, state, attempt),
-        solver.begin(field, t0, h, state, before),
-    )
+    last = solver.solve(field, t0, h, FlowState(weights, jnp.zeros_like(h)), before)
     error = newton.error_of_weights(solver.stages, h, last)
     left = newton.remaining(last.size, last.contraction)
     return (last.derivatives, last.offsets), (last.count, left, last.frame.log_risk, error)

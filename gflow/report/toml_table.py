@@ -17,7 +17,7 @@ _KINDS = {
 }
 
 
-class Table:
+class TomlTable:
     """A table of a TOML file that knows which of its keys were asked for.
 
     Args:
@@ -55,7 +55,7 @@ class Table:
         """A table inside this one, or None if the default is None and it is not there."""
         where = f"[{key}]" if not self.where else f"{self.where} {key}"
         value = self.get(key, dict, default)
-        return None if value is None else Table(value, where)
+        return None if value is None else TomlTable(value, where)
 
     def rest(self, options: Mapping[str, Any] | tuple[str, ...]) -> dict[str, Any]:
         """The keys among ``options`` that are there: keyword arguments of a function."""
