@@ -208,7 +208,7 @@ def _stored(value: Any) -> Any:
     if isinstance(value, list | tuple):
         array = _simple_array(value)
         return json.dumps(value, default=_for_json) if array is None else array
-    array = np.asarray(value)  # of NumPy's and JAX's, and plain numbers
+    array: Any = np.asarray(value)  # of NumPy's and JAX's, and plain numbers
     if array.dtype == bool:
         array = array.astype(np.int8)
     if array.dtype.kind == "U" and array.ndim == 0:
