@@ -25,8 +25,10 @@ import scipy
 from threadpoolctl import threadpool_limits
 
 import gflow
-from gflow.dynamics import stepping
+from gflow.dynamics.march.loop import Goals, Lane, Member, march, start
+from gflow.dynamics.march.method import method_of
 from gflow.dynamics.march.tolerance import Tolerance, default_atol
+from gflow.dynamics.reasons import Reason
 from gflow.problem.observables import Reference, standard
 from gflow.record import versions
 
@@ -161,32 +163,57 @@ def walk(
     """The loop of gflow around a solver, to one target; given up after ``limit`` seconds."""
     began, spent = time.perf_counter(), time.process_time()
     state = gflow.FlowState(work.weights, np.zeros(()))
-    tolerance = Tolerance(np.float64(rtol), np.float64(default_atol(state, rtol)))
-    carry = stepping.start(work.field, solver, tolerance, np.float64(work.s_start), state)
-    limits = stepping.Limits(
-        s_end=np.float64(work.s_end(log_risk)),
-        num_steps=np.int64(max_steps),
-        goals=(),
-        attempts=np.int64(UNLIMITED if limit is None else chunk),
-        longest=np.float64(math.inf),
-    )
+    method, atol = method_of(solver), default_atol(state, rtol)
+    followed = member(work.field, rtol, atol, work.s_end(log_risk), max_steps)
+    lane = begun(followed, method, work.s_start, state)
+    trips = UNLIMITED if limit is None else chunk
     while True:
-        carry, reason = stepping.advance(work.field, solver, tolerance, (), carry, limits)
+        lane = marched(followed, method, lane, trips)
+        reason = Reason(int(lane.reason))
         late = limit is not None and time.perf_counter() - began > limit
-        if int(reason) != stepping.TIRED or late:
+        if reason is not Reason.RUNNING or late:
             break
-    jax.block_until_ready(carry)
+    jax.block_until_ready(lane)
     took, spent = time.perf_counter() - began, time.process_time() - spent
+    _, iterations = method.counts(method.tally(lane.memory), int(lane.num_steps))
     return Run(
-        state=carry.state,
-        finished=int(reason) == stepping.LANDED,
-        log_risk=float(work.field.problem.log_risk(carry.state.weights)),
-        num_steps=int(carry.num_steps),
-        num_rejected=int(carry.num_rejected),
-        num_iterations=int(getattr(carry.solver_state, "num_iterations", 0)),
+        state=lane.state,
+        finished=reason is Reason.ARRIVED,
+        log_risk=float(work.field.problem.log_risk(lane.state.weights)),
+        num_steps=int(lane.num_steps),
+        num_rejected=int(lane.num_rejected),
+        num_iterations=iterations,
         seconds=took,
         cpu=spent,
     )
+
+
+def member(field: Any, rtol: Any, atol: Any, s_end: Any, max_steps: int = UNLIMITED) -> Member:
+    """What the march follows to one clock value, by itself or under ``vmap``."""
+    never = np.iinfo(np.int64).max
+    goals = Goals(
+        clock=np.full(2, s_end),
+        steps=np.full(2, min(max_steps, never)),
+        first=np.zeros(2, int),
+        count=np.ones(2, int),
+        events=np.zeros(0),
+        longest=np.full(2, math.inf),
+        max_steps=np.int64(never),
+    )
+    return Member(field, Tolerance(np.float64(rtol), atol), (), goals)
+
+
+def begun(followed: Member, method: Any, s: Any, state: Any) -> Lane:
+    """The lane of a member at its start."""
+    nothing = jax.tree.map(lambda _: None, followed)
+    before = np.float64(math.nan), np.int64(0), np.int64(0)
+    return start(followed, nothing, method, np.asarray(s), state, before)
+
+
+def marched(followed: Member, method: Any, lane: Lane, trips: int) -> Lane:
+    """The lane after at most so many attempts."""
+    nothing = jax.tree.map(lambda _: None, followed)
+    return march(followed, nothing, method, lane, np.int64(trips), np.int64(1), 1)[0]
 
 
 class Observer:

@@ -10,7 +10,6 @@ of their own. Last, fifty descents with as many learning rates, together and one
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,13 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from common import RESULTS, Report, begin, parser, seconds, table
-from gflow.dynamics.lanes import pool
+from common import RESULTS, Report, begin, begun, marched, member, parser, seconds, table
 
 import gflow
-from gflow.dynamics import stepping
+from gflow.dynamics.drive.drive import Drive
 from gflow.dynamics.ensemble import LANES
-from gflow.dynamics.march.tolerance import Tolerance, default_atol
+from gflow.dynamics.flow import Options, flow_of
+from gflow.dynamics.march.tolerance import default_atol
+from gflow.problem import settings
 
 WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20
 RATES, STEPS = 50, 100_000
@@ -52,21 +52,14 @@ def plain_vmap(problem: gflow.Problem, starts: list[Any]) -> Any:
     )
     zero = np.zeros(())
     atol = np.array([default_atol(gflow.FlowState(w, zero), rtol) for w in starts])
-    limits = stepping.Limits(
-        s_end=np.float64(clock.read(GOAL, -np.inf)),
-        num_steps=np.int64(10**6),
-        goals=(),
-        attempts=np.int64(10**6),
-        longest=np.float64(math.inf),
-    )
+    s_end = clock.read(GOAL, -np.inf)
 
     @jax.jit
     def run(s: Any, state: Any, atol: Any) -> Any:
         def one(s: Any, state: Any, atol: Any) -> Any:
-            tolerance = Tolerance(np.float64(rtol), atol)
-            carry = stepping.start(field, solver, tolerance, s, state)
-            carry, _ = stepping.advance(field, solver, tolerance, (), carry, limits)
-            return carry.state.weights, carry.num_steps
+            followed = member(field, rtol, atol, s_end)
+            lane = marched(followed, solver, begun(followed, solver, s, state), 10**6)
+            return lane.state.weights, lane.num_steps
 
         return jax.vmap(one)(s, state, atol)
 
@@ -75,21 +68,15 @@ def plain_vmap(problem: gflow.Problem, starts: list[Any]) -> Any:
 
 def without_records(problem: gflow.Problem, starts: list[Any]) -> Any:
     """The members in lanes up to their final weights."""
+    options = Options()
 
     def run() -> Any:
-        lanes = pool.Pool(
-            [problem] * len(starts),
-            starts,
-            [1e-9] * len(starts),
-            until=gflow.LogRisk(GOAL),
-            save=2,
-            lanes=LANES,
-            devices=jax.devices(),
-            options={},
-            tell=lambda done: None,
-        )
-        lanes._observe = lambda rows: {i: None for i, *_ in rows}  # pyright: ignore
-        return lanes.run()
+        with settings.own():
+            runs = [flow_of(problem, start, gflow.LogRisk(GOAL), 2, options) for start in starts]
+            for each in runs:
+                each.observe = lambda: None  # pyright: ignore
+            Drive(runs, width=LANES, devices=jax.devices()).go()
+        return [each.weights for each in runs]
 
     return run
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from common import Report, begin, parser, seconds, table
-from gflow.dynamics.far import hand_over_error
 
 import gflow
+from gflow.dynamics.drive.on_split import hand_over_error
 from gflow.dynamics.split.observables import observables
 from gflow.dynamics.split.slow_manifold import difference
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gflow
-from gflow.dynamics import gauss_newton
+from gflow.dynamics.radau import newton
 from gflow.dynamics.radau.tableau import radau
 
 # The error of a whole run at step tolerance 1e-8: the requirement is eight correct digits.
@@ -190,7 +190,7 @@ def test_a_network_written_as_a_function_takes_the_same_steps_as_its_deep_linear
 def test_sharing_one_jacobian_among_the_stages_changes_nothing(field, monkeypatch):
     weights = state(start()).weights
     separate, _, _ = walked(field, weights, 0.05, 4, gflow.GaussNewton())
-    monkeypatch.setattr(gauss_newton, "DIRECT", 0)
+    monkeypatch.setattr(newton, "DIRECT", 0)
     shared, _, _ = jax.jit(lambda *a: walk(*a))(field, weights, 0.05, 4, gflow.GaussNewton())
     for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(separate), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)

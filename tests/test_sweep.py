@@ -13,8 +13,7 @@ import pytest
 
 import gflow
 from gflow.__main__ import main
-from gflow.dynamics import ensemble
-from gflow.dynamics.drive.members import Unfinished
+from gflow.dynamics.descending.run import DescentRun
 
 GOAL = gflow.Steps(50)
 STEPS = optax.sgd(0.3)
@@ -128,14 +127,17 @@ def test_a_finished_sweep_computes_nothing_and_another_is_refused(found, folder,
 
 def test_ctrl_c_returns_what_is_done_and_the_next_call_the_rest(found, tmp_path, monkeypatch):
     given = {"optimizer": STEPS, "folder": tmp_path / "groups", "group_size": 2}
-    calls, alone = [], ensemble._alone
+    ended, take = [], DescentRun.take
 
-    def interrupted(work, i):
-        calls.append(i)
-        return Unfinished() if len(calls) > 2 else alone(work, i)
+    def interrupted(run, *answer):
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+        take(run, *answer)
+        if run.end is not None:
+            ended.append(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble, "_alone", interrupted)
+        patch.setattr(DescentRun, "take", interrupted)
         part = gflow.sweep(start, GRID, until=GOAL, save=3, **given)
     ends = part.status.values.ravel().tolist()
     assert [ends.count(end) for end in ("reached", "interrupted", "refused")] == [2, 5, 1]

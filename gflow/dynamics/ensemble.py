@@ -1,5 +1,6 @@
 """Many trajectories at once: one labelled record with a dimension ``member``."""
 
+import contextlib
 import inspect
 import math
 import time
@@ -16,7 +17,7 @@ from gflow.dynamics import descent, flow
 from gflow.dynamics.descending.run import DescentRun
 from gflow.dynamics.drive.drive import Drive
 from gflow.dynamics.drive.flow_run import FlowRun
-from gflow.dynamics.drive.members import Member, joined
+from gflow.dynamics.drive.members import Member, joined, none_done
 from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, AnyOf
@@ -140,9 +141,9 @@ def ensemble(
             bar.update(done, f"{int(done)} of {count} members")
 
         found = follow(work, labels, lanes=lanes, devices=devices, tell=tell)
+    if none_done(found):
+        raise KeyboardInterrupt
     if "log_risk" not in found:
-        if "interrupted" in found.status.values:
-            raise KeyboardInterrupt
         raise ValueError(f"no member can start; the first says: {found.message.values[0]}")
     return found
 
@@ -182,7 +183,7 @@ def follow(
             isolate=True,
         )
         seconds: dict[int, FlowRun] = {}
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             drive.go()
             if work.options.get("certify"):
                 seconds = {
@@ -191,9 +192,6 @@ def follow(
                     if isinstance(run, FlowRun) and run.end is not None
                 }
                 Drive(list(seconds.values()), width=lanes, isolate=True).go()
-        except KeyboardInterrupt:
-            if all(run.end is None for run in runs):
-                raise
         members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
     admissible = [_admissible(member) for member in members]
     if not all(admissible):
@@ -252,7 +250,11 @@ def _member(
         run.end = Reason.INTERRUPTED.end()
     run.close()
     if isinstance(run, FlowRun):
-        variables, attrs = flow.told(run, _flow_options(work, i), seconds.get(i))
+        second = seconds.get(i)
+        if second is not None:
+            second.end = second.end or Reason.INTERRUPTED.end()
+            second.close()
+        variables, attrs = flow.told(run, _flow_options(work, i), second)
     else:
         optimizer = work.optimizers[i]
         assert optimizer is not None

@@ -26,6 +26,7 @@ from jax.nn import softplus
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, ArrayLike, Float
 
+from gflow.problem.network import Array as Margins
 from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms
 
 # ---------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ class AbstractLoss(AbstractJointLoss):
         r"""$-\ell'(q)$, which underflows as the loss does."""
         return jnp.exp(self.log_slope(margin))
 
-    def terms(self, offsets: Array, level: Array | None = None) -> LossTerms:
+    def terms(self, offsets: Margins, level: Margins | None = None) -> LossTerms:
         r"""$\log R$, slopes $-\ell'_i/\sum_j\ell_j$, the diagonal $\ell''_i/\sum_j\ell_j$.
 
         Where the loss is exponential up to a bounded factor, that factor is taken at the margin and
@@ -79,15 +80,15 @@ class AbstractLoss(AbstractJointLoss):
             curvature=Diagonal(jnp.exp(self.log_curvature(margins) + shift - log_total)),
         )
 
-    def risk_slopes(self, margins: Array) -> Array:
+    def risk_slopes(self, margins: Margins) -> Margins:
         return self.slope(margins) / margins.shape[0]
 
-    def log_risk_at_zero(self, num_points: int) -> Array:
+    def log_risk_at_zero(self, num_points: int) -> Margins:
         return self.log_value(jnp.zeros(()))
 
     # Newton's method predicts how shares of the slopes change, linearly. Where a share is to grow
     # by more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
-    def advance(self, offsets: Array, change: Array) -> tuple[Array, Array]:
+    def advance(self, offsets: Margins, change: Margins) -> tuple[Margins, Margins]:
         if not self.exponential_tail:
             return super().advance(offsets, change)
         share = jax.nn.log_softmax(-offsets)

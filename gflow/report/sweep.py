@@ -13,7 +13,7 @@ import numpy as np
 
 from gflow import record
 from gflow.dynamics.descending.optimizers import describe
-from gflow.dynamics.drive.members import agreed, filled
+from gflow.dynamics.drive.members import agreed, filled, none_done
 from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.ensemble import LANES, Work, check_options, follow
 from gflow.dynamics.reasons import Reason
@@ -164,7 +164,7 @@ def sweep(
     known = {i for group in there for i in group.indices} | set(stopped[INDEX].values) | set(ends)
     ends |= {i: Reason.NOT_STARTED.end() for i in range(total) if i not in known}
     parts = (*(kept.load(group.name) for group in there), stopped)
-    if not any("log_risk" in part for part in parts):
+    if all(map(none_done, parts)):
         raise KeyboardInterrupt
     return _assembled(iter(parts), labels, ends)
 

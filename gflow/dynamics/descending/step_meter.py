@@ -23,7 +23,6 @@ import numpy as np
 import optax
 
 from gflow.dynamics.descending.optimizers import with_extra_arguments
-from gflow.dynamics.descending.step_sizes import OnLogRisk
 from gflow.problem.network import Array, Weights, inner_product
 
 SINGLE = float(np.finfo(np.float32).eps)
@@ -75,8 +74,8 @@ class StepMeter(eqx.Module):
     def of(cls, optimizer: optax.GradientTransformation, weights: Weights) -> "StepMeter":
         """The meter for an optimiser; finds out by a trial whether it works entry by entry."""
         rule = getattr(optimizer.update, "__self__", None)
-        scaled = isinstance(rule, OnLogRisk)
-        inner = rule.inner if scaled else with_extra_arguments(optimizer)
+        scaled = bool(getattr(rule, "on_log_risk", False))
+        inner: Any = rule.inner if scaled else with_extra_arguments(optimizer)  # pyright: ignore
         return cls(inner, works_entry_by_entry(inner, weights), scaled)
 
     @property

@@ -104,6 +104,9 @@ def loss_line_search(
 class OnLogRisk(AroundOptimizer):
     """The rule behind `on_log_risk`."""
 
+    on_log_risk: ClassVar[bool] = True
+    """Steps are in log R: divided by R they are those of the time."""
+
     def init(self, params: Any) -> Any:
         return self.inner.init(params)
 

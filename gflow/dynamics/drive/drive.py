@@ -234,6 +234,7 @@ def follow(run: Run, *, progress: bool | None, path: str | os.PathLike[str] | No
     flag("progress", progress, none=True)
     file = None if path is None else file_path("checkpoint", path)
     if run.end is not None:
+        run.close()
         return run.end
     lead = run.rules[0]
     begin = run.tell(lead)[0]

@@ -118,18 +118,27 @@ class FlowLanes(AbstractLanes):
             self.seats[k].seated = True
         self._stack()
         member, shared = self._members()
+        resumed = {k: self.seats[k].resumed for k in places if self.seats[k].resumed is not None}
+        for k in resumed:
+            self.seats[k].resumed = None
         if not self.many:
-            run = self.seats[0]
-            self.lane = run.resumed
-            if self.lane is None:
-                self.lane = start(member, shared, self.method, *run.standing(), many=False)
-            run.resumed = None
+            lane = resumed.get(0)
+            if lane is None:
+                self.lane = start(member, shared, self.method, *self.seats[0].standing())
+            else:
+                self.lane = begin_again(member, shared, self.method, lane)
             return
         spare = self.seats[places[0]].standing()
         standing = [run.standing() if k in places else spare for k, run in enumerate(self.seats)]
         fresh = start(member, shared, self.method, *_stacked(standing), many=True)
         which = as_array(np.isin(np.arange(len(self.seats)), places))
         self.lane = fresh if self.lane is None else choose(which, fresh, self.lane)
+        if resumed:
+            for k, lane in resumed.items():
+                self.put(k, lane)
+            begun = begin_again(member, shared, self.method, self.lane, many=True)
+            which = as_array(np.isin(np.arange(len(self.seats)), list(resumed)))
+            self.lane = choose(which, begun, self.lane)
 
     def advance(self, waiting: bool) -> "list[tuple[FlowRun, tuple]]":
         width = len(self.seats)
@@ -193,15 +202,13 @@ class FlowLanes(AbstractLanes):
             if again[0]:
                 lane = dataclasses.replace(lane, reason=as_array(np.int64(Reason.RUNNING)))
             if anew[0]:
-                lane = dataclasses.replace(lane, **_NO_GOALS)
+                lane = at_no_goal(lane)
                 lane = begin_again(*self._members(), self.method, lane, many=False)
         else:
             idle = np.where(again, np.int64(Reason.RUNNING), np.int64(Reason.ARRIVED))
             lane = dataclasses.replace(lane, reason=as_array(idle))
             if anew.any():
-                zeros = {name: np.zeros(len(anew), np.int64) for name in _NO_GOALS}
-                fresh = dataclasses.replace(lane, **zeros)
-                fresh = begin_again(*self._members(), self.method, fresh, many=True)
+                fresh = begin_again(*self._members(), self.method, at_no_goal(lane), many=True)
                 lane = choose(as_array(anew), fresh, lane)
         for run in self.seats:
             if run is not None:
@@ -231,7 +238,10 @@ class FlowLanes(AbstractLanes):
         return dataclasses.replace(self.followed, goals=wanted), self.shared
 
 
-_NO_GOALS = {"clock_goal": as_array(np.int64(0)), "steps_goal": as_array(np.int64(0))}
+def at_no_goal(lane: Lane) -> Lane:
+    """A lane, or lanes, on the way to the first of a new list of goals."""
+    none = as_array(np.zeros(np.shape(lane.reason), np.int64))
+    return dataclasses.replace(lane, clock_goal=none, steps_goal=none, reason=none)
 
 
 @eqx.filter_jit

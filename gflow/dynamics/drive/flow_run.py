@@ -21,7 +21,7 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.drive.checkpoint import Snapshot, identity
 from gflow.dynamics.drive.drive import AbstractLanes, widest_for
 from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, AtStart, Course, Event
-from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, program_of
+from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, at_no_goal, program_of
 from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, why_stalled
@@ -324,6 +324,11 @@ class FlowRun:
         """Leave the lanes, standing where they brought the run."""
         self._stand, self.next_step, self.report, self.seated = stand, next_step, None, False
 
+    def _change_program(self, report: Report) -> None:
+        """Go on in other lanes, which watch other events, from where these have brought the run."""
+        self.resumed = at_no_goal(report.lane)
+        self._leave(report.stand)
+
     def _begin_leg(self, leg: int) -> None:
         """Begin a leg on the weights."""
         self.leg, self.leg_began = leg, self._stand.num_steps
@@ -374,7 +379,7 @@ class FlowRun:
             self._act(here[:1], self.stand)
         else:
             return
-        turns = self._turns()
+        program, turns = self._program, self._turns()
         ahead = [*self.saves[self.done :], *self.ends, *turns]
         by_clock: list[tuple[float, list[Event]]] = []
         for event in sorted((e for e in ahead if math.isfinite(e.clock)), key=lambda e: e.clock):
@@ -394,6 +399,8 @@ class FlowRun:
         self.passed, self.from_s, self._program = (0, 0), self.stand.s, None
         self._goals = self._member = None
         self.anew = self.report is not None
+        if self.report is not None and self.program != program:
+            self._change_program(self.report)
 
     def _turns(self) -> list[Event]:
         """Events at which the run may go on in another way, or cannot go on."""
@@ -594,7 +601,7 @@ class FlowRun:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Stand where a snapshot was taken of a run with the same start."""
-        facts = snapshot.facts
+        facts, self.pending = snapshot.facts, []
         for name in _FACTS:
             setattr(self, name, facts[name])
         self.counts = np.array(facts["counts"])
@@ -611,10 +618,7 @@ class FlowRun:
             like = eqx.filter_eval_shape(start, member, nothing, self.method, *self.standing())
             lane = snapshot.read("lane", like)
             self._stand = Stand(float(lane.s), lane.state, int(lane.num_steps))
-            zero, running = np.int64(0), np.int64(Reason.RUNNING)
-            self.resumed = dataclasses.replace(
-                lane, clock_goal=zero, steps_goal=zero, reason=running
-            )
+            self.resumed = at_no_goal(lane)
             if int(lane.num_steps + lane.num_rejected) >= self.plan.max_steps:
                 self.end = self._out_of_steps()
         if self.split_run is None:
@@ -644,7 +648,8 @@ _level = functools.lru_cache(LogRisk)
 @once_per_object
 def wall(problem: Problem) -> tuple[float, End]:
     """The risk at which float64 weights end, and why."""
-    overflow = float(problem.loss.terms(jnp.full((1,), LARGEST_MARGIN)).log_risk)
+    margins = jnp.full((problem.data.num_points,), LARGEST_MARGIN)
+    overflow = float(problem.loss.terms(margins).log_risk)
     if overflow > -UNCERTAIN_MARGIN:
         return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
     return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)

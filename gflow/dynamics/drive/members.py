@@ -117,17 +117,15 @@ def filled(parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.nda
     return out
 
 
-class Unfinished(Exception):
-    """In the place of a member that was on its way, or waited, when the call was interrupted."""
-
-    def __str__(self) -> str:
-        return "stopped by the keyboard before it was done"
+def none_done(found: "xr.Dataset") -> bool:
+    """Whether Ctrl-C came before any member was done."""
+    ends = set(np.ravel(found["status"].values).tolist())
+    return "interrupted" in ends and ends <= {"interrupted", "refused", "failed"}
 
 
 def _told(one: Member | Exception, name: str) -> Any:
     if isinstance(one, Exception):
-        kinds = {ValueError: "refused", Unfinished: "interrupted"}
-        kind = next((kinds[each] for each in kinds if isinstance(one, each)), "failed")
+        kind = "refused" if isinstance(one, ValueError) else "failed"
         message = f"{type(one).__name__}: {one}" if kind == "failed" else str(one)
         return {"status": kind, "message": message}.get(name)
     return one.attrs.get(name)

@@ -394,7 +394,7 @@ def _end(
             landed & (clock_goal >= goals.count[0]),
             counted & (steps_goal >= goals.count[1]),
             num_stiff >= STIFF_LOOKS,
-            ~accept & (vanished | (noisy & jnp.isfinite(norm))),
+            vanished | (~accept & noisy & jnp.isfinite(norm)),
             tried >= goals.max_steps,
         ],
         [
