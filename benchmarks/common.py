@@ -25,7 +25,8 @@ import scipy
 from threadpoolctl import threadpool_limits
 
 import gflow
-from gflow.dynamics.march.loop import Goals, Lane, Member, march, start
+from gflow.dynamics.march.lane import Goals, Lane, Member
+from gflow.dynamics.march.loop import march, start
 from gflow.dynamics.march.method import method_of
 from gflow.dynamics.march.tolerance import Tolerance, default_atol
 from gflow.dynamics.reasons import Reason

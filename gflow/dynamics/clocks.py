@@ -17,7 +17,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.problem.network import Array
+from gflow.problem.network import Array, as_array
 
 Numbers = Any
 """A number or an array of NumPy's: the same comes back."""
@@ -126,3 +126,30 @@ class LogRisk(AbstractClock):
 
     def log_risk_at(self, s: Array) -> Array:
         return -jnp.sinh(s)
+
+
+def readings(
+    clock: AbstractClock, s: np.ndarray, scaled_time: np.ndarray, log_risk: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The log time, and how far a clock is off: the defect of the energy identity.
+
+    Args:
+        clock: that the flow was integrated in.
+        s: its values, shape (points,).
+        scaled_time: $tR$ there.
+        log_risk: there.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_time = np.log(scaled_time) - log_risk
+        found = {"log_time": log_time}
+        by_risk, by_time = clock.log_risk_at(as_array(s)), clock.log_time_at(as_array(s))
+        if by_risk is not None:
+            off = np.abs(log_risk - np.asarray(by_risk))
+            found["clock_error"] = off / np.maximum(1.0, np.abs(log_risk))
+        if by_time is not None:
+            time = np.asarray(by_time)
+            off = np.abs(log_time - time) / np.maximum(1.0, np.abs(time))
+            found["clock_error"] = np.where(scaled_time > 0, off, 0.0)
+            # Where t R underflows, the clock still knows t.
+            found["log_time"] = np.where(scaled_time > 0, log_time, time)
+    return found

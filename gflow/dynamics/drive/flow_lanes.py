@@ -13,15 +13,8 @@ from gflow.dynamics.drive.drive import AbstractLanes
 from gflow.dynamics.drive.progress import Pace
 from gflow.dynamics.drive.recorder import rows_for
 from gflow.dynamics.field import FlowState
-from gflow.dynamics.march.loop import (
-    Lane,
-    Member,
-    Saved,
-    begin_again,
-    choose,
-    march,
-    start,
-)
+from gflow.dynamics.march.lane import Lane, Member, Saved
+from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.network import as_array
 

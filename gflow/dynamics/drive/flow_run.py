@@ -14,37 +14,30 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.clocks import AbstractClock
+from gflow.dynamics.clocks import readings
+from gflow.dynamics.drive.agenda import Agenda
 from gflow.dynamics.drive.checkpoint import Snapshot, identity
 from gflow.dynamics.drive.drive import AbstractLanes, widest_for
 from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, AtStart, Course, Event
 from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, at_no_goal, program_of
 from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
-from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, why_stalled
+from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, wall, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.land import land
-from gflow.dynamics.march.loop import Goals, Lane, Member, start
+from gflow.dynamics.march.lane import Goals, Lane, Member
+from gflow.dynamics.march.loop import start
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
-from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import imbalance
-from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
-
-UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
-"""A margin of this size is uncertain by one: which points share the slope is then no longer known
-from float64 weights."""
-
-LARGEST_MARGIN = 1e150
-"""The square of a larger one may leave float64's range; polynomial tails come to that."""
+from gflow.problem.risk import ROUND_OFF, risk_and_slope
 
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
@@ -111,12 +104,9 @@ class FlowRun:
         self._stand = Stand(s, FlowState(weights, as_array(np.zeros(()))), 0)
         self.next_step, self.resumed = math.nan, None
         self.resumed: Lane | None
-        self.anew, self.passed = False, (0, 0)
-        self.by_clock: list[tuple[float, list[Event]]] = []
-        self.by_steps: list[tuple[int, list[Event]]] = []
-        self.watched: list[Event] = []
+        self.anew = False
+        self.agenda = Agenda([], [], 0.0, plan.max_steps)
         self._program: Hashable = None
-        self._goals: Goals | None = None
         self._member: Member | None = None
         self.seated = False
         if plan.methods:
@@ -242,7 +232,7 @@ class FlowRun:
     def member(self) -> Member:
         """What a lane follows, but for its goals."""
         if self._member is None:
-            rules = tuple(anonymous(event.rule) for event in self.watched)
+            rules = tuple(anonymous(event.rule) for event in self.agenda.watched)
             self._member = Member(self.plan.field, self.plan.tolerance, rules, None)
         return self._member
 
@@ -253,32 +243,8 @@ class FlowRun:
         return np.float64(s), state, before
 
     def goals(self, window: int) -> Goals:
-        """The next goals, one more than the march can save: an attempt knows where it leads."""
-        if self._goals is None:
-            self._goals = self._goals_ahead(window)
-        return self._goals
-
-    def _goals_ahead(self, window: int) -> Goals:
-        clock = self.by_clock[self.passed[0] : self.passed[0] + window + 1]
-        steps = self.by_steps[self.passed[1] : self.passed[1] + window + 1]
-        before = [self.from_s, *(value for value, _ in self.by_clock)][self.passed[0] :]
-        longest = [
-            (value - start) / pieces if (pieces := events[0].pieces) > 1 else math.inf
-            for start, (value, events) in zip(before, clock, strict=False)
-        ]
-
-        def filled(values: list[Any], nothing: Any) -> np.ndarray:
-            return np.array(values + [nothing] * (window + 1 - len(values)), dtype=type(nothing))
-
-        return Goals(
-            clock=as_array(filled([value for value, _ in clock], math.inf)),
-            steps=as_array(filled([value for value, _ in steps], NO_STEP_COUNT)),
-            first=as_array(np.array(self.passed)),
-            count=as_array(np.array([len(self.by_clock), len(self.by_steps)])),
-            events=as_array(np.array([event.progress for event in self.watched])),
-            longest=as_array(filled(longest, math.inf)),
-            max_steps=as_array(np.array(self.plan.max_steps)),
-        )
+        """The next goals, one more than the march can save."""
+        return self.agenda.goals(window)
 
     def take(self, report: Report | None) -> None:
         """What a call of the march has come to; in split coordinates it is the run that goes on."""
@@ -290,7 +256,8 @@ class FlowRun:
         self.num_rejected = report.num_rejected
         rows: list[int] = []
         for row in range(int(report.saved.count)):
-            events = self._passed(report, row)
+            at = report.saved.rows
+            events = self.agenda.passing(int(at.clock_goal[row]), int(at.steps_goal[row]))
             if any(event.action.saves for event in events):
                 rows.append(row)
             stand = report.row(row)
@@ -335,15 +302,6 @@ class FlowRun:
         self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
         self.used.append(self.method.name)
 
-    def _passed(self, report: Report, row: int) -> list[Event]:
-        """The events of a saved state."""
-        saved = report.saved.rows
-        to = int(saved.clock_goal[row]), int(saved.steps_goal[row])
-        met = self.by_clock[self.passed[0] : to[0]]
-        met += self.by_steps[self.passed[1] : to[1]]
-        self.passed, self._goals = to, None
-        return [event for _, events in met for event in events]
-
     def _record(self, report: Report, rows: list[int]) -> None:
         """Record saved states."""
         if rows:
@@ -361,7 +319,7 @@ class FlowRun:
                 "clock_value": s,
                 "num_steps": steps,
                 "beyond_hand_over": np.zeros(len(rows), dtype=bool),
-                **of_the_clock(self.clock, s, scaled_time, found["log_risk"]),
+                **readings(self.clock, s, scaled_time, found["log_risk"]),
             }
 
         self.recorder.add(states.weights, rows, more)
@@ -371,7 +329,7 @@ class FlowRun:
     # ---------------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        """List the events ahead as the march takes them: by clock, by count, and watched."""
+        """Act on what is here already, and list what is ahead."""
         while self.end is None and self.split_run is None:
             here = [event for event in self._turns() if self._is_at(event)]
             if not here:
@@ -379,25 +337,10 @@ class FlowRun:
             self._act(here[:1], self.stand)
         else:
             return
-        program, turns = self._program, self._turns()
-        ahead = [*self.saves[self.done :], *self.ends, *turns]
-        by_clock: list[tuple[float, list[Event]]] = []
-        for event in sorted((e for e in ahead if math.isfinite(e.clock)), key=lambda e: e.clock):
-            last, events = by_clock[-1] if by_clock else (-math.inf, [])
-            close = event.clock - last <= SAME * max(1.0, abs(event.clock))
-            saves = event.action.saves and any(each.action.saves for each in events)
-            if close and not (saves and event.clock > last):
-                value = event.clock if event.action.saves else last
-                by_clock[-1] = (value, [*events, event])
-            else:
-                by_clock.append((event.clock, [event]))
-        counted = sorted((e for e in ahead if e.steps < NO_STEP_COUNT), key=lambda e: e.steps)
-        self.by_clock = _to_the_first_stop(by_clock)
-        self.by_steps = _to_the_first_stop([(event.steps, [event]) for event in counted])
-        lead = [event for event in self.saves[self.done : self.done + 1] if event.watched]
-        self.watched = [*lead, *(event for event in (*self.ends, *turns) if event.watched)]
-        self.passed, self.from_s, self._program = (0, 0), self.stand.s, None
-        self._goals = self._member = None
+        program, others = self._program, [*self.ends, *self._turns()]
+        ahead = self.saves[self.done :]
+        self.agenda = Agenda(ahead, others, self.stand.s, self.plan.max_steps)
+        self._program = self._member = None
         self.anew = self.report is not None
         if self.report is not None and self.program != program:
             self._change_program(self.report)
@@ -456,8 +399,9 @@ class FlowRun:
     def _land(self, report: Report) -> None:
         """Land on the earliest of the watched events that the last step crossed."""
         lane, landed = report.lane, []
-        reached = self.progress([event.rule for event in self.watched])
-        for event, progress in zip(self.watched, reached, strict=True):
+        watched = self.agenda.watched
+        reached = self.progress([event.rule for event in watched])
+        for event, progress in zip(watched, reached, strict=True):
             if progress >= event.progress:
                 goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
                 landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
@@ -643,48 +587,3 @@ _FACTS = (
 
 _level = functools.lru_cache(LogRisk)
 """Rules that are the same object for the same level."""
-
-
-@once_per_object
-def wall(problem: Problem) -> tuple[float, End]:
-    """The risk at which float64 weights end, and why."""
-    margins = jnp.full((problem.data.num_points,), LARGEST_MARGIN)
-    overflow = float(problem.loss.terms(margins).log_risk)
-    if overflow > -UNCERTAIN_MARGIN:
-        return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
-    return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)
-
-
-def of_the_clock(
-    clock: AbstractClock, s: np.ndarray, scaled_time: np.ndarray, log_risk: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The log time, and how far the clock is off: the defect of the energy identity.
-
-    Args:
-        clock: that the flow was integrated in.
-        s: its values, shape (points,).
-        scaled_time: $tR$ there.
-        log_risk: there.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_time = np.log(scaled_time) - log_risk
-        found = {"log_time": log_time}
-        by_risk, by_time = clock.log_risk_at(as_array(s)), clock.log_time_at(as_array(s))
-        if by_risk is not None:
-            off = np.abs(log_risk - np.asarray(by_risk))
-            found["clock_error"] = off / np.maximum(1.0, np.abs(log_risk))
-        if by_time is not None:
-            time = np.asarray(by_time)
-            off = np.abs(log_time - time) / np.maximum(1.0, np.abs(time))
-            found["clock_error"] = np.where(scaled_time > 0, off, 0.0)
-            # Where t R underflows, the clock still knows t.
-            found["log_time"] = np.where(scaled_time > 0, log_time, time)
-    return found
-
-
-def _to_the_first_stop(groups: list[tuple[Any, list[Event]]]) -> list[tuple[Any, list[Event]]]:
-    """The events up to the first at which a run does not simply go on."""
-    for i, (_, events) in enumerate(groups):
-        if not all(event.action.passes for event in events):
-            return groups[: i + 1]
-    return groups

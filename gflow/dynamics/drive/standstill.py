@@ -8,6 +8,7 @@ import numpy as np
 
 from gflow.dynamics.field import AbstractField
 from gflow.dynamics.reasons import End, Reason
+from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights, end_to_end
 from gflow.problem.risk import Problem, risk_and_slope
 
@@ -17,6 +18,13 @@ on which side the flow would leave it is beyond the tolerances."""
 
 LARGE_TERMS = 1e4
 """Margins whose terms are so many times larger have lost digits worth telling."""
+
+UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
+"""A margin of this size is uncertain by one: which points share the slope is then no longer known
+from float64 weights."""
+
+LARGEST_MARGIN = 1e150
+"""The square of a larger one may leave float64's range; polynomial tails come to that."""
 
 EPSILON = float(np.finfo(np.float64).eps)
 
@@ -54,6 +62,16 @@ def at_level_zero(problem: Problem, weights: Weights, slope: float) -> End:
     if inseparable:
         return Reason.REST_NOT_SEPARABLE.end(slope=slope, verdict=inseparable)
     return Reason.SADDLE.end(slope=slope)
+
+
+@once_per_object
+def wall(problem: Problem) -> tuple[float, End]:
+    """The risk at which float64 weights end, and why."""
+    margins = jnp.full((problem.data.num_points,), LARGEST_MARGIN)
+    overflow = float(problem.loss.terms(margins).log_risk)
+    if overflow > -UNCERTAIN_MARGIN:
+        return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
+    return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)
 
 
 def _inseparable(problem: Problem, weights: Weights) -> str | None:

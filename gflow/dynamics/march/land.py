@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField
-from gflow.dynamics.march.loop import Lane, observe
+from gflow.dynamics.march.lane import Lane
+from gflow.dynamics.march.loop import observe
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule
 from gflow.problem.network import Array

@@ -16,17 +16,16 @@ waits for the slowest. What a lane does depends on nothing in another.
 host is asked when a goal is the last of those it gave, or the buffer is full.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.control import STEADY, propose
+from gflow.dynamics.march.lane import Lane, Member, Rows, Saved, strong
 from gflow.dynamics.march.method import AbstractMethod
-from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, Weights, squared_norm
@@ -41,92 +40,6 @@ and its error has not fallen by the second; at first order it would fall as much
 STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
 """A run is stiff when step times spectral radius has exceeded the first in so many looks in a row,
 one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
-
-
-class Goals(eqx.Module):
-    """Where a member stops next. Absent ones are infinite, or the largest integer."""
-
-    clock: Array
-    """Clock values to land on, increasing, shape (window,)."""
-    steps: Array
-    """Accepted steps in all to meet, increasing, shape (window,)."""
-    first: Array
-    """Numbers of the first clock value and of the first count in these windows, shape (2,)."""
-    count: Array
-    """How many of each there are in all, shape (2,); the march stops at the last."""
-    events: Array
-    """The progress at which each watched rule is met, shape (rules,)."""
-    longest: Array
-    """No step towards a clock value is longer, shape (window,)."""
-    max_steps: Array
-    """Steps to try in all."""
-
-
-class Member(eqx.Module):
-    """What a lane follows, and how exactly."""
-
-    field: AbstractField
-    tolerance: AbstractTolerance
-    rules: tuple[AbstractRule, ...]
-    """The events watched after each step, one for each of ``goals.events``."""
-    goals: Goals | None
-    """None until it is in a lane."""
-
-    @property
-    def ahead(self) -> Goals:
-        """The goals of a member in a lane."""
-        assert self.goals is not None
-        return self.goals
-
-
-class Lane(eqx.Module):
-    """Where a member stands: everything it needs to go on, a pytree of arrays."""
-
-    s: Array
-    state: FlowState
-    memory: Any
-    """What the solver's next step is told of the last one."""
-    next_step: Array
-    error: Array
-    """Norm of the last accepted step's error, the memory of the step-size control."""
-    step: Array
-    """Length of the attempt on its way."""
-    lands: Array
-    """Whether the attempt ends on the next clock goal."""
-    cut: Array
-    """Whether it is shorter than the control would have it."""
-    attempt: Any
-    previous: tuple[Array, FlowState, Any]
-    """Where the last accepted step began: (s, state, memory)."""
-    num_steps: Array
-    num_rejected: Array
-    refused: tuple[Array, Array]
-    """The first refused step since the last accepted one, and its error norm; zeros for none."""
-    num_stiff: Array
-    """Looks in a row that found the step limited by stability."""
-    clock_goal: Array
-    """Number of the clock goal ahead."""
-    steps_goal: Array
-    reason: Array
-
-
-class Rows(NamedTuple):
-    """States on goals, on a leading axis."""
-
-    s: Array
-    state: FlowState
-    num_steps: Array
-    clock_goal: Array
-    """Number of the lane's clock goal ahead, after this one."""
-    steps_goal: Array
-
-
-class Saved(NamedTuple):
-    """A buffer of states on goals."""
-
-    rows: Rows
-    count: Array
-    """How many are in use."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -499,8 +412,3 @@ def _store(saved: Saved, lane: Lane, arrived: Array, many: bool) -> Saved:
         return Saved(rows, saved.count.at[at].add(1)), arrived.at[at].set(False)
 
     return jax.lax.while_loop(lambda loop: jnp.any(loop[1]), one, (saved, arrived))[0]
-
-
-def strong(tree: PyTree[Array]) -> PyTree[Array]:
-    """The same arrays without JAX's weak types, so that one compilation serves them all."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype), tree)
