@@ -285,16 +285,18 @@ def smooth_network(weights, x):
 
 
 KINDS = {
-    "a time clock": {"clock": gflow.clocks.LogTime()},
-    "an explicit solver": {"solver": diffrax.Tsit5()},
-    "a rule that is watched": {"until": gflow.Misalignment(1e-5)},
-    "steps": {"until": gflow.Steps(20) | gflow.LogRisk(-50)},
-    "function space": {"function_space": True, "rtol": 1e-7},
-    "a modified flow": {"modified": gflow.ModifiedEquation(0.05), "solver": diffrax.Dopri8()},
+    "a time clock, and steps": {
+        "clock": gflow.clocks.LogTime(),
+        "until": gflow.LogRisk(-12.0) | gflow.Steps(200),
+    },
+    "an explicit solver, a rule that is watched, function space": {
+        "solver": diffrax.Tsit5(),
+        "until": gflow.Misalignment(1e-4),
+        "function_space": True,
+        "rtol": 1e-6,
+    },
     "a certificate, beyond the hand-over": {"until": gflow.LogRisk(-1e7), "certify": True},
 }
-
-
 NOT_OF_THE_PATH = {"num_steps", "clock_error", "imbalance_drift"}
 
 
@@ -321,11 +323,11 @@ def test_an_ensemble_of_anything_is_a_loop_over_its_members(problem, starts, opt
 def test_any_network_and_loss_goes_in_lanes(problem):
     rng = np.random.default_rng(0)
     batch = {"first": rng.normal(size=(3, 4, 2)), "second": rng.normal(size=(3, 4))}
-    for loss in (gflow.Logistic(), gflow.PolynomialTail(2.0)):
-        smooth = gflow.Problem(problem.data, gflow.Network(smooth_network), loss)
-        found = gflow.ensemble(smooth, batch, until=gflow.Time(20.0), save=3)
-        assert found.in_lanes.all() and (found.status == "reached").all()
-        for i in range(3):
-            start = {name: leaf[i] for name, leaf in batch.items()}
-            single = gflow.gradient_flow(smooth, start, until=gflow.Time(20.0), save=3)
-            np.testing.assert_allclose(found.log_risk[i], single.log_risk, rtol=1e-9)
+    loss = gflow.PolynomialTail(2.0)
+    smooth = gflow.Problem(problem.data, gflow.Network(smooth_network), loss)
+    found = gflow.ensemble(smooth, batch, until=gflow.Time(20.0), save=3)
+    assert found.in_lanes.all() and (found.status == "reached").all()
+    for i in range(3):
+        start = {name: leaf[i] for name, leaf in batch.items()}
+        single = gflow.gradient_flow(smooth, start, until=gflow.Time(20.0), save=3)
+        np.testing.assert_allclose(found.log_risk[i], single.log_risk, rtol=1e-9)
