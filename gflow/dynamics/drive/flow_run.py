@@ -92,9 +92,10 @@ class FlowRun:
         self.above_zero = log_risk > float(self.problem.log_risk_at_zero()) + ROUND_OFF
         layers = self.problem.network.layers(weights)
         self.imbalance = tuple(map(np.asarray, imbalance(layers))) if layers else ()
-        self.split, self.split_run, self.early = plan.split, None, None
-        self.split_run: OnSplit | None
-        self.early: OnSplit | None
+        self.split = plan.split
+        self.split_run: OnSplit | None = None
+        self.early: OnSplit | None = None
+        """The other way of going on, begun before the hand-over to be compared there."""
         self.told: dict[str, Any] = {}
         self.used: list[str] = []
         self.counts, self.leg_counts = np.zeros(2, int), (0, 0)
@@ -102,20 +103,22 @@ class FlowRun:
         self.report: Report | None = None
         s = float(self.clock.read(log_risk, -math.inf))
         self._stand = Stand(s, FlowState(weights, as_array(np.zeros(()))), 0)
-        self.next_step, self.resumed = math.nan, None
-        self.resumed: Lane | None
+        self.next_step = math.nan
+        self.resumed: Lane | None = None
+        """The lane of a checkpoint, or of other lanes, to go on from."""
         self.anew = False
+        """Whether the goals have changed, so that the next attempt is to be begun again."""
         self.agenda = Agenda([], [], 0.0, plan.max_steps)
         self._program: Hashable = None
         self._member: Member | None = None
         self.seated = False
+        self.pending: list[tuple[FlowState, np.ndarray, np.ndarray]] = []
+        """Points that are recorded but not observed yet: states, clock values and step counts."""
         if plan.methods:
             self._begin_leg(0)
         else:
             self._go_on_in(self._begun_in_split_coordinates(), self._stand)
             self.told = {}
-        self.pending: list[tuple[FlowState, np.ndarray, np.ndarray]] = []
-        """Points that are recorded but not observed yet: states, clock values and step counts."""
         self.record_here()
         if self.end is None:
             self._arm()
