@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import optax
 import pytest
 
 import gflow
@@ -114,3 +115,31 @@ def test_a_log_risk_with_the_wrong_sign_is_doubted():
 def test_what_is_no_number_is_no_goal(rule, value):
     with pytest.raises(ValueError, match=rf"`{rule.__name__}\("):
         rule(value)
+
+
+def test_rules_say_what_a_network_lacks_for_them_and_work_where_it_does_not():
+    rng = np.random.default_rng(0)
+    start = {"a": rng.normal(size=(3, 2)), "b": rng.normal(size=3)}
+    data = gflow.datasets.separable(n=12, d=2, margin=0.2, seed=1)
+
+    def apply(weights, x):
+        return weights["b"] @ (weights["a"] @ x)
+
+    def problem(degree):
+        return gflow.Problem(data, gflow.Network(apply, degree), gflow.Exponential())
+
+    def descend(of, rule):
+        return gflow.gradient_descent(of, start, optax.sgd(0.1), until=rule)
+
+    def follow(of, rule):
+        return gflow.gradient_flow(of, start, until=rule, save=3)
+
+    for verb in (descend, follow):
+        for rule in (gflow.Misalignment(0.1), gflow.MarginGap(0.1)):
+            with pytest.raises(ValueError, match="layers of a product of matrices"):
+                verb(problem(2.0), rule)
+        with pytest.raises(ValueError, match="needs a homogeneous network"):
+            verb(problem(None), gflow.KKT(0.1))
+    flow = follow(problem(2.0), gflow.KKT(0.5))
+    assert flow.attrs["status"] == "reached"
+    np.testing.assert_allclose(flow.kkt_residual[-1], 0.5, rtol=1e-10)
