@@ -7,10 +7,11 @@ and what runs beside it, never changes a number of a run.
 
 import contextlib
 import os
+import signal
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, Protocol, runtime_checkable
@@ -165,6 +166,9 @@ class Drive:
         """Follow runs of one program until they end or go on by another."""
         queue, devices = deque(alike), self.devices[: len(alike)]
         width = min(self.width, alike[0].widest, -(-len(alike) // len(devices)))
+        if width == 1 and len(devices) == 1:
+            self._serve(queue, alike, width, devices[0])
+            return
         # In threads, for one device too: Ctrl-C reaches this one and leaves no run half told.
         with ThreadPoolExecutor(len(devices)) as threads:
             parts = [
@@ -191,7 +195,8 @@ class Drive:
                     new = [k for k in new if lanes.seats[k] is not None]
                     if all(run is None for run in lanes.seats):
                         break
-                    self._advance(lanes, new, bool(queue))
+                    with interrupted_at_the_end():
+                        self._advance(lanes, new, bool(queue))
                     for k, run in enumerate(lanes.seats):
                         if run is not None and (run.end is not None or not run.seated):
                             lanes.seats[k] = None
@@ -221,6 +226,27 @@ class Drive:
             for run in lanes.seats:
                 if run is not None and run.end is None:
                     run.fail(error)
+
+
+@contextlib.contextmanager
+def interrupted_at_the_end() -> Iterator[None]:
+    """Ctrl-C within the block is raised at its end, so that no run is left half told.
+
+    It reaches the main thread only, where Python has a handler that raises.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if main else None
+    if not callable(handler):
+        yield
+        return
+    caught: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        handler(*caught[0])
 
 
 def follow(run: Run, *, progress: bool | None, path: str | os.PathLike[str] | None = None) -> End:
