@@ -166,7 +166,7 @@ def walk(
     state = gflow.FlowState(work.weights, np.zeros(()))
     method, atol = method_of(solver), default_atol(state, rtol)
     followed = member(work.field, rtol, atol, work.s_end(log_risk), max_steps)
-    lane = begun(followed, method, work.s_start, state)
+    lane = begun(followed, method, np.float64(work.s_start), state)
     trips = UNLIMITED if limit is None else chunk
     while True:
         lane = marched(followed, method, lane, trips)
@@ -208,7 +208,7 @@ def begun(followed: Member, method: Any, s: Any, state: Any) -> Lane:
     """The lane of a member at its start."""
     nothing = jax.tree.map(lambda _: None, followed)
     before = np.float64(math.nan), np.int64(0), np.int64(0)
-    return start(followed, nothing, method, np.asarray(s), state, before)
+    return start(followed, nothing, method, s, state, before)
 
 
 def marched(followed: Member, method: Any, lane: Lane, trips: int) -> Lane:

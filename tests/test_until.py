@@ -117,6 +117,7 @@ def test_what_is_no_number_is_no_goal(rule, value):
         rule(value)
 
 
+@pytest.mark.filterwarnings("ignore:.*exceeds R")
 def test_rules_say_what_a_network_lacks_for_them_and_work_where_it_does_not():
     rng = np.random.default_rng(0)
     start = {"a": rng.normal(size=(3, 2)), "b": rng.normal(size=3)}

@@ -157,7 +157,7 @@ class FlowLanes(AbstractLanes):
         told = jax.device_get(
             ({name: getattr(lane, name) for name in names}, self.method.tally(lane.memory))
         )
-        self.pace.took(time.perf_counter() - began)
+        self.pace.took(time.perf_counter() - began, full=int(made) == trips)
         rows = jax.tree.map(np.asarray, saved)
         self.done += float(busy), float(made) * width
         found = []
