@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.march.control import STEADY, propose
+from gflow.dynamics.march.control import GROW, STEADY, propose
 from gflow.dynamics.march.lane import Lane, Member, Rows, Saved, strong
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
@@ -269,8 +269,10 @@ def _end(
     norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
     noise = method.noise / tolerance.rtol
     accept, following = propose(lane.step, norm, lane.error, exponent=method.exponent, noise=noise)
-    # A step that was cut does not shorten the next.
-    following = jnp.where(accept & lane.cut, jnp.maximum(following, lane.next_step), following)
+    # A step that was cut does not shorten the next; where it could have been longer, so can that.
+    wanted = lane.next_step * jnp.maximum(following / lane.step, 1.0)
+    kept = jnp.maximum(jnp.minimum(wanted, GROW * lane.step), lane.next_step)
+    following = jnp.where(accept & lane.cut, jnp.maximum(following, kept), following)
 
     def now(after: Any, before: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(accept, a, b), after, before)
