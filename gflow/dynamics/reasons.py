@@ -24,8 +24,6 @@ class Reason(enum.IntEnum):
     """Shorter steps do not help."""
     OUT_OF_STEPS = enum.auto()
     """As many steps were tried as the run may."""
-    UNSOUND = enum.auto()
-    """An iterate of descent is not finite."""
 
     REACHED = enum.auto()
     REACHED_AT_START = enum.auto()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gflow import record
+from gflow.dynamics.reasons import Reason
 from gflow.names import PER_MEMBER, merged
 from gflow.quantities import quantity
 from gflow.record import Variable
@@ -125,9 +126,11 @@ def none_done(found: "xr.Dataset") -> bool:
 
 def _told(one: Member | Exception, name: str) -> Any:
     if isinstance(one, Exception):
-        kind = "refused" if isinstance(one, ValueError) else "failed"
-        message = f"{type(one).__name__}: {one}" if kind == "failed" else str(one)
-        return {"status": kind, "message": message}.get(name)
+        if isinstance(one, ValueError):
+            end = Reason.REFUSED.end(why=one)
+        else:
+            end = Reason.FAILED.end(why=f"{type(one).__name__}: {one}")
+        return end._asdict().get(name)
     return one.attrs.get(name)
 
 
