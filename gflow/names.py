@@ -11,7 +11,7 @@ from typing import Any
 
 from gflow.quantities import DIMENSIONS, QUANTITIES
 
-ALSO = ("support_points", "value", "output")
+ALSO = ("support_points",)
 """Further variables and dimensions of records."""
 
 SETTINGS = ("loss", "dataset", "optimizer", "rtol", "atol", "solver")

@@ -12,13 +12,21 @@ from typing import Literal
 
 import numpy as np
 
-DIMENSIONS = {"member": 0, "point": 0, "layer": 1, "pair": 1, "coordinate": 0}
+DIMENSIONS = {
+    "member": 0,
+    "point": 0,
+    "layer": 1,
+    "pair": 1,
+    "value": 1,
+    "output": 0,
+    "coordinate": 0,
+}
 """The dimensions of records, each with the number of its first entry. Layers count from 1 at the
 input, the pair of layers (k, k+1) is number k."""
 
-Needs = Literal["layers", "reference", "homogeneity"]
+Needs = Literal["layers", "reference", "homogeneity", "one output", "classes"]
 """What a variable may ask of a problem: a network that is a product of matrices, the
-maximum-margin direction, a degree of homogeneity."""
+maximum-margin direction, a degree of homogeneity, labels -1 and +1, or classes."""
 
 
 class Kind(enum.Enum):
@@ -48,6 +56,7 @@ class Quantity:
         compared: whether `gflow.compare` takes the difference of two records.
         decades: whether it is positive and drawn on a logarithmic axis.
         needs: what it asks of a problem.
+        of_classes: its dimensions where the data have classes, if they are others.
         of_data: whether it belongs to the data, and not to a member of an ensemble.
         unit: all are dimensionless, in the time of $\dot W = -\nabla R$.
     """
@@ -62,8 +71,15 @@ class Quantity:
     compared: bool = False
     decades: bool = True
     needs: tuple[Needs, ...] = ()
+    of_classes: tuple[str, ...] | None = None
     of_data: bool = False
     unit: str = "1"
+
+    def dims_of(self, rank: int) -> tuple[str, ...]:
+        """The dimensions of an array of so many axes."""
+        if self.of_classes is not None and len(self.of_classes) == rank:
+            return self.of_classes
+        return self.dims
 
     def size(self, values: np.ndarray) -> np.ndarray:
         """The size that errors of ``values`` are relative to, in the same shape."""
@@ -101,7 +117,7 @@ QUANTITIES: dict[str, Quantity] = {
     # Margins.
     "margin": Quantity(
         POINT,
-        "normalised margin min_i q_i / |w|",
+        "normalised margin min_i q_i / |w|, of classes min m_ik / |W|_F",
         symbol=r"$\min_i q_i/\|w\|$",
         certified=True,
         compared=True,
@@ -115,7 +131,7 @@ QUANTITIES: dict[str, Quantity] = {
         kind=Kind.ANGLE,
         zero=1e-9,
         certified=True,
-        needs=("layers", "reference"),
+        needs=("layers", "reference", "one output"),
     ),
     "layer_margin": Quantity(
         POINT, "min_i q_i / prod_k |W_k|_F", certified=True, needs=("layers",)
@@ -144,7 +160,7 @@ QUANTITIES: dict[str, Quantity] = {
     "perpendicular_cosine": Quantity(
         POINT,
         "cosine between w off the max-margin direction and grad R(w)",
-        needs=("layers", "reference"),
+        needs=("layers", "reference", "one output"),
     ),
     "direction_error": Quantity(
         POINT,
@@ -153,10 +169,10 @@ QUANTITIES: dict[str, Quantity] = {
         kind=Kind.ANGLE,
         zero=1e-9,
         certified=True,
-        needs=("layers", "reference"),
+        needs=("layers", "reference", "one output"),
     ),
     "direction_alignment": Quantity(
-        POINT, "| <w / prod_k |W_k|_F, v_1> |", certified=True, needs=("layers",)
+        POINT, "| <w / prod_k |W_k|_F, v_1> |", certified=True, needs=("layers", "one output")
     ),
     # Layers and their neighbours.
     "alignment": Quantity(
@@ -164,7 +180,7 @@ QUANTITIES: dict[str, Quantity] = {
         "|<v_{k+1}, u_k>| of neighbouring layers",
         certified=True,
         decades=False,
-        needs=("layers",),
+        needs=("layers", "one output"),
     ),
     "misalignment": Quantity(
         PAIR,
@@ -174,7 +190,7 @@ QUANTITIES: dict[str, Quantity] = {
         zero=1e-14,
         certified=True,
         compared=True,
-        needs=("layers",),
+        needs=("layers", "one output"),
     ),
     "frobenius_norm": Quantity(
         LAYER,
@@ -198,7 +214,7 @@ QUANTITIES: dict[str, Quantity] = {
         kind=Kind.ANGLE,
         zero=1e-9,
         certified=True,
-        needs=("layers",),
+        needs=("layers", "one output"),
     ),
     "rank_one_gap": Quantity(
         LAYER,
@@ -207,7 +223,101 @@ QUANTITIES: dict[str, Quantity] = {
         kind=Kind.ANGLE_SQUARED,
         zero=1e-14,
         certified=True,
-        needs=("layers",),
+        needs=("layers", "one output"),
+    ),
+    # Several classes.
+    "margin_bound": Quantity(
+        POINT,
+        "|A(p)|_F of the run's own shares p, A(p) = sum p_ik (e_y - e_k) x_i^T: a bound of the "
+        "largest margin in the Frobenius norm",
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "nuclear_margin": Quantity(
+        POINT,
+        "min m_ik / |W|_*, in the nuclear norm",
+        symbol=r"$\min m_{ik}/\|W\|_*$",
+        certified=True,
+        compared=True,
+        decades=False,
+        needs=("layers", "classes"),
+    ),
+    "nuclear_margin_bound": Quantity(
+        POINT,
+        "|A(p)|_2 of the run's own shares p: a bound of the largest margin in the nuclear norm",
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "schatten_margin": Quantity(
+        POINT,
+        "min m_ik / (sum_i sigma_i(W)^(2/L))^(L/2), in the Schatten-2/L quasi-norm",
+        symbol=r"$\min m_{ik}/\|W\|_{2/L}$",
+        certified=True,
+        compared=True,
+        decades=False,
+        needs=("layers", "classes"),
+    ),
+    "end_to_end_values": Quantity(
+        ("point", "value"),
+        "singular values of W_L ... W_1",
+        kind=Kind.VECTOR,
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "singular_values": Quantity(
+        ("point", "layer", "value"),
+        "the largest singular values of each layer, as many as classes",
+        symbol=r"$\sigma_i(W_k)$",
+        kind=Kind.VECTOR,
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "rank_residual": Quantity(
+        LAYER,
+        "norm of the singular values of a layer beyond K - 1 / |W_k|_F",
+        symbol=r"$\|(\sigma_i(W_k))_{i\geq K}\|/\|W_k\|_F$",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "subspace_misalignment": Quantity(
+        PAIR,
+        "1 - cos of the largest angle between the leading K - 1 left vectors of layer k and right "
+        "vectors of layer k+1, free of cancellation",
+        symbol=r"$1 - \cos\theta_k$",
+        kind=Kind.ANGLE_SQUARED,
+        zero=1e-14,
+        certified=True,
+        compared=True,
+        needs=("layers", "classes"),
+    ),
+    "collapse_variability": Quantity(
+        POINT,
+        "NC1, tr(Sigma_W Sigma_B^+)/K of the last hidden layer",
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "collapse_simplex": Quantity(
+        POINT,
+        "NC2, distance of the normalised Gram matrix of the class means from the simplex's",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "collapse_duality": Quantity(
+        POINT,
+        "NC3, | W_L/|W_L|_F - M^T/|M|_F |_F, M the centred class means",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        certified=True,
+        needs=("layers", "classes"),
+    ),
+    "collapse_classifier": Quantity(
+        POINT,
+        "NC4, part of the points that are not put into the class of the nearest mean",
+        needs=("layers", "classes"),
     ),
     # What a flow proves about itself.
     "imbalance_drift": Quantity(
@@ -221,19 +331,35 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     "digits_left": Quantity(POINT, "decimal digits that float64 leaves of differences of margins"),
     "rank_one_slack": Quantity(
-        LAYER, "Lemma 2 (i): D minus |W_k|_F^2 - |W_k|_2^2", needs=("layers",)
+        LAYER, "Lemma 2 (i): D minus |W_k|_F^2 - |W_k|_2^2", needs=("layers", "one output")
     ),
     "alignment_slack": Quantity(
         PAIR,
         "Lemma 2 (ii): D + |W_{k+1}(0)|_2^2 + |W_k(0)|_2^2 minus "
         "(1 - <v_{k+1}, u_k>^2) |W_{k+1}|_2^2",
-        needs=("layers",),
+        needs=("layers", "one output"),
+    ),
+    "output_sum_drift": Quantity(
+        POINT,
+        "change of the conserved vector 1^T W_L / |W_L|_F",
+        needs=("layers", "classes"),
+    ),
+    "rank_slack": Quantity(
+        LAYER,
+        "Lemma 2 for K outputs: |1^T W_L(0)|^2/K + sum_{j>=k} |D_j|_2 minus sigma_K(W_k)^2",
+        needs=("layers", "classes"),
+    ),
+    "spectrum_slack": Quantity(
+        PAIR,
+        "Lemma 2 for K outputs: |D_k|_2 minus max_i |sigma_i(W_{k+1})^2 - sigma_i(W_k)^2|",
+        needs=("layers", "classes"),
     ),
     "beyond_hand_over": Quantity(POINT, "1 where the run continues in split coordinates, else 0"),
     # The function that the network computes.
     "end_to_end": Quantity(
         ("point", "coordinate"),
-        "w = (W_L ... W_1)^T",
+        "w = (W_L ... W_1)^T, of classes W_L ... W_1",
+        of_classes=("point", "output", "coordinate"),
         kind=Kind.VECTOR,
         certified=True,
         needs=("layers",),
@@ -241,7 +367,8 @@ QUANTITIES: dict[str, Quantity] = {
     # The data.
     "max_margin_direction": Quantity(
         ("coordinate",),
-        "maximum-margin direction through the origin",
+        "maximum-margin direction through the origin, of classes in the Frobenius norm",
+        of_classes=("output", "coordinate"),
         of_data=True,
         needs=("layers", "reference"),
     ),
@@ -251,11 +378,17 @@ QUANTITIES: dict[str, Quantity] = {
         of_data=True,
         needs=("layers", "reference"),
     ),
+    "support_margins": Quantity(
+        ("support",),
+        "numbers k of the other classes of the margins m_ik that are smallest",
+        of_data=True,
+        needs=("layers", "reference", "classes"),
+    ),
     "support_vectors": Quantity(
         ("support", "coordinate"),
         "y_i x_i on the margin",
         of_data=True,
-        needs=("layers", "reference"),
+        needs=("layers", "reference", "one output"),
     ),
     "dual_weights": Quantity(
         ("support",),

@@ -73,6 +73,8 @@ def variables(
         stacked = _countable(np.stack([np.asarray(value) for value in values]))
         if name in VARIABLES:
             dims, meaning = VARIABLES[name]
+            if (row := QUANTITIES.get(name.removesuffix("_error"))) is not None:
+                dims = row.dims_of(stacked.ndim)
         else:
             after = (extra_dims or {}).get(name) or [
                 f"{name}_{axis}" for axis in range(stacked.ndim - 1)

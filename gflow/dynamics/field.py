@@ -118,8 +118,10 @@ class FlowField(AbstractField):
     def bent(
         self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
     ) -> tuple[Factors, Array]:
+        # |l^T r|_F^2 = <l l^T, r r^T>.
         squares = [
-            jnp.sum(left**2, 1) * jnp.sum(right**2, 1) for left, right in zip(*slopes, strict=True)
+            jnp.sum((left @ left.mT) * (right @ right.mT), (1, 2))
+            for left, right in zip(*slopes, strict=True)
         ]
         return slopes, sum(squares[1:], squares[0])
 

@@ -133,9 +133,9 @@ class ModifiedField(AbstractField):
             return jax.tree.leaves(correction(slope, at, self.step, self.order)[2])
 
         stages = coefficients.shape[0]
-        more = [leaf.reshape(stages, -1) for leaf in jax.vmap(added)(coefficients)]
+        more = [leaf.reshape(stages, 1, -1) for leaf in jax.vmap(added)(coefficients)]
         rights = [right - each for right, each in zip(slopes.rights, more, strict=True)]
-        inner = [jnp.sum(a * b, 1) for a, b in zip(slopes.rights, rights, strict=True)]
+        inner = [jnp.sum(a * b, (1, 2)) for a, b in zip(slopes.rights, rights, strict=True)]
         return Factors(slopes.lefts, rights), still_falling(sum(inner[1:], inner[0]))
 
     @property

@@ -1,8 +1,10 @@
-r"""Binary classification data: inputs, labels in {-1, +1}, and their products.
+r"""Classification data: inputs and labels, in {-1, +1} or of several classes, and their products.
 
 All that a linear network sees of a data set are its signed inputs $z_i = y_i x_i$: the margin of a
-predictor $w$ at point $i$ is $q_i = \langle w, z_i\rangle$. There is no bias; `Dataset.with_bias`
-adds a constant feature where one is wanted.
+predictor $w$ at point $i$ is $q_i = \langle w, z_i\rangle$. Of K classes they are the matrices
+$z_{ik} = (e_{y_i} - e_k)\,x_i^\top$, $k \ne y_i$, with the margins
+$m_{ik} = \langle W, z_{ik}\rangle = f_{y_i}(x_i) - f_k(x_i)$ of $f(x) = W x$. There is no bias;
+`Dataset.with_bias` adds a constant feature where one is wanted.
 """
 
 import weakref
@@ -13,12 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import ArrayLike, Float, Int
 
 from gflow.problem import tables
-from gflow.problem.arguments import expect_unmasked, file_path, flag, is_number, numbers_of, shown
+from gflow.problem.arguments import (
+    expect_unmasked,
+    file_path,
+    flag,
+    is_number,
+    numbers_of,
+    shown,
+    whole,
+)
+from gflow.problem.array import Array
 from gflow.problem.cells import is_missing
+from gflow.problem.design import differences_of, others_of
 from gflow.problem.max_margin import MaxMargin, max_margin
 
 # The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
@@ -41,18 +54,20 @@ READERS = {
 
 
 class Dataset(eqx.Module):
-    r"""Points $x_i \in \mathbb{R}^d$ with labels $y_i \in \{-1, +1\}$.
+    r"""Points $x_i \in \mathbb{R}^d$ with labels $y_i \in \{-1, +1\}$, or classes $0 \dots K-1$.
 
     A pytree whose leaves are the two arrays, which are NumPy, float64 and read-only.
 
     Args:
         inputs: one row a point. Lists and arrays of any real type are converted.
-        labels: one number a row, -1 or +1.
+        labels: one number a row, -1 or +1, or a class, 0 to K - 1, each of which has points.
+        num_classes: the number K of classes. It may be left out for labels -1 and +1, and where
+            more than two whole numbers from 0 on occur.
         name: used in tables, titles and records.
 
     Raises:
         ValueError: if the arrays do not fit each other, are empty, hold NaN or infinity, or a label
-            is not -1 or +1.
+            is not -1 or +1, or no class.
 
     >>> data = Dataset([[0.5, 0.1], [-0.2, 0.9]], [1, -1])
     >>> data.signed_inputs.tolist()
@@ -62,14 +77,21 @@ class Dataset(eqx.Module):
     inputs: Float[np.ndarray, "points dim"]
     labels: Float[np.ndarray, " points"]
     name: str = eqx.field(static=True)
+    num_classes: int | None = eqx.field(static=True)
+    """K; None for labels -1 and +1."""
 
     def __init__(
-        self, inputs: ArrayLike | Sequence, labels: ArrayLike | Sequence, *, name: str = "data"
+        self,
+        inputs: ArrayLike | Sequence,
+        labels: ArrayLike | Sequence,
+        *,
+        num_classes: int | None = None,
+        name: str = "data",
     ):
         inputs = numbers_of("inputs", inputs, booleans=True)
-        labels = _labels(labels)
+        labels = _labels(labels, num_classes)
         _check_inputs(inputs)
-        _check_labels(labels, len(inputs))
+        self.num_classes = _check_labels(labels, len(inputs), num_classes)
         self.inputs = _frozen(inputs)
         self.labels = _frozen(labels)
         self.name = str(name)
@@ -78,8 +100,42 @@ class Dataset(eqx.Module):
 
     @property
     def signed_inputs(self) -> Float[np.ndarray | Array, "points dim"]:
-        r"""The products $z_i = y_i x_i$, one row a point."""
-        return self.labels[:, None] * self.inputs
+        r"""The products $z_i = y_i x_i$, one row a point.
+
+        Of K classes the products $z_{ik}$, flattened, shape (points · (K - 1), K · d): of each
+        point those with the other classes in order.
+        """
+        if self.num_classes is None:
+            return self.labels[:, None] * self.inputs
+        signs = differences_of(self.num_classes)[self.classes]
+        products = signs[:, :, :, None] * np.asarray(self.inputs)[:, None, None, :]
+        return products.reshape(-1, self.num_classes * self.dim)
+
+    @property
+    def classes(self) -> Int[np.ndarray, " points"]:
+        """The labels as whole numbers: the classes, of labels -1 and +1 themselves."""
+        return np.asarray(self.labels).astype(np.intp)
+
+    @property
+    def num_outputs(self) -> int:
+        """The outputs that a network needs: one for labels -1 and +1, else one a class."""
+        return 1 if self.num_classes is None else self.num_classes
+
+    def margins_of(self, outputs: Array) -> Array:
+        """The margins of a network's outputs at the points; pure JAX.
+
+        Args:
+            outputs: shape (points,), of K classes (points, K).
+
+        Returns:
+            Shape (points,), of K classes (points · (K - 1),).
+        """
+        if self.num_classes is None:
+            return outputs * self.labels
+        labels = jnp.asarray(self.labels).astype(int)
+        others = jnp.asarray(others_of(self.num_classes))[labels]
+        own = jnp.take_along_axis(outputs, labels[:, None], axis=1)
+        return (own - jnp.take_along_axis(outputs, others, axis=1)).reshape(-1)
 
     @property
     def num_points(self) -> int:
@@ -122,7 +178,7 @@ class Dataset(eqx.Module):
         inputs = self.inputs / largest  # first, so that squares neither overflow nor underflow
         inputs = inputs / np.linalg.norm(inputs, axis=1).max()
         excess = np.linalg.norm(inputs, axis=1).max()
-        return Dataset(inputs / max(excess, 1.0), self.labels, name=self.name)
+        return self._with(inputs / max(excess, 1.0))
 
     def with_bias(self, value: float = 1.0) -> "Dataset":
         """The same data with one more feature, last, that is `value` for every point."""
@@ -131,18 +187,25 @@ class Dataset(eqx.Module):
                 f"`value` is {shown(value)}; expected a finite number other than zero."
             )
         constant = np.full((self.num_points, 1), float(value))
-        return Dataset(np.concatenate([self.inputs, constant], axis=1), self.labels, name=self.name)
+        return self._with(np.concatenate([self.inputs, constant], axis=1))
+
+    def _with(self, inputs: np.ndarray) -> "Dataset":
+        return Dataset(inputs, self.labels, num_classes=self.num_classes, name=self.name)
 
     def __repr__(self) -> str:
         if not isinstance(self.inputs, np.ndarray):  # inside a transformation
             return f"Dataset(name={self.name!r}, inputs={self.inputs}, labels={self.labels})"
-        positive = int((self.labels > 0).sum())
+        if self.num_classes is None:
+            positive = int((self.labels > 0).sum())
+            labels = f"{positive} positive, {self.num_points - positive} negative"
+        else:
+            fewest = int(np.bincount(self.classes).min())
+            labels = f"{self.num_classes} classes of at least {fewest}"
         largest = _largest_norm(self.inputs)
         solution = _SOLUTIONS.get(id(self))
         known = "" if solution is None else f", {solution.summary}"
         return (
-            f"Dataset({self.name!r}: {self.num_points} points ({positive} positive, "
-            f"{self.num_points - positive} negative), {self.dim} features, "
+            f"Dataset({self.name!r}: {self.num_points} points ({labels}), {self.dim} features, "
             f"max |x| = {largest:.4g}{known})"
         )
 
@@ -312,7 +375,7 @@ def _classes(
     return tables.two_classes(labels, positive, negative)
 
 
-def _labels(values: Any) -> np.ndarray:
+def _labels(values: Any, num_classes: Any) -> np.ndarray:
     """Labels as numbers, with the conversion of what are none."""
     expect_unmasked("labels", values)
     try:
@@ -328,7 +391,14 @@ def _labels(values: Any) -> np.ndarray:
             "Drop the points without one."
         )
     if array.size and all(issubclass(kind, bool | np.bool_) for kind in kinds):
+        if num_classes is not None:
+            return array.astype(np.float64)
         raise ValueError("`labels` are booleans; expected -1 and +1. Convert: 2.0 * labels - 1.0")
+    if words and (num_classes is not None or len(np.unique(array.astype(str))) > 2):
+        raise ValueError(
+            f"`labels` has the type {array.dtype}; expected classes as whole numbers from 0 on. "
+            "Convert: names, labels = np.unique(labels, return_inverse=True)."
+        )
     if words:
         last = np.unique(array.astype(str))[-1]
         raise ValueError(
@@ -355,9 +425,10 @@ def _check_inputs(inputs: np.ndarray) -> None:
     _check_finite("inputs", inputs)
 
 
-def _check_labels(labels: np.ndarray, num_points: int) -> None:
+def _check_labels(labels: np.ndarray, num_points: int, num_classes: Any) -> int | None:
+    """The number of classes, None for labels -1 and +1."""
     if labels.ndim != 1:
-        hint = "Use labels.ravel()." if labels.size == num_points else "There is one output only."
+        hint = "Use labels.ravel()." if labels.size == num_points else "One label, not a row of K."
         raise ValueError(
             f"`labels` has shape {labels.shape}; expected one dimension, ({num_points},): one "
             f"label a row of `inputs`. {hint}"
@@ -368,13 +439,42 @@ def _check_labels(labels: np.ndarray, num_points: int) -> None:
             "many. The rows of `inputs` are the points: is it transposed?"
         )
     _check_finite("labels", labels)
-    wrong = np.flatnonzero(np.abs(labels) != 1.0)
-    if wrong.size:
-        values = np.unique(labels)
+    values = np.unique(labels)
+    from_zero = np.array_equal(values, np.arange(len(values)))
+    if num_classes is None:
+        if len(values) > 2 and from_zero:
+            return len(values)
+        wrong = np.flatnonzero(np.abs(labels) != 1.0)
+        if wrong.size:
+            raise ValueError(
+                f"`labels[{wrong[0]}]` is {labels[wrong[0]]:g}; expected -1 or +1. "
+                f"{_label_hint(values)}"
+            )
+        return None
+    if not whole(num_classes) or num_classes < 2:
         raise ValueError(
-            f"`labels[{wrong[0]}]` is {labels[wrong[0]]:g}; expected -1 or +1. "
-            f"{_label_hint(values)}"
+            f"`num_classes` is {shown(num_classes)}; expected a whole number of at least 2."
         )
+    num_classes = int(num_classes)
+    wrong = np.flatnonzero((labels != np.round(labels)) | (labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        way = (
+            "np.where(labels > 0, 1, 0), or leave `num_classes` out for one output"
+            if np.array_equal(values, [-1.0, 1.0])
+            else "names, labels = np.unique(labels, return_inverse=True)"
+        )
+        raise ValueError(
+            f"`labels[{wrong[0]}]` is {labels[wrong[0]]:g}; expected a class, 0 to "
+            f"{num_classes - 1}, for `num_classes` {num_classes}. Convert: {way}."
+        )
+    empty = np.flatnonzero(np.bincount(labels.astype(np.intp), minlength=num_classes) == 0)
+    if empty.size:
+        raise ValueError(
+            f"`labels` has no point of class {empty[0]}; expected one at least of every class, 0 "
+            f"to {num_classes - 1}. Renumber those that occur: names, labels = np.unique(labels, "
+            "return_inverse=True)."
+        )
+    return num_classes
 
 
 def _label_hint(values: np.ndarray) -> str:
@@ -382,12 +482,16 @@ def _label_hint(values: np.ndarray) -> str:
     if len(values) == 2:
         low, high = values
         if (low, high) == (0.0, 1.0):
-            return "Convert labels in {0, 1}: 2 * labels - 1"
+            return (
+                "Convert labels in {0, 1}: 2 * labels - 1, for one output; or say `num_classes=2`, "
+                "for two"
+            )
         return f"They take the two values {shown}. Convert: np.where(labels == {high:g}, 1.0, -1.0)"
     if len(values) > 2 and np.array_equal(values, np.round(values)):
         return (
-            f"They take the {len(values)} values {shown}: keep two classes, or set one against the "
-            f"rest: np.where(labels == {values[0]:g}, 1.0, -1.0)"
+            f"They take the {len(values)} values {shown}: number the classes from 0 on, names, "
+            "labels = np.unique(labels, return_inverse=True); or set one against the rest: "
+            f"np.where(labels == {values[0]:g}, 1.0, -1.0)"
         )
     return f"They take the {'value' if len(values) == 1 else 'values'} {shown}."
 

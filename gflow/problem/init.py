@@ -7,6 +7,7 @@ same on every machine and every version of JAX.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -70,16 +71,23 @@ def balanced(
     $u_0 = w/\lVert w\rVert$, $u_L = 1$ and $\sigma = \lVert w\rVert^{1/L}$. The paper's
     $D$ is then zero, and alignment and rank one hold exactly at all times.
 
+    With K outputs and $W = U\Sigma V^\top$ it is $W_k = U_k\Sigma^{1/L}U_{k-1}^\top$, $U_0 = V$,
+    $U_L = U$ and orthonormal columns between.
+
     Args:
-        widths: the widths $(d_0, …, d_L)$, $d_L = 1$.
-        end_to_end: the vector $w$, shape (d_0,), not zero; a random direction of norm
-            ``scale ** depth`` if not given.
-        scale: the layers' norm $\sigma$ when ``end_to_end`` is not given.
+        widths: the widths $(d_0, …, d_L)$.
+        end_to_end: the vector $w$, shape (d_0,), not zero; of K outputs the matrix, shape (K, d_0),
+            of a rank that the widths can carry. If not given a random direction of norm
+            ``scale ** depth``, of K outputs a random matrix with such singular values.
+        scale: the layers' norm $\sigma$, of K outputs their singular values, when ``end_to_end`` is
+            not given.
         seed: of the hidden directions $u_k$. None takes the first unit vectors, which are
             balanced to the last bit; a random basis is balanced to round-off.
     """
     shapes = _shapes(widths)
     rng = np.random.default_rng(0 if seed is None else seed_of("seed", seed))
+    if shapes[-1][0] > 1:
+        return _balanced_matrix(shapes, end_to_end, number("scale", scale), seed, rng)
     direction = rng.normal(size=shapes[0][1])
     if end_to_end is None:
         sigma = number("scale", scale)
@@ -104,6 +112,46 @@ def balanced(
     return tuple(sigma * np.outer(after, before) for before, after in pairwise(units))
 
 
+def _balanced_matrix(
+    shapes: Sequence[tuple[int, int]],
+    end_to_end: Any,
+    scale: float,
+    seed: int | None,
+    rng: np.random.Generator,
+) -> LayerWeights:
+    """``balanced`` for several outputs."""
+    outputs, inputs = shapes[-1][0], shapes[0][1]
+    rank = min(outputs, *(min(shape) for shape in shapes))
+    if end_to_end is None:
+        u, v = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (outputs, inputs))
+        values = np.full(rank, scale)
+    else:
+        matrix = numbers_of("end_to_end", end_to_end)
+        if matrix.shape != (outputs, inputs) or not np.all(np.isfinite(matrix)):
+            raise ValueError(
+                f"`end_to_end` has shape {matrix.shape}; expected ({outputs}, {inputs}) finite "
+                "numbers: a row for each output of `widths` and a column for each input."
+            )
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        if np.any(s[rank:] > 1e-14 * s[0]):
+            raise ValueError(
+                f"`end_to_end` has a rank above {rank}, the smallest of `widths`; expected one "
+                "that a product of such layers has."
+            )
+        u, values, v = u[:, :rank], s[:rank] ** (1 / len(shapes)), vt[:rank].T
+    if not np.any(values):
+        raise ValueError(
+            "`end_to_end` is zero; expected a matrix that is not: the balanced network with zero "
+            "product is the saddle at the origin."
+        )
+    bases = [v]
+    for rows, _ in shapes[:-1]:
+        hidden = np.eye(rows) if seed is None else np.linalg.qr(rng.normal(size=(rows, rows)))[0]
+        bases.append(hidden[:, :rank])
+    bases.append(u)
+    return tuple((after * values) @ before.T for before, after in pairwise(bases))
+
+
 @settings.own()
 def zero_first(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> LayerWeights:
     """The paper's recipe $W_1(0) = 0$, the other layers as :func:`gaussian`.
@@ -118,7 +166,7 @@ def zero_first(widths: Sequence[int], *, scale: float = 1.0, seed: int = 0) -> L
 def from_arrays(arrays: Sequence[np.ndarray]) -> LayerWeights:
     """Given layer matrices from input to output, checked and copied to float64."""
     layers = tuple(arrays) if isinstance(arrays, list) else arrays
-    return tuple(np.array(layer) for layer in check_weights(layers))
+    return tuple(np.array(layer) for layer in check_weights(layers, None))
 
 
 @settings.own()
@@ -143,7 +191,7 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
     if excess(1.0) <= ROUND_OFF:
         return (*rest, last)
     # R(0) has the gradient l'(0) mean_i z_i, with l' < 0.
-    w = np.asarray(end_to_end((*rest, last)))
+    w = np.ravel(end_to_end((*rest, last)))
     factor = float(np.sign(np.mean(problem.data.signed_inputs, axis=0) @ w))
     if factor == 0.0:
         raise ValueError(
@@ -166,9 +214,9 @@ def _random(
 def _shapes(widths: Sequence[int]) -> list[tuple[int, int]]:
     widths = list(widths) if np.ndim(widths) else [widths]  # pyright: ignore
     bad = [width for width in widths if not whole(width) or width < 1]
-    if len(widths) < 2 or bad or widths[-1] != 1:
+    if len(widths) < 2 or bad:
         raise ValueError(
             f"`widths` is {tuple(widths)}; expected at least two positive integers from the "
-            "dimension of the inputs to one output, such as (2, 10, 10, 1)."
+            "dimension of the inputs to the outputs, such as (2, 10, 10, 1)."
         )
     return [(int(after), int(before)) for before, after in pairwise(widths)]

@@ -26,7 +26,8 @@ from jax.nn import softplus
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, ArrayLike, Float
 
-from gflow.problem.network import Array as Margins
+from gflow.problem.array import Array as Margins
+from gflow.problem.data import Dataset
 from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms
 
 # ---------------------------------------------------------------------------------------------
@@ -86,14 +87,24 @@ class AbstractLoss(AbstractJointLoss):
     def log_risk_at_zero(self, num_points: int) -> Margins:
         return self.log_value(jnp.zeros(()))
 
-    # Newton's method predicts how shares of the slopes change, linearly. Where a share is to grow
-    # by more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
     def advance(self, offsets: Margins, change: Margins) -> tuple[Margins, Margins]:
         if not self.exponential_tail:
             return super().advance(offsets, change)
-        share = jax.nn.log_softmax(-offsets)
-        limit = jnp.maximum(share + 1 + jnp.log(jnp.maximum(-change, 1.0)), -5.0)
-        return -jnp.minimum(share - change, limit), share - change > limit
+        return exponential_advance(offsets, change)
+
+    def on(self, data: Dataset) -> "AbstractLoss":
+        if data.num_classes is None:
+            return self
+        raise ValueError(
+            f"`loss` is {type(self).__name__}, a loss of one output; the data have "
+            f"{data.num_classes} classes. Expected {self.for_classes}, or one output for two "
+            "classes, with labels -1 and +1."
+        )
+
+    @property
+    def for_classes(self) -> str:
+        """What to take instead where the data have classes."""
+        return "gflow.CrossEntropy() or gflow.PairwiseExponential()"
 
     @property
     @abc.abstractmethod
@@ -126,6 +137,15 @@ class AbstractLoss(AbstractJointLoss):
     @abc.abstractmethod
     def exponential_tail(self) -> bool:
         r"""Whether $\ell(q) e^{q}$ tends to a positive constant as $q \to \infty$."""
+
+
+# Newton's method predicts how shares of the slopes change, linearly. Where a share is to grow by
+# more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
+def exponential_advance(offsets: Margins, change: Margins) -> tuple[Margins, Margins]:
+    """``AbstractJointLoss.advance`` where the risk is a sum of exponentials of margins."""
+    share = jax.nn.log_softmax(-offsets)
+    limit = jnp.maximum(share + 1 + jnp.log(jnp.maximum(-change, 1.0)), -5.0)
+    return -jnp.minimum(share - change, limit), share - change > limit
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,6 +207,11 @@ class Exponential(AbstractLoss):
     def tail_from(self) -> float:
         """Any margin would do: it is its own tail."""
         return 0.0
+
+    @property
+    def for_classes(self) -> str:
+        """gflow.PairwiseExponential()."""
+        return "gflow.PairwiseExponential()"
 
     @property
     def name(self) -> str:
@@ -279,6 +304,11 @@ class Logistic(AbstractLoss):
     def exponential_tail(self) -> bool:
         """True."""
         return True
+
+    @property
+    def for_classes(self) -> str:
+        """gflow.CrossEntropy()."""
+        return "gflow.CrossEntropy()"
 
     @property
     def name(self) -> str:

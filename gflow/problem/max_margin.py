@@ -13,6 +13,7 @@ Data are separable through the origin exactly when $\gamma > 0$. If they are not
 combination of the $z_i$ is zero, and its weights $p$ are the certificate (Farkas).
 """
 
+import dataclasses
 import math
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,8 +45,9 @@ class MaxMargin(eqx.Module):
     z_i\rVert$, which matters where the margin is below 1e-4 of that.
     """
 
-    direction: Float[np.ndarray, " dim"]
-    r"""The maximiser $\bar u$, of unit norm; NaN where no separating direction was found."""
+    direction: Float[np.ndarray, "..."]
+    r"""The maximiser $\bar u$, of unit norm, shape (d,), of K classes (K, d); NaN where no
+    separating direction was found."""
     margin: float
     r"""$\min_i \langle\bar u, z_i\rangle$, or zero where no separating direction was found."""
     margin_lower: float
@@ -54,10 +56,10 @@ class MaxMargin(eqx.Module):
     r"""A proven upper bound of $\gamma$."""
     dual: Float[np.ndarray, " points"]
     r"""The weights $p$: non-negative, sum one. For norm 2, $\sum_i p_i z_i = \gamma\bar u$; for
-    data that are not separable, $\sum_i p_i z_i = 0$."""
+    data that are not separable, $\sum_i p_i z_i = 0$. Of K classes one for each margin $m_{ik}$."""
     support: Int[np.ndarray, " support"]
-    r"""Indices of all points on the margin, also those with $p_i = 0$; for data that are not
-    separable, those with $p_i > 0$."""
+    r"""Indices of all points on the margin, of K classes of all margins that are smallest, also
+    those with $p_i = 0$; for data that are not separable, those with $p_i > 0$."""
     norm: float = eqx.field(static=True)
     """The norm of the direction: 1, 2 or infinity."""
     inseparable: bool = eqx.field(static=True, default=False)
@@ -107,7 +109,8 @@ class MaxMargin(eqx.Module):
     def __repr__(self) -> str:
         if not isinstance(self.dual, np.ndarray):  # inside a transformation
             return f"MaxMargin(norm={self.norm:g}, traced)"
-        points = f"{len(self.support)} of {len(self.dual)} points"
+        of = "points" if self.direction.ndim == 1 else "margins"
+        points = f"{len(self.support)} of {len(self.dual)} {of}"
         if self.separable:
             return (
                 f"MaxMargin(norm {self.norm:g}: margin {self.margin:.15g}, proven within "
@@ -130,7 +133,9 @@ def max_margin(
 
     $$\max_{\lVert w\rVert\le1}\min_i\langle w, z_i\rangle$$
 
-    For norm 2 this is the hard-margin support vector machine without bias.
+    For norm 2 this is the hard-margin support vector machine without bias. Of K classes $w$ is the
+    matrix $W$, flattened, and $z_{ik} = (e_{y_i} - e_k)\,x_i^\top$: for norm 2, the Frobenius norm,
+    Crammer and Singer's machine without bias.
 
     Args:
         data: a data set, a problem, or its signed inputs $z_i = y_i x_i$, one row a point.
@@ -149,6 +154,7 @@ def max_margin(
     False
     """
     # Imported here because SciPy's solvers are slow to import.
+    from gflow.problem.margin_classes import across_outputs
     from gflow.problem.margin_euclidean import euclidean
     from gflow.problem.margin_polyhedral import polyhedral
     from gflow.problem.margin_units import in_equal_units
@@ -160,7 +166,11 @@ def max_margin(
     given, exponent = z, math.frexp(float(np.abs(z).max()))[1]
     scale = math.ldexp(1.0, exponent)
     z = np.ldexp(z, -exponent)
-    w, p = euclidean(z)
+    num_classes = getattr(getattr(data, "data", data), "num_classes", None)
+    if num_classes is None:
+        w, p = euclidean(z)
+    else:
+        w, p = across_outputs(euclidean, z, num_classes)
     solution = _certified(z, w, p, 2.0, scale)
     hopeless = False
     if not solution.separable:
@@ -170,11 +180,19 @@ def max_margin(
             w, p = told.w, told.p
         solution = _certified(z, w, p, 2.0, scale, hopeless)
     if norm == 2:
-        return solution
+        return _shaped(solution, num_classes)
     # Separability does not depend on the norm.
     if w is not None and solution.separable:
         w, p = polyhedral(z, float(norm), w)
-    return _certified(z, w, p, float(norm), scale, hopeless)
+    return _shaped(_certified(z, w, p, float(norm), scale, hopeless), num_classes)
+
+
+def _shaped(solution: MaxMargin, num_classes: int | None) -> MaxMargin:
+    """With the direction as a matrix, if there are classes."""
+    if num_classes is None:
+        return solution
+    direction = np.reshape(solution.direction, (num_classes, -1))
+    return dataclasses.replace(solution, direction=direction)
 
 
 def _certified(

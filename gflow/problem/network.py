@@ -1,19 +1,20 @@
 r"""Networks: how weights turn a data point into a margin.
 
 Conventions, said once: ``weights[k]`` has shape ``(widths[k + 1], widths[k])``, ``k = 0`` touches
-the input and is the paper's $W_1$; there is one output, ``widths[-1] == 1``, and the
-end-to-end vector of a deep linear network is $w = (W_L \cdots W_1)^\top$.
+the input and is the paper's $W_1$. For labels -1 and +1 there is one output, ``widths[-1] == 1``,
+and the end-to-end vector of a deep linear network is $w = (W_L \cdots W_1)^\top$; for K classes
+there are K outputs, and $W = W_L \cdots W_1$ has shape (K, d).
 
 Every network offers *coordinates* $c(W) \in \mathbb R^m$ in which the margins are linear,
-$q = A\,c(W)$. For a deep linear network $c = w$ and $A$ is the matrix of signed
-inputs, so that no per-example work is ever done; for any other network $c = q$ itself and
-$A$ is the identity. Gradients are pulled back through $c$, and an implicit solver
-needs only the $m \times m$ matrices that live in these coordinates.
+$q = A\,c(W)$ (``design.py``). For a deep linear network $c = w$, or the contrasts of $W$, so that
+no per-example work is ever done; for any other network $c = q$ itself and $A$ is the identity.
+Gradients are pulled back through $c$, and an implicit solver needs only the $m \times m$ matrices
+that live in these coordinates.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,18 +23,9 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from gflow.problem.arguments import is_number, numbers_of, shown
+from gflow.problem.array import Array as Array, as_array as as_array
 from gflow.problem.data import Dataset
-
-if TYPE_CHECKING:
-    Array = jax.Array  # whose operators the checker knows; JAX takes NumPy's arrays as well
-else:
-    Array = jax.Array | np.ndarray | np.generic
-
-
-def as_array(values: Any) -> Array:
-    """``values``, which are NumPy's, where an array of either kind is taken."""
-    return values
-
+from gflow.problem.design import AbstractDesign, ClassDesign, Rows, contrasts
 
 FEW_POINTS = 8
 """Points on which the degree of a network is tried."""
@@ -46,18 +38,21 @@ Weights = PyTree[Array]
 
 
 class Factors(NamedTuple):
-    """Vectors of weight space: vector j is ``outer(lefts[k][j], rights[k][j])`` in array k."""
+    """Vectors of weight space: vector j is ``lefts[k][j].T @ rights[k][j]`` in array k.
+
+    Shapes (vectors, rank, rows) and (vectors, rank, columns), of one rank for all arrays.
+    """
 
     lefts: list[Array]
     rights: list[Array]
 
 
 class AbstractNetwork(eqx.Module):
-    """A network with one real output, seen through the margins of a data set."""
+    """A network, seen through the margins of a data set."""
 
     @abstractmethod
-    def design(self, data: Dataset) -> Array | None:
-        """The matrix $A$ (points, m) with $q = A c$; None stands for the identity."""
+    def design(self, data: Dataset) -> AbstractDesign | None:
+        """The matrix $A$ (margins, m) with $q = A c$; None stands for the identity."""
 
     @abstractmethod
     def coordinates(self, weights: Weights, data: Dataset) -> Array:
@@ -92,7 +87,8 @@ class AbstractNetwork(eqx.Module):
     def no_vectors(self, weights: Weights) -> Factors:
         """No vectors, in the form that :meth:`along` gives them; an array is a single row."""
         leaves = [jnp.asarray(leaf).reshape(1, -1) for leaf in jax.tree.leaves(weights)]
-        return Factors([leaf.T[:0, :1] for leaf in leaves], [leaf[:0] for leaf in leaves])
+        nothing = [leaf[:0, None] for leaf in leaves]
+        return Factors([leaf[..., :1] for leaf in nothing], nothing)
 
     def along(
         self, weights: Weights, vectors: Factors, coefficients: Array, data: Dataset
@@ -116,16 +112,18 @@ class AbstractNetwork(eqx.Module):
 
         def pull(cotangents: Array) -> Factors:
             leaves = jax.tree.leaves(vjp(cotangents)[0])
-            ones = jnp.ones_like(cotangents[:, :1])
-            return Factors([ones] * len(leaves), [leaf.reshape(len(ones), -1) for leaf in leaves])
+            ones = jnp.ones_like(cotangents[:, None, :1])
+            rights = [leaf.reshape(len(ones), 1, -1) for leaf in leaves]
+            return Factors([ones] * len(leaves), rights)
 
         return coordinates, pull
 
 
 class DeepLinear(AbstractNetwork):
-    r"""The deep linear network $x \mapsto W_L \cdots W_1 x$ of any widths, one output.
+    r"""The deep linear network $x \mapsto W_L \cdots W_1 x$ of any widths.
 
-    Its depth and widths are those of the weights it is given.
+    Its depth and widths are those of the weights it is given. One output for labels -1 and +1, K
+    for K classes.
     """
 
     def layers(self, weights: Weights) -> tuple[Array, ...]:
@@ -134,11 +132,15 @@ class DeepLinear(AbstractNetwork):
     def degree(self, weights: Weights) -> float:
         return float(len(weights))
 
-    def design(self, data: Dataset) -> Array:
-        return as_array(data.signed_inputs)
+    def design(self, data: Dataset) -> AbstractDesign:
+        if data.num_classes is None:
+            return Rows(as_array(data.signed_inputs))
+        return ClassDesign.of(as_array(data.inputs), data.classes, data.num_classes)
 
     def coordinates(self, weights: Weights, data: Dataset) -> Array:
-        return end_to_end(weights)
+        if data.num_classes is None:
+            return end_to_end(weights)
+        return _chain(weights, as_array(contrasts(data.num_classes)))[0].reshape(-1)
 
     def pullback(
         self, weights: Weights, data: Dataset
@@ -146,6 +148,8 @@ class DeepLinear(AbstractNetwork):
         # With l_k = W_L ... W_{k+1} (a row) and r_k = W_{k-1} ... W_1 cbar (a column) the pullback
         # is the outer product l_k^T r_k^T, of squared norm |l_k|^2 |r_k|^2: vector times matrix
         # only, each matrix read twice and its gradient written once.
+        if data.num_classes is not None:
+            return self._pullback_of_contrasts(weights, data.num_classes)
         lefts = left_products(weights)
 
         def pull(cotangent: Array) -> tuple[Weights, Array]:
@@ -160,33 +164,64 @@ class DeepLinear(AbstractNetwork):
 
         return lefts[0], pull
 
-    def no_vectors(self, weights: Weights) -> Factors:
-        layers = [jnp.asarray(matrix) for matrix in weights]
-        return Factors([matrix.T[:0] for matrix in layers], [matrix[:0] for matrix in layers])
+    # The same with K - 1 rows: l_k = P W_L ... W_{k+1}, r_k = Cbar (W_{k-1} ... W_1)^T, both as
+    # rows, and the norm |l_k^T r_k|_F^2 = <l_k l_k^T, r_k r_k^T>.
+    def _pullback_of_contrasts(
+        self, weights: Weights, num_classes: int
+    ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
+        lefts = _chain(weights, as_array(contrasts(num_classes)))
 
-    # The pullback of v is (W_L ... W_{k+1})^T (W_{k-1} ... W_1 v)^T in layer k, an outer product.
-    # W_0 + sum_j c_j K_j with such K_j is applied to vectors without being formed: all stages of a
-    # step share the products with W_0, and the rest costs as little as the vectors.
+        def pull(cotangent: Array) -> tuple[Weights, Array]:
+            right = cotangent.reshape(lefts[0].shape)
+            gradient = []
+            squared_norm = jnp.zeros((), cotangent.dtype)
+            for left, matrix in zip(lefts[1:], weights, strict=True):
+                gradient.append(left.T @ right)
+                squared_norm = squared_norm + jnp.sum((left @ left.T) * (right @ right.T))
+                right = right @ matrix.T
+            return tuple(gradient), squared_norm
+
+        return lefts[0].reshape(-1), pull
+
+    def no_vectors(self, weights: Weights) -> Factors:
+        rank = max(1, jnp.shape(weights[-1])[0] - 1)
+        layers = [jnp.asarray(matrix) for matrix in weights]
+        none = [jnp.zeros((0, rank, 1), matrix.dtype) for matrix in layers]
+        pairs = list(zip(none, layers, strict=True))
+        return Factors(
+            [jnp.repeat(each, matrix.shape[0], 2) for each, matrix in pairs],
+            [jnp.repeat(each, matrix.shape[1], 2) for each, matrix in pairs],
+        )
+
+    # The pullback of v is (W_L ... W_{k+1})^T (W_{k-1} ... W_1 v)^T in layer k, an outer product;
+    # with K outputs it is a sum of K - 1 of them, one a contrast. W_0 + sum_j c_j K_j with such K_j
+    # is applied to vectors without being formed: all stages of a step share the products with W_0,
+    # and the rest costs as little as the vectors.
     def along(
         self, weights: Weights, vectors: Factors, coefficients: Array, data: Dataset
     ) -> tuple[Array, Callable[[Array], Factors]]:
-        layers = list(zip(weights, *vectors, strict=True))
-        row, rows = jnp.ones((coefficients.shape[0], 1), coefficients.dtype), []
+        layers, stages = list(zip(weights, *vectors, strict=True)), coefficients.shape[0]
+        first = np.ones((1, 1)) if data.num_classes is None else contrasts(data.num_classes)
+        row, rows = (
+            jnp.broadcast_to(jnp.asarray(first, coefficients.dtype), (stages, *first.shape)),
+            [],
+        )
         for matrix, left, right in reversed(layers):
             rows.append(row)
-            row = row @ matrix + (coefficients * (row @ left.T)) @ right
+            row = row @ matrix + _combined(coefficients, row, left, right)
+        shape = row.shape
 
         def pull(cotangents: Array) -> Factors:
-            column, columns = cotangents, []
+            column, columns = cotangents.reshape(-1, *shape[1:]), []
             for matrix, left, right in layers:
                 columns.append(column)
-                column = column @ matrix.T + (coefficients * (column @ right.T)) @ left
+                column = column @ matrix.T + _combined(coefficients, column, right, left)
             return Factors(rows[::-1], columns)
 
-        return row, pull
+        return row.reshape(stages, -1), pull
 
     def check(self, weights: Weights, data: Dataset) -> Weights:
-        weights = check_weights(weights)
+        weights = check_weights(weights, data.num_outputs)
         if weights[0].shape[1] != data.dim:
             raise ValueError(
                 f"`weights[0]` has shape {weights[0].shape}; expected {data.dim} columns, the "
@@ -196,12 +231,14 @@ class DeepLinear(AbstractNetwork):
 
 
 class Network(AbstractNetwork):
-    r"""Any network with one output, given by its forward function.
+    r"""Any network, given by its forward function.
 
-    The margins are $q_i = y_i f(W; x_i)$; per-example gradients are vmapped.
+    The margins are $q_i = y_i f(W; x_i)$, for K classes $f_{y_i}(W; x_i) - f_k(W; x_i)$ for all
+    $k \ne y_i$; per-example gradients are vmapped.
 
     Args:
-        apply: ``apply(weights, x)`` with ``x`` of shape (d,), returning a scalar; pure JAX.
+        apply: ``apply(weights, x)`` with ``x`` of shape (d,), returning a scalar, for K classes
+            the K outputs, shape (K,); pure JAX.
         homogeneity: the degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$,
             if there is one; the normalised margin $\min_i q_i/\lVert W\rVert^L$ needs it. It is
             tried at the start.
@@ -230,7 +267,7 @@ class Network(AbstractNetwork):
 
     def coordinates(self, weights: Weights, data: Dataset) -> Array:
         outputs = jax.vmap(lambda x: self.apply(weights, x))(jnp.asarray(data.inputs))
-        return outputs * data.labels
+        return data.margins_of(outputs)
 
     def pullback(
         self, weights: Weights, data: Dataset
@@ -258,12 +295,16 @@ class Network(AbstractNetwork):
                 f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given the "
                 f"weights and one point `x` of shape ({data.dim},), and is traced by JAX."
             ) from error
-        if getattr(out, "shape", None) != ():
+        expected = () if data.num_classes is None else (data.num_classes,)
+        if getattr(out, "shape", None) != expected:
             what = f"shape {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
-            raise ValueError(
-                f"`apply(weights, x)` returns {what}; expected a scalar, shape (). "
-                "Only networks with one output are supported: index or squeeze the output."
+            way = (
+                "one output, shape (), for labels -1 and +1: index or squeeze it. For "
+                "several outputs the data have classes: Dataset(inputs, labels, num_classes=K)."
+                if data.num_classes is None
+                else f"one output a class, shape {expected}."
             )
+            raise ValueError(f"`apply(weights, x)` returns {what}; expected {way}")
         if self.homogeneity is not None:
             self._check_homogeneity(weights, data)
         return weights
@@ -278,7 +319,7 @@ class Network(AbstractNetwork):
             for at in (weights, double)
         )
         expected = 2.0**self.homogeneity * one
-        worst = int(np.argmax(np.abs(two - expected)))
+        worst = np.unravel_index(np.argmax(np.abs(two - expected)), two.shape)
         if not np.all(np.abs(two - expected) <= OFF_DEGREE * (np.abs(two) + np.abs(expected))):
             raise ValueError(
                 f"`homogeneity` is {self.homogeneity:g}, but with twice the weights the output is "
@@ -324,28 +365,62 @@ def left_products(weights: Weights) -> list[Array]:
 
     Evaluated from the output, vector times matrix: 2P flops for P weights.
     """
-    row = jnp.ones_like(jnp.asarray(weights[-1])[:, 0])
-    rows = [row]
+    return _chain(weights, jnp.ones_like(jnp.asarray(weights[-1])[:, 0]))
+
+
+def _chain(weights: Weights, first: Array) -> list[Array]:
+    r"""The products ``first`` $W_L \cdots W_{k+1}$ for k = 0 … L."""
+    rows = [jnp.asarray(first, jnp.result_type(*weights))]
     for matrix in reversed(weights):
-        row = row @ matrix
-        rows.append(row)
+        rows.append(rows[-1] @ matrix)
     return rows[::-1]
 
 
-def end_to_end(weights: Weights) -> Float[Array, " d"]:
-    r"""The end-to-end vector $w = (W_L \cdots W_1)^\top$, shape (d,).
+def _combined(coefficients: Array, rows: Array, first: Array, second: Array) -> Array:
+    r"""``rows[i] @ sum_j`` $c_{ij}$ ``first[j].T @ second[j]`` for every stage i.
+
+    Args:
+        coefficients: shape (stages, J).
+        rows: shape (stages, q, a).
+        first: shape (J, r, a).
+        second: shape (J, r, b).
+
+    Returns:
+        Shape (stages, q, b).
+    """
+    stages, q, _ = rows.shape
+    num, rank, width = first.shape
+    parts = rows.reshape(stages * q, width) @ first.reshape(num * rank, width).T
+    weighted = coefficients[:, None, :, None] * parts.reshape(stages, q, num, rank)
+    found = weighted.reshape(stages * q, num * rank) @ second.reshape(num * rank, second.shape[2])
+    return found.reshape(stages, q, second.shape[2])
+
+
+def end_to_end(weights: Weights) -> Float[Array, "..."]:
+    r"""The end-to-end vector $w = (W_L \cdots W_1)^\top$, shape (d,), of a network of one output.
+
+    Of K outputs the matrix $W_L \cdots W_1$, shape (K, d).
 
     >>> import numpy as np
     >>> end_to_end((np.array([[1.0, 2.0]]), np.array([[3.0]]))).tolist()
     [3.0, 6.0]
     """
-    return left_products(weights)[0]
+    if jnp.shape(weights[-1])[0] == 1:
+        return left_products(weights)[0]
+    *before, last = weights
+    return _chain(before, last)[0] if before else jnp.asarray(last)
 
 
 def move(weights: Weights, vectors: Factors, coefficients: Array) -> Weights:
     """``weights + coefficients @ vectors``."""
-    moves = [(coefficients[:, None] * a).T @ b for a, b in zip(*vectors, strict=True)]
+    moves = [combined(coefficients, a, b) for a, b in zip(*vectors, strict=True)]
     return jax.tree.map(jnp.add, weights, shaped(moves, weights))
+
+
+def combined(coefficients: Array, left: Array, right: Array) -> Array:
+    """``coefficients @ vectors`` of the factors in one array, shape (rows, columns)."""
+    scaled = coefficients[:, None, None] * left
+    return scaled.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
 
 
 def shaped(leaves: list[Array], weights: Weights) -> Weights:
@@ -382,12 +457,16 @@ def widths(weights: Weights) -> tuple[int, ...]:
     return (weights[0].shape[1], *(matrix.shape[0] for matrix in weights))
 
 
-def check_weights(weights: Sequence[Any]) -> tuple[np.ndarray, ...]:
+def check_weights(weights: Sequence[Any], num_outputs: int | None = 1) -> tuple[np.ndarray, ...]:
     """The layers of a deep linear network as float64 NumPy matrices, validated.
+
+    Args:
+        weights: from input to output.
+        num_outputs: that they have to have; None for any number.
 
     Raises:
         ValueError: when there is no layer, a layer is not a finite matrix, neighbours do not fit,
-            or there is more than one output.
+            or there is another number of outputs.
     """
     if isinstance(weights, np.ndarray | jax.Array) or not isinstance(weights, Sequence):
         raise ValueError(
@@ -419,9 +498,14 @@ def check_weights(weights: Sequence[Any]) -> tuple[np.ndarray, ...]:
                 "output."
             )
         checked.append(matrix)
-    if checked[-1].shape[0] != 1:
+    if num_outputs is not None and checked[-1].shape[0] != num_outputs:
+        wanted = (
+            "one row: labels -1 and +1 need one output. For several outputs the data have classes: "
+            "Dataset(inputs, labels, num_classes=K)"
+            if num_outputs == 1
+            else f"{num_outputs} rows, an output for each class of the data"
+        )
         raise ValueError(
-            f"`weights[{len(checked) - 1}]` has shape {checked[-1].shape}; expected one row: the "
-            "theory and gflow treat networks with one output."
+            f"`weights[{len(checked) - 1}]` has shape {checked[-1].shape}; expected {wanted}."
         )
     return tuple(checked)

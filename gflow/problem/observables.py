@@ -186,7 +186,7 @@ def margin_gap(problem: Problem, weights: Weights, reference: Reference) -> Arra
     # gamma - <z_i, w>/|w| = -<z_i, w/|w| - u> - slack_i
     w = end_to_end(weights)
     toward = w / jnp.linalg.norm(w) - reference.direction
-    return jnp.max(-(problem.design @ toward) - reference.slack)
+    return jnp.max(-problem.spread(toward) - reference.slack)
 
 
 def kkt(problem: Problem, weights: Weights) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 r"""A problem is data × network × loss; its risk lives in the log domain.
 
 With margins $q_i = y_i f(W; x_i)$ ($\langle w, z_i\rangle$ for a linear network) the
-risk is the MEAN loss $R = \frac1n\sum_i \ell(q_i)$. It underflows within the first moments
+risk is the MEAN loss $R = \frac1n\sum_i \ell(q_i)$; with K classes there are K - 1 margins a point
+(``design.py``) and $\ell$ is of all of a point's. It underflows within the first moments
 of an interesting run, so neither it nor its gradient is ever formed:
 
 $$\log R = \operatorname{LSE}_i \log\ell(q_i) - \log n, \qquad
@@ -23,9 +24,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gflow.problem import settings
 from gflow.problem.arguments import expect, shown
 from gflow.problem.data import Dataset
+from gflow.problem.design import AbstractDesign
 from gflow.problem.losses import Logistic
 from gflow.problem.methods import plain_method
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
+from gflow.problem.soft_margin import CrossEntropy
 from gflow.problem.terms import AbstractJointLoss
 
 ROUND_OFF = 1e-13
@@ -35,6 +38,8 @@ ROUND_OFF = 1e-13
 class Problem(eqx.Module):
     """A classification problem: ``Problem(data, network=DeepLinear(), loss=Logistic())``.
 
+    For several classes the loss is ``CrossEntropy()`` by default.
+
     All methods are pure JAX functions of the weights: ``jit``, ``vmap`` and ``grad`` them freely.
     They compute in the precision of their input; the accuracy that gflow states holds in float64
     (run them inside ``jax.enable_x64(True)``, as the two verbs do for themselves).
@@ -43,7 +48,7 @@ class Problem(eqx.Module):
     data: Dataset
     network: AbstractNetwork
     loss: AbstractJointLoss
-    design: Array | None
+    design: AbstractDesign | None
 
     def __init__(
         self,
@@ -51,12 +56,14 @@ class Problem(eqx.Module):
         network: AbstractNetwork | None = None,
         loss: AbstractJointLoss | None = None,
     ):
+        expect("data", data, Dataset, "a gflow Dataset, as `gflow.Dataset(inputs, labels)`")
         self.data = data
         self.network = DeepLinear() if network is None else network
-        self.loss = Logistic() if loss is None else loss
-        expect("data", self.data, Dataset, "a gflow Dataset, as `gflow.Dataset(inputs, labels)`")
         expect("network", self.network, AbstractNetwork, "a network, as `gflow.DeepLinear()`")
-        expect("loss", self.loss, AbstractJointLoss, "a loss, as `gflow.Logistic()`")
+        if loss is None:
+            loss = Logistic() if data.num_classes is None else CrossEntropy()
+        expect("loss", loss, AbstractJointLoss, "a loss, as `gflow.Logistic()`")
+        self.loss = loss.on(data)
         self.design = self.network.design(self.data)
 
     def sharded(self, devices: Sequence[Any] | None = None) -> "Problem":
@@ -88,14 +95,18 @@ class Problem(eqx.Module):
                 f"`devices` are {len(devices)} and there are {self.data.num_points} points; "
                 "expected equally many on each. Choose fewer devices, or leave points out."
             )
-        rows = NamedSharding(Mesh(np.array(devices), ("points",)), PartitionSpec("points", None))
-        with settings.own():
-            design = jax.device_put(np.asarray(self.design), rows)
+        rows = NamedSharding(Mesh(np.array(devices), ("points",)), PartitionSpec("points"))
+        with settings.own():  # every array of a design has the points on its first axis
+            design = jax.tree.map(lambda x: jax.device_put(np.asarray(x), rows), self.design)
         return eqx.tree_at(lambda p: p.design, self, design)
 
     @plain_method
     def margins(self, weights: Weights) -> Array:
-        """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,)."""
+        """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,).
+
+        Of K classes $f_{y_i} - f_k$, shape (points · (K - 1),): of each point those against the
+        other classes in order.
+        """
         return self.spread(self.network.coordinates(weights, self.data))
 
     @plain_method
@@ -123,13 +134,21 @@ class Problem(eqx.Module):
         Args:
             where: what asks, in words.
             needs: some of "layers" (a network that is a product of matrices), "reference" (a
-                maximum-margin direction) and "homogeneity" (of a known degree).
+                maximum-margin direction), "homogeneity" (of a known degree), "one output" (labels
+                -1 and +1) and "classes".
             weights: of the network.
 
         Raises:
             ValueError: that says what is missing.
         """
-        kind = type(self.network).__name__
+        kind, classes = type(self.network).__name__, self.data.num_classes
+        if "one output" in needs and classes is not None:
+            raise ValueError(
+                f"{where}, which is of one output; the data have {classes} classes. Choose another "
+                "rule, as LogRisk or KKT."
+            )
+        if "classes" in needs and classes is None:
+            raise ValueError(f"{where}, which is of several classes; the data have labels -1, +1.")
         if "layers" in needs and self.network.layers(weights) is None:
             raise ValueError(
                 f"{where}, which looks at the layers of a product of matrices; `problem` has a "
@@ -152,19 +171,27 @@ class Problem(eqx.Module):
         return self.loss.log_risk_at_zero(self.data.num_points)
 
     @property
+    def num_margins(self) -> int:
+        """The number of margins: the points, times K - 1 for K classes."""
+        return self.data.num_points * (self.data.num_outputs - 1 or 1)
+
+    @property
     def num_coordinates(self) -> int:
         """The number m of coordinates that the implicit solver works in."""
-        return self.data.num_points if self.design is None else min(self.design.shape)
+        if self.design is None:
+            return self.num_margins
+        margins, coordinates = self.design.shape
+        return min(margins, coordinates)
 
     @plain_method
     def spread(self, coordinates: Array) -> Array:
         """$A c$: from the network's coordinates to the margins, along the last axis."""
-        return coordinates if self.design is None else coordinates @ self.design.T
+        return coordinates if self.design is None else self.design.spread(coordinates)
 
     @plain_method
     def gather(self, slopes: Array) -> Array:
         r"""$A^\top s$: from covectors on the margins to those on the coordinates, likewise."""
-        return slopes if self.design is None else slopes @ self.design
+        return slopes if self.design is None else self.design.gather(slopes)
 
     def _largest_slope(self, weights: Weights) -> float:
         """The largest entry of the gradient of log R."""

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 
-from gflow.problem.network import Array
+from gflow.problem.array import Array
+from gflow.problem.data import Dataset
+from gflow.problem.design import AbstractDesign
 
 
 class AbstractCurvature(eqx.Module):
@@ -24,7 +26,7 @@ class AbstractCurvature(eqx.Module):
         """$H v$, shape (points,)."""
 
     @abc.abstractmethod
-    def gram(self, design: Array | None) -> Array:
+    def gram(self, design: AbstractDesign | None) -> Array:
         r"""$A^\top H A$, shape (m, m), for A of shape (points, m); H itself for None."""
 
 
@@ -36,10 +38,40 @@ class Diagonal(AbstractCurvature):
     def apply(self, vector: Array) -> Array:
         return self.entries * vector
 
-    def gram(self, design: Array | None) -> Array:
+    def gram(self, design: AbstractDesign | None) -> Array:
         if design is None:
             return jnp.diag(self.entries)
-        return design.T @ (self.entries[:, None] * design)
+        return design.gram_of_diagonal(self.entries)
+
+
+class Shares(AbstractCurvature):
+    r"""Blocks $t(\operatorname{diag}(p) - p p^\top) + c\, p p^\top$, one a point.
+
+    What a function of the soft margin $-\log\sum_k e^{-m_k}$ of a point has, $p$ the shares in
+    the sum.
+    """
+
+    entries: Array
+    """$c$, shape (points,)."""
+    slopes: Array
+    """$t$, shape (points,)."""
+    shares: Array
+    """$p$, shape (points, k)."""
+
+    def apply(self, vector: Array) -> Array:
+        rows = vector.reshape(self.shares.shape)
+        mean = jnp.sum(self.shares * rows, 1, keepdims=True)
+        found = self.slopes[:, None] * (rows - mean) + self.entries[:, None] * mean
+        return (self.shares * found).reshape(vector.shape)
+
+    def gram(self, design: AbstractDesign | None) -> Array:
+        p, k = self.shares, self.shares.shape[1]
+        diagonal = (self.slopes[:, None] * p)[:, :, None] * jnp.eye(k)
+        outer = ((self.entries - self.slopes)[:, None] * p)[:, :, None] * p[:, None, :]
+        if design is None:
+            blocks = (diagonal + outer)[:, :, None, :] * jnp.eye(len(p))[:, None, :, None]
+            return blocks.reshape(p.size, p.size)
+        return design.gram_of_blocks(diagonal + outer)
 
 
 class LossTerms(NamedTuple):
@@ -67,6 +99,14 @@ class AbstractJointLoss(eqx.Module):
             level: a number common to all, so large that adding it would cost the offsets digits;
                 None is zero.
         """
+
+    def on(self, data: Dataset) -> "AbstractJointLoss":
+        """The loss with all that it needs to know of a data set.
+
+        Raises:
+            ValueError: when it is no loss for such data.
+        """
+        return self
 
     def risk_slopes(self, margins: Array) -> Array:
         r"""$-\partial R/\partial q_i$, shape (points,), which underflows with the risk."""

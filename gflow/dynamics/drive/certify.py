@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gflow.dynamics.drive.recorder import Recorder
+from gflow.problem.class_observables import class_slacks
 from gflow.problem.observables import lemma_slacks
 from gflow.quantities import Kind, of_kind, quantity
 from gflow.record import CERTIFIED
@@ -111,13 +112,18 @@ def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
         conserved: whether the flow conserves the imbalance, as gradient flow does.
     """
     points, start = recorder.points, recorder.start
-    needed = ("log_risk", "beyond_hand_over", *(LEMMA if recorder.layers is not None else ()))
+    several = recorder.problem.data.num_classes is not None
+    lemma = () if recorder.layers is None else ("singular_values",) if several else LEMMA
+    needed = ("log_risk", "beyond_hand_over", *lemma)
     column = {name: np.stack([np.asarray(point[name]) for point in points]) for name in needed}
     lost = EPSILON * np.maximum(1.0, -column["log_risk"])
     apart = column["beyond_hand_over"].astype(bool)
     found = {"digits_left": -np.log10(np.where(apart, EPSILON, lost))}
     if not (conserved and recorder.layers is not None):
         return found
+    if several:
+        rank, values = class_slacks(start, column["singular_values"])
+        return found | {"rank_slack": rank, "spectrum_slack": values}
     rank_one, alignment = lemma_slacks(start, *(column[name] for name in LEMMA))
     return found | {"rank_one_slack": rank_one, "alignment_slack": alignment}
 
@@ -186,7 +192,7 @@ def _round_off(points: Sequence[Mapping[str, Any]], degree: float | None) -> dic
     if degree is None:
         return found
     lost = np.where(far, ANGLE, EPSILON * np.maximum(1.0, -column("log_risk")))
-    if "end_to_end" in points[0]:
+    if "direction_error" in points[0]:
         norm = np.linalg.norm(column("frobenius_norm"), axis=1)
         smallest = column("margin") * np.linalg.norm(column("end_to_end"), axis=1)
     else:

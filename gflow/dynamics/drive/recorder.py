@@ -17,6 +17,9 @@ from gflow.dynamics.drive.extras import Observable as Observable
 from gflow.names import merged
 from gflow.problem import observables as obs
 from gflow.problem.arguments import flag
+from gflow.problem.class_observables import ClassReference, of_classes
+from gflow.problem.data import Dataset
+from gflow.problem.design import others_of
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, widths
@@ -69,8 +72,10 @@ class Recorder:
         self.keep_weights = bool(flag("keep_weights", keep_weights))
         self.layers = problem.network.layers(weights)
         """The matrices whose product the network is, at the start; None if it is none."""
-        self.reference = None
-        if self.layers is not None:
+        self.reference: obs.Reference | ClassReference | None = None
+        if self.layers is not None and problem.data.num_classes is not None:
+            self.reference = ClassReference.of(problem, weights)
+        elif self.layers is not None:
             solution = problem.data.max_margin()
             self.reference = obs.Reference.of(solution, problem, weights)
         self.points: list[dict[str, Any]] = []
@@ -165,7 +170,8 @@ class Recorder:
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
         if self.layers is not None:
             for name, value in self._of_data().items():
-                constants[name] = (QUANTITIES[name].dims, value, QUANTITIES[name].meaning)
+                row = QUANTITIES[name]
+                constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
         return {
             "points": columns,
             "constants": constants,
@@ -177,8 +183,16 @@ class Recorder:
         """The best direction and the points on the margin: all that the asymptotic laws need."""
         data, solution = self.problem.data, self.problem.data.max_margin()
         if not solution.separable:
-            return {"max_margin_direction": np.full(data.dim, np.nan)}
+            return {"max_margin_direction": np.full_like(solution.direction, np.nan)}
         on = solution.support
+        if data.num_classes is not None:  # margins are numbered point by point
+            point, other = np.divmod(np.asarray(on), data.num_classes - 1)
+            return {
+                "max_margin_direction": np.asarray(solution.direction),
+                "support": point,
+                "support_margins": others_of(data.num_classes)[data.classes[point], other],
+                "dual_weights": np.asarray(solution.dual[on]),
+            }
         return {
             "max_margin_direction": np.asarray(solution.direction),
             "support": np.asarray(on),
@@ -203,6 +217,7 @@ def _facts(problem: Problem) -> dict[str, Any]:
     return {
         "dataset": data.name,
         "num_points": data.num_points,
+        "num_classes": data.num_classes,
         "network": type(problem.network).__name__,
         "loss": repr(problem.loss),
         "exponential_tail": problem.loss.exponential_tail,
@@ -222,15 +237,16 @@ def _facts_of_layers(problem: Problem) -> dict[str, Any]:
         "max_margin": solution.margin if solution.separable else None,
         "margin_upper_bound": solution.margin_upper,
         "pull_radius": None if math.isnan(radius) else radius,
-        "next_margin_gap": _next_gap(np.asarray(data.signed_inputs), solution),
+        "next_margin_gap": _next_gap(data, solution),
     }
 
 
-def _next_gap(signed_inputs: np.ndarray, solution: MaxMargin) -> float | None:
-    r"""The least $\langle z_i, \bar u\rangle/\gamma - 1$ of a point that is not on the margin."""
-    if not solution.separable or len(solution.support) == len(signed_inputs):
+def _next_gap(data: Dataset, solution: MaxMargin) -> float | None:
+    r"""The least $\langle z_i, \bar u\rangle/\gamma - 1$ of a margin that is not the smallest."""
+    if not solution.separable or len(solution.support) == len(solution.dual):
         return None
-    gaps = signed_inputs @ (solution.direction / solution.margin) - 1
+    direction = np.asarray(solution.direction) / solution.margin
+    gaps = np.asarray(data.margins_of(data.inputs @ direction.T)) - 1
     return float(np.min(np.delete(gaps, solution.support)))
 
 
@@ -240,7 +256,7 @@ def _observe(
     weights: Weights,
     rows: Array,
     count: Array,
-    reference: obs.Reference | None,
+    reference: obs.Reference | ClassReference | None,
 ) -> dict[str, Array]:
     """The observables of the first ``count`` of ``rows``, one after the other."""
 
@@ -248,6 +264,8 @@ def _observe(
         at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
         if reference is None:
             return obs.general(problem, at)
+        if problem.data.num_classes is not None:
+            return of_classes(problem, at, reference)
         return obs.standard(problem, at, reference)
 
     def put(k: Array, found: dict[str, Array]) -> dict[str, Array]:

@@ -67,7 +67,7 @@ def at_level_zero(problem: Problem, weights: Weights, slope: float) -> End:
 @once_per_object
 def wall(problem: Problem) -> tuple[float, End]:
     """The risk at which float64 weights end, and why."""
-    margins = jnp.full((problem.data.num_points,), LARGEST_MARGIN)
+    margins = jnp.full((problem.num_margins,), LARGEST_MARGIN)
     overflow = float(problem.loss.terms(margins).log_risk)
     if overflow > -UNCERTAIN_MARGIN:
         return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
@@ -103,7 +103,7 @@ def _why_rounded(problem: Problem, weights: Weights) -> str:
             ", or the network has a kink there (as ReLU), at which the field jumps and no step "
             "is short enough"
         )
-    w, z = np.asarray(end_to_end(layers)), np.asarray(problem.data.signed_inputs)
+    w, z = np.ravel(end_to_end(layers)), np.asarray(problem.data.signed_inputs)
     terms = float(np.max(np.abs(z) @ np.abs(w)))
     smallest = float(np.min(z @ w))
     if terms < LARGE_TERMS * max(1.0, abs(smallest)):

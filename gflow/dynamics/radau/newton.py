@@ -40,10 +40,10 @@ It converges equally fast at every risk. No margins are subtracted in the softma
 errors of margins, of size :math:`10^{-16}\log R`, are damped by :math:`1/(h\log R)` as every gap
 is: float64 does not end near :math:`\log R = -10^{10}`, where it does for the softmax of margins.
 
-**What it costs.** The pullback of a deep linear network is an outer product in every layer. The
-:math:`K_j` are kept as these factors, stage weights are never formed, and all stages pass through
-:math:`W_0` together: an iteration reads the weights twice, for any number of stages. Any other
-network goes the same way with whole arrays for vectors.
+**What it costs.** The pullback of a deep linear network is an outer product in every layer, with K
+outputs a sum of K - 1 of them. The :math:`K_j` are kept as these factors, stage weights are never
+formed, and all stages pass through :math:`W_0` together: an iteration reads the weights twice, for
+any number of stages. Any other network goes the same way with whole arrays for vectors.
 
 **Scaled time** is linear, :math:`u' = \mu(1 - u\lVert g\rVert^2)`, once the stages are known.
 
@@ -53,9 +53,10 @@ A point that enters the support inside a step leaves a kink there that coefficie
 balance :math:`\Delta\log R = -\int\mu\lVert g\rVert^2 ds` does not, so ten times its defect
 counts as an error too.
 
-**Shapes.** p stages, n margins, m coordinates, J vectors of weight space; everything is of one
-member. An ensemble maps these functions over a leading axis; the one thing made for that is the
-solution of small systems (``batching.py``).
+**Shapes.** p stages, n margins, J vectors of weight space of rank q, m = q·d coordinates: a matrix
+of q rows, of which there is one for one output; everything is of one member. An ensemble maps these
+functions over a leading axis; the one thing made for that is the solution of small systems
+(``batching.py``).
 
 Hairer and Wanner, *Solving Ordinary Differential Equations II* (1996), IV.5, IV.8 and VII.4;
 Albersmeyer and Diehl, *The lifted Newton method*, SIAM J. Optim. 20 (2010).
@@ -70,7 +71,8 @@ import numpy as np
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.radau.batching import solve, solve_differentiably
 from gflow.dynamics.radau.tableau import decay_rate, legendre_values, radau
-from gflow.problem.network import Array, Factors, Weights, move, shaped
+from gflow.problem.design import AbstractDesign
+from gflow.problem.network import Array, Factors, Weights, combined, move, shaped
 from gflow.problem.risk import Problem
 from gflow.problem.terms import AbstractCurvature
 
@@ -106,10 +108,12 @@ class Stages(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """:math:`G_0`: the pullback of basis vector a is ``outer(lefts[k], columns[k][a])``."""
+    """:math:`G_0`: the pullback of a cotangent Z, (q, d), is ``lefts[k].T @ Z @ columns[k]``."""
 
     lefts: list[Array]
+    """Shapes (q, rows)."""
     columns: list[Array]
+    """Shapes (d, columns)."""
     gram: Array
     sizes: list[Array]
     """Frobenius norm of each array of weights."""
@@ -118,10 +122,15 @@ class Frame(NamedTuple):
     def project(self, vectors: Factors) -> Array:
         """:math:`G_0 K_j`, shape (J, m)."""
         parts = [
-            (left @ a)[:, None] * (right @ b.T)
+            jnp.einsum("qx,jrx,jrd->jqd", a, left, right @ b.T, optimize="optimal")
             for left, right, a, b in zip(*vectors, self.lefts, self.columns, strict=True)
         ]
-        return sum(parts[1:], parts[0])
+        return sum(parts[1:], parts[0]).reshape(len(parts[0]), -1)
+
+    def pull(self, cotangents: Array) -> list[Array]:
+        """Right factors of the pullbacks of z_j, beside ``lefts``: shapes (J, q, columns)."""
+        z = cotangents.reshape(*cotangents.shape[:-1], self.lefts[0].shape[0], -1)
+        return [z @ b for b in self.columns]
 
 
 class Attempt(NamedTuple):
@@ -174,7 +183,7 @@ def evaluate(
     slopes_pulled = pull(problem.gather(slopes))
     (lefts, rights), squared = field.bent(weights, vectors, coefficients, slopes_pulled)
     rate = field.clock.rate(s, log_risk, squared)
-    derivatives = Factors(lefts, [rate[:, None] * right for right in rights])
+    derivatives = Factors(lefts, [rate[:, None, None] * right for right in rights])
     gap = distance - level[:, None]
     return Stages(derivatives, log_risk, rate, squared, slopes, curvature, gap)
 
@@ -209,22 +218,21 @@ def start_frame(field: AbstractField, weights: Weights) -> Frame:
     coordinates, pull = field.along(weights, field.no_vectors(weights), nothing)
     basis, _ = _axes(problem, coordinates.shape[1])
     lefts = [left[0] for left in pull(basis[:1]).lefts]  # the same for every vector
-    columns = [right[:, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
-    parts = [jnp.sum(a**2) * (b @ b.T) for a, b in zip(lefts, columns, strict=True)]
+    columns = [right[:, 0, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
+    parts = [jnp.kron(a @ a.T, b @ b.T) for a, b in zip(lefts, columns, strict=True)]
     sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
     log_risk = problem.loss.terms(problem.spread(coordinates[0])).log_risk
     return Frame(lefts, columns, sum(parts[1:], parts[0]), sizes, log_risk)
 
 
-def _axes(problem: Problem, num_coordinates: int) -> tuple[Array, Array | None]:
-    """The cotangents that G is kept for, and A in their terms.
+def _axes(problem: Problem, num_coordinates: int) -> tuple[Array, AbstractDesign | None]:
+    """The cotangents that G is kept for, of each row of coordinates the same, and A in their terms.
 
-    With fewer points than coordinates the margins serve as coordinates, and A is the identity.
+    With fewer margins than coordinates the margins serve as coordinates, and A is the identity.
     """
-    design = problem.design
-    if design is not None and design.shape[0] < design.shape[1]:
-        return jnp.asarray(design), None
-    return jnp.eye(num_coordinates), design
+    if problem.design is None:
+        return jnp.eye(num_coordinates), None
+    return problem.design.axes()
 
 
 def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages) -> Attempt:
@@ -243,42 +251,53 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     _, design = _axes(field.problem, m)
 
     def pull(v: Array) -> Array:
-        return v if design is None else v @ design
+        return v if design is None else design.gather(v)
 
-    mu, slopes, gap, curvature = at.rate[:, None], at.slopes, at.gap, at.curvature
+    def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
+        """Mu A^T H A of one stage."""
+        found = curvature.gram(design)
+        if field.clock.centred:
+            found = found - force[:, None] * force[None, :]
+        return mu * found
+
+    mu, slopes, gap, curvature = at.rate, at.slopes, at.gap, at.curvature
     force = pull(slopes)
-    growth = jnp.sqrt(at.squared_norm / jnp.sum(force @ frame.gram * force, 1))[:, None]
-    if not direct:
+    growth = jnp.sqrt(at.squared_norm / jnp.sum(force @ frame.gram * force, 1))
+    # The change of y that the gaps ask for is that of mu A^T H e.
+    change = frame.project(at.derivatives) - attempt.projection
+    if direct:
+        stiff = jax.vmap(stiffness)(mu, force, curvature)
+    else:
         # The Jacobian of the stage in the middle for all, up to G_j's factor.
-        mu = (growth[p // 2][None] / growth) ** 2 * mu[p // 2][None]
+        mu = (growth[p // 2] / growth) ** 2 * mu[p // 2]
         slopes, force, curvature = jax.tree.map(
             lambda x: jnp.broadcast_to(x[p // 2][None], x.shape), (slopes, force, curvature)
         )
-
-    # mu A^T H e and mu A^T H A.
-    pulled = mu * pull(jax.vmap(lambda each, v: each.apply(v))(curvature, gap))
-    stiff = mu[:, :, None] * jax.vmap(lambda each: each.gram(design))(curvature)
+        middle = jax.tree.map(lambda x: x[p // 2], (mu, force, at.curvature))
+        stiff = stiffness(*middle)
+    pulled = mu[:, None] * pull(jax.vmap(lambda each, v: each.apply(v))(curvature, gap))
     if field.clock.centred:
-        pulled = pulled - mu * force * jnp.sum(slopes * gap, 1, keepdims=True)
-        stiff = stiff - mu[:, :, None] * force[:, :, None] * force[:, None, :]
+        pulled = pulled - mu[:, None] * force * jnp.sum(slopes * gap, 1, keepdims=True)
 
     # y / growth solves the system.
-    change = frame.project(at.derivatives) - attempt.projection
-    rhs = matrix @ (change - growth * (pulled @ frame.gram))
-    blocks = frame.gram @ (growth[:, :, None] ** 2 * stiff)
+    rhs = matrix @ (change - growth[:, None] * (pulled @ frame.gram))
     if direct:
+        blocks = frame.gram @ (growth[:, None, None] ** 2 * stiff)
         system = matrix[:, None, :, None] * blocks.transpose(1, 0, 2)[None]
         system = jnp.eye(p * m) + system.reshape(p * m, p * m)
-        y = growth * solve(system, rhs.reshape(p * m)).reshape(p, m)
+        y = growth[:, None] * solve(system, rhs.reshape(p * m)).reshape(p, m)
+        z = pulled + jnp.einsum("jab,jb->ja", stiff, y)
+        last = growth[-1] ** 2 * stiff[-1]
     else:
-        y = growth * tableau.solve(h * blocks[0], rhs)
-    z = pulled + jnp.einsum("jab,jb->ja", stiff, y)
+        last = growth[p // 2] ** 2 * stiff
+        y = growth[:, None] * tableau.solve(h * frame.gram @ last, rhs)
+        z = pulled + (mu / mu[p // 2])[:, None] * (y @ stiff)
     rights = [
-        right - growth * _ratio(jnp.linalg.norm(a), _norms(left))[:, None] * (z @ b)
-        for left, right, a, b in zip(*at.derivatives, frame.lefts, frame.columns, strict=True)
+        right - (growth * _ratio(jnp.linalg.norm(a), _norms(left)))[:, None, None] * back
+        for left, right, a, back in zip(*at.derivatives, frame.lefts, frame.pull(z), strict=True)
     ]
     derivatives = Factors(at.derivatives.lefts, rights)
-    shift = gap + (y if design is None else y @ design.T)
+    shift = gap + (y if design is None else design.spread(y))
     share = jax.nn.softmax(-attempt.offsets, axis=1)
     shift = shift - jnp.sum(share * shift, 1, keepdims=True)
     offsets, held = jax.vmap(loss.advance)(attempt.offsets, shift)
@@ -302,7 +321,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         offsets=offsets,
         size=size,
         contraction=jnp.where(attempt.size < 1, size / attempt.size, 1.0),
-        stiffness=growth[-1, 0] ** 2 * stiff[-1],
+        stiffness=last,
     )
 
 
@@ -324,7 +343,7 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
     tableau, frame = radau(stages), last.frame
     tail = tableau.legendre[-3:]
     parts = [
-        jnp.sum((tail @ ((left @ left.T) * (right @ right.T))) * tail, 1)
+        jnp.sum((tail @ _products(left, right)) * tail, 1)
         / (w + h * (_norms(left) * _norms(right)).max()) ** 2
         for left, right, w in zip(*last.derivatives, frame.sizes, strict=True)
     ]
@@ -334,8 +353,8 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
     z = damping * solve(stiff, last.stiffness @ (tail[-1] @ last.projection))
     scale = h * decay_rate(final, second, third) ** (stages - 1)
     return [
-        scale * ((tail[-1][:, None] * left).T @ right - jnp.outer(a, z @ b))
-        for left, right, a, b in zip(*last.derivatives, frame.lefts, frame.columns, strict=True)
+        scale * (combined(jnp.asarray(tail[-1]), left, right) - a.T @ back)
+        for left, right, a, back in zip(*last.derivatives, frame.lefts, frame.pull(z), strict=True)
     ]
 
 
@@ -390,8 +409,16 @@ def end(
     return End(after, off, time_slopes)
 
 
-def _norms(rows: Array) -> Array:
-    return jnp.sqrt(jnp.sum(rows**2, axis=-1))
+def _norms(factors: Array) -> Array:
+    """The Frobenius norm of each vector's factor; products of two bound that of the vector."""
+    return jnp.sqrt(jnp.sum(factors**2, axis=(1, 2)))
+
+
+def _products(left: Array, right: Array) -> Array:
+    """The inner products of all vectors with each other in one array, shape (J, J)."""
+    num, rank, _ = left.shape
+    a, b = (x.reshape(num * rank, x.shape[2]) for x in (left, right))
+    return jnp.sum(((a @ a.T) * (b @ b.T)).reshape(num, rank, num, rank), (1, 3))
 
 
 def _ratio(a: Array, b: Array) -> Array:

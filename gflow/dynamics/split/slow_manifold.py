@@ -80,6 +80,8 @@ class SlowManifold(eqx.Module):
         """Why the flow cannot be continued from ``weights``, or None if it can."""
         if problem.network.layers(weights) is None:
             return "the network is not deep linear"
+        if problem.data.num_classes is not None:
+            return "the data have classes, and split coordinates are for one output"
         if not problem.loss.exponential_tail:
             return f"{problem.loss!r} has no exponential tail, so that all points keep their weight"
         if not problem.data.max_margin().separable:
