@@ -57,7 +57,7 @@ def test_a_record_holds_nothing_that_its_network_cannot_give(records):
     def needs(record):
         return {need for name in record if name in QUANTITIES for need in QUANTITIES[name].needs}
 
-    assert needs(records["flow"]) == {"layers", "reference", "homogeneity"}
+    assert needs(records["flow"]) == {"layers", "reference", "homogeneity", "one output"}
     assert needs(records["homogeneous"]) == {"homogeneity"}
     assert needs(records["any network"]) == set()
 

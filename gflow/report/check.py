@@ -40,6 +40,9 @@ FAR, MIDDLE, NEAR = -1000.0, -12.0, -3.0
 square loss is a difference of numbers of order one, whose logarithm loses digits as it falls and
 ends where an entry of the residual changes sign."""
 
+HADAMARD = -100.0
+"""The same of modes of several classes, whose equation SciPy integrates."""
+
 
 class Check(NamedTuple):
     """One closed form and how well its flow was met."""
@@ -327,6 +330,27 @@ def _clock() -> Flow:
     return Flow(problem, weights, truth, found=lambda flow: flow["log_risk"].values)
 
 
+def _one_point_a_class(num_classes: int) -> Problem:
+    data = Dataset(
+        np.eye(num_classes), np.arange(num_classes), num_classes=num_classes, name="unit vectors"
+    )
+    return Problem(data)
+
+
+def _simplex(num_classes: int, depth: int) -> Flow:
+    start = 0.3 ** (1 / depth) * (np.eye(num_classes) - 1 / num_classes)
+    truth = _at_risk(exact.simplex_modes, num_classes, 0.3, depth)
+    return Flow(_one_point_a_class(num_classes), (start,) * depth, truth)
+
+
+def _hadamard(depth: int) -> Flow:
+    modes = np.array([0.0, 0.9, 0.4, 0.1])
+    v = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    truth = _at_risk(exact.hadamard_modes, modes, depth)
+    layer = v * modes ** (1 / depth) @ v
+    return Flow(_one_point_a_class(4), (layer,) * depth, truth, end=HADAMARD)
+
+
 CASES: tuple[tuple[str, str, Callable[[], Flow]], ...] = (
     ("one layer, exponential", "one_datum_linear", lambda: _linear(Exponential())),
     ("one layer, logistic", "one_datum_linear", lambda: _linear(Logistic())),
@@ -343,6 +367,8 @@ CASES: tuple[tuple[str, str, Callable[[], Flow]], ...] = (
     ("3 balanced layers, square loss", "square_loss_mode", _square_mode),
     ("2 unbalanced layers, square loss", "two_layer_square_loss", _square_unbalanced),
     ("2 matrices, square loss", "two_layer_riccati", _riccati),
+    ("5 classes, 3 layers", "simplex_modes", lambda: _simplex(5, 3)),
+    ("4 classes, 2 layers, unequal modes", "hadamard_modes", lambda: _hadamard(2)),
     ("4 layers, logistic, three points", "risk_clock", _clock),
 )
 """Name, closed form, and the flow."""

@@ -15,6 +15,8 @@ with errors of round-off only, and in logarithms wherever risk or time leaves th
 | `square_loss_mode` | any depth, one mode | square loss |
 | `two_layer_square_loss` | two layers of width one, unbalanced | square loss |
 | `two_layer_riccati` | two layers, $\lambda$-balanced | square loss, whitened data |
+| `simplex_modes` | any depth, balanced | one point a class; cross-entropy, pairwise exponential |
+| `hadamard_modes` | any depth, balanced | one point a class, K = 2^m; cross-entropy |
 | `risk_clock` | any | any |
 | `limits` | any depth, any start | separable; exponential tail: asymptotic, with constants |
 
@@ -22,6 +24,11 @@ Flow time is that of $\dot W_k = -\partial R/\partial W_k$ with the MEAN loss as
 """
 
 from gflow.analysis.exact._path import ExactFlow as ExactFlow
+from gflow.analysis.exact.classes import (
+    ExactClassFlow as ExactClassFlow,
+    hadamard_modes as hadamard_modes,
+    simplex_modes as simplex_modes,
+)
 from gflow.analysis.exact.diagonal import (
     diagonal_network as diagonal_network,
     one_datum_diagonal as one_datum_diagonal,
@@ -46,16 +53,19 @@ from gflow.analysis.law_constants import limits as limits
 from gflow.analysis.laws import Limits as Limits
 
 __all__ = [
+    "ExactClassFlow",
     "ExactFlow",
     "Limits",
     "SquareLossFlow",
     "diagonal_network",
+    "hadamard_modes",
     "limits",
     "one_datum_balanced",
     "one_datum_convolution",
     "one_datum_diagonal",
     "one_datum_linear",
     "risk_clock",
+    "simplex_modes",
     "square_loss_mode",
     "two_layer_one_datum",
     "two_layer_riccati",
