@@ -266,7 +266,7 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     "singular_values": Quantity(
         ("point", "layer", "value"),
-        "the largest singular values of each layer, as many as classes",
+        "the K largest singular values of each layer; zero where it has fewer",
         symbol=r"$\sigma_i(W_k)$",
         kind=Kind.VECTOR,
         certified=True,

@@ -127,13 +127,12 @@ def collapse(problem: Problem, weights: Weights, reference: ClassReference) -> C
     num = means.shape[0]
     rank = min(num - 1, means.shape[1])
     _, s, vt = jnp.linalg.svd(means, full_matrices=False)  # of M^T
-    whitened = (within @ vt[:rank].T) / s[:rank]
+    whitened = (within @ vt[:rank].T) / s[None, :rank]
     gram = means @ means.T
     simplex = (jnp.eye(num) - 1 / num) / np.sqrt(num - 1)
     dual = last / jnp.sqrt(jnp.sum(last**2)) - means / jnp.sqrt(jnp.sum(means**2))
     # |h - mu_c|^2 - |h|^2; the centre is the mean of all points.
-    centre = jnp.mean(points, axis=0)
-    centred = points - centre
+    centred = points - jnp.mean(points, axis=0)[None]
     distances = jnp.sum(means**2, axis=1)[None] - 2 * centred @ means.T
     chosen = jnp.argmax(points @ last.T, axis=1)
     return Collapse(
@@ -164,7 +163,7 @@ def of_classes(problem: Problem, weights: Weights, reference: ClassReference) ->
     w = end_to_end(weights)
     of_all = jnp.linalg.svd(w, compute_uv=False)
     layers = [spectrum(matrix, rank) for matrix in weights]
-    count = min([problem.data.num_outputs, *(layer.values.shape[0] for layer in layers)])
+    num = problem.data.num_outputs
     frobenius = jnp.stack([jnp.sqrt(jnp.sum(matrix**2)) for matrix in weights])
     pairs = [subspace_misalignment(a, b) for a, b in pairwise(layers)]
     product = jnp.prod(frobenius)
@@ -185,8 +184,8 @@ def of_classes(problem: Problem, weights: Weights, reference: ClassReference) ->
         "smoothed_margin": smoothed_margin(problem, weights),
         "kkt_residual": residual,
         "kkt_slackness": slackness,
-        "end_to_end_values": of_all,
-        "singular_values": jnp.stack([layer.values[:count] for layer in layers]),
+        "end_to_end_values": _leading(of_all, num),
+        "singular_values": jnp.stack([_leading(layer.values, num) for layer in layers]),
         "rank_residual": jnp.stack([layer.tail for layer in layers]) / frobenius,
         "subspace_misalignment": jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype),
         "frobenius_norm": frobenius,
@@ -201,6 +200,11 @@ def of_classes(problem: Problem, weights: Weights, reference: ClassReference) ->
     }
 
 
+def _leading(values: Array, count: int) -> Array:
+    """The first ``count``; of a smaller matrix the others are zero."""
+    return jnp.pad(values[:count], (0, max(0, count - values.shape[0])))
+
+
 def class_slacks(start: Weights, singular_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r"""What the form of Ji and Telgarsky's Lemma 2 for K outputs leaves, never negative.
 
@@ -213,8 +217,7 @@ def class_slacks(start: Weights, singular_values: np.ndarray) -> tuple[np.ndarra
 
     Args:
         start: the initial weights.
-        singular_values: the K largest along the run, shape (points, layers, values); fewer where
-            a layer has fewer, and the second is then met with $\sigma_K = 0$.
+        singular_values: the K largest along the run, shape (points, layers, K).
 
     Returns:
         Of the second (points, layers), of the first (points, layers - 1).
@@ -224,6 +227,5 @@ def class_slacks(start: Weights, singular_values: np.ndarray) -> tuple[np.ndarra
     first = float(np.sum(np.sum(start[-1], axis=0) ** 2)) / num
     bounds = first + np.append(np.cumsum(norms[::-1])[::-1], 0.0)
     squares = singular_values**2
-    last = squares[:, :, num - 1] if squares.shape[2] >= num else np.zeros(squares.shape[:2])
     apart = np.max(np.abs(np.diff(squares, axis=1)), axis=2)
-    return bounds - last, norms - apart
+    return bounds - squares[:, :, num - 1], norms - apart

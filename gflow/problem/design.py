@@ -164,7 +164,7 @@ class ClassDesign(AbstractDesign):
         points, q, _ = blocks.shape
         m = q * self._width
         if self.inputs is None:
-            spread = blocks.transpose(1, 2, 0)[:, :, :, None] * jnp.eye(points)
+            spread = blocks.transpose(1, 2, 0)[:, :, :, None] * jnp.eye(points)[None, None]
             return spread.transpose(0, 2, 1, 3).reshape(m, m)
         inputs = jnp.asarray(self.inputs)
         first, second = np.triu_indices(q)

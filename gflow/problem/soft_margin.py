@@ -18,6 +18,7 @@ import dataclasses
 import math
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
@@ -67,7 +68,10 @@ class SoftMargin(AbstractJointLoss):
     def terms(self, offsets: Array, level: Array | None = None) -> LossTerms:
         rows = self._rows(offsets)
         soft = -logsumexp(-rows, axis=1)
-        shares = jnp.exp(soft[:, None] - rows)
+        shares = jax.nn.softmax(-rows, axis=1)
+        if level is None:  # what large margins have in common costs their differences digits
+            level = jax.lax.stop_gradient(jnp.maximum(jnp.min(soft), 0.0))
+            soft = soft - level
         log_risk, slopes, curvature = self.of_one.terms(soft, level)
         return LossTerms(
             log_risk=log_risk,
@@ -79,7 +83,7 @@ class SoftMargin(AbstractJointLoss):
         rows = self._rows(margins)
         soft = -logsumexp(-rows, axis=1)
         slopes = self.of_one.slope(soft) / rows.shape[0]
-        return (slopes[:, None] * jnp.exp(soft[:, None] - rows)).reshape(margins.shape)
+        return (slopes[:, None] * jax.nn.softmax(-rows, axis=1)).reshape(margins.shape)
 
     def log_risk_at_zero(self, num_points: int) -> Array:
         assert self.num_classes is not None

@@ -66,7 +66,7 @@ class Shares(AbstractCurvature):
 
     def gram(self, design: AbstractDesign | None) -> Array:
         p, k = self.shares, self.shares.shape[1]
-        diagonal = (self.slopes[:, None] * p)[:, :, None] * jnp.eye(k)
+        diagonal = (self.slopes[:, None] * p)[:, :, None] * jnp.eye(k)[None]
         outer = ((self.entries - self.slopes)[:, None] * p)[:, :, None] * p[:, None, :]
         if design is None:
             blocks = (diagonal + outer)[:, :, None, :] * jnp.eye(len(p))[:, None, :, None]

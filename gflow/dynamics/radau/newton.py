@@ -70,6 +70,7 @@ import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.radau.batching import solve, solve_differentiably
+from gflow.dynamics.radau.spectral import LARGE, Spectral
 from gflow.dynamics.radau.tableau import decay_rate, legendre_values, radau
 from gflow.problem.design import AbstractDesign
 from gflow.problem.network import Array, Factors, Weights, combined, move, shaped
@@ -78,6 +79,9 @@ from gflow.problem.terms import AbstractCurvature
 
 DIRECT = 100
 """Up to this order the linear system is solved as it is; beyond, the stages share a Jacobian."""
+
+SLOW = 0.2
+"""Corrections that shrink by no more than this ask for a fresh Jacobian."""
 
 
 class Solution(NamedTuple):
@@ -145,8 +149,9 @@ class Attempt(NamedTuple):
     size: Array
     """Of the last correction, relative to the weights."""
     contraction: Array
-    stiffness: Array
-    """The last stage's :math:`\\varphi^2\\mu A^\\top H A`, shape (m, m)."""
+    stiffness: Array | Spectral
+    """The last stage's :math:`\\varphi^2\\mu A^\\top H A`, shape (m, m); of a large system, of all
+    stages, as it was last decomposed."""
 
 
 def at_rest(field: AbstractField, stages: int, s: Array, weights: Weights, h: Array) -> Solution:
@@ -207,8 +212,12 @@ def begin(
         offsets=offsets,
         size=jnp.full_like(h, jnp.inf),
         contraction=jnp.ones_like(h),
-        stiffness=jnp.zeros_like(frame.gram),
+        stiffness=_no_stiffness(frame.gram),
     )
+
+
+def _no_stiffness(gram: Array) -> Array | Spectral:
+    return Spectral.blank(gram) if len(gram) > LARGE else jnp.zeros_like(gram)
 
 
 def start_frame(field: AbstractField, weights: Weights) -> Frame:
@@ -274,7 +283,6 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
             lambda x: jnp.broadcast_to(x[p // 2][None], x.shape), (slopes, force, curvature)
         )
         middle = jax.tree.map(lambda x: x[p // 2], (mu, force, at.curvature))
-        stiff = stiffness(*middle)
     pulled = mu[:, None] * pull(jax.vmap(lambda each, v: each.apply(v))(curvature, gap))
     if field.clock.centred:
         pulled = pulled - mu[:, None] * force * jnp.sum(slopes * gap, 1, keepdims=True)
@@ -288,10 +296,19 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         y = growth[:, None] * solve(system, rhs.reshape(p * m)).reshape(p, m)
         z = pulled + jnp.einsum("jab,jb->ja", stiff, y)
         last = growth[-1] ** 2 * stiff[-1]
-    else:
-        last = growth[p // 2] ** 2 * stiff
+    elif m <= LARGE:
+        last = growth[p // 2] ** 2 * stiffness(*middle)
         y = growth[:, None] * tableau.solve(h * frame.gram @ last, rhs)
-        z = pulled + (mu / mu[p // 2])[:, None] * (y @ stiff)
+        z = pulled + (y / growth[:, None] ** 2) @ last
+    else:
+        # Decomposed once a step, and again where corrections do not shrink as fast as they should.
+        last = jax.lax.cond(
+            (attempt.count == 0) | ((attempt.count >= 2) & (attempt.contraction > SLOW)),
+            lambda: Spectral.of(frame.gram, growth[p // 2] ** 2 * stiffness(*middle)),
+            lambda: attempt.stiffness,
+        )
+        y = growth[:, None] * last.solve(tableau, h, rhs)
+        z = pulled + (y / growth[:, None] ** 2) @ last.stiffness
     rights = [
         right - (growth * _ratio(jnp.linalg.norm(a), _norms(left)))[:, None, None] * back
         for left, right, a, back in zip(*at.derivatives, frame.lefts, frame.pull(z), strict=True)
@@ -348,9 +365,12 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
         for left, right, w in zip(*last.derivatives, frame.sizes, strict=True)
     ]
     third, second, final = jnp.sqrt(jnp.abs(sum(parts[1:], parts[0])))
-    damping = h * tableau.damping
-    stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
-    z = damping * solve(stiff, last.stiffness @ (tail[-1] @ last.projection))
+    damping, projected = h * tableau.damping, tail[-1] @ last.projection
+    if isinstance(last.stiffness, Spectral):
+        z = damping * last.stiffness.damped(damping, projected)
+    else:
+        stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
+        z = damping * solve(stiff, last.stiffness @ projected)
     scale = h * decay_rate(final, second, third) ** (stages - 1)
     return [
         scale * (combined(jnp.asarray(tail[-1]), left, right) - a.T @ back)

@@ -1,0 +1,321 @@
+"""Several classes: data, losses, networks of K outputs and what a record of them holds."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import log_softmax
+
+import gflow
+from gflow.problem.class_observables import ClassReference, of_classes
+from gflow.problem.design import ClassDesign, contrasts
+from gflow.problem.network import end_to_end
+from gflow.problem.terms import Diagonal
+
+ROUND_OFF = 1e-12
+INTEGRATORS = 1e-8  # what two integrators at rtol 1e-9 agree to
+FIRST, SECOND = gflow.LogRisk(-30.0), gflow.clocks.LogRisk()
+
+
+def three(n=12, seed=0):
+    """Three classes in the plane, separable, in a general position."""
+    rng = np.random.default_rng(seed)
+    classes = np.arange(n) % 3
+    angles = classes * 2.1 + rng.uniform(-0.4, 0.4, n)
+    radii = rng.uniform(0.5, 1.0, n)
+    inputs = radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return gflow.Dataset(inputs, classes, num_classes=3, name="three")
+
+
+PROBLEM = gflow.Problem(three())
+
+
+@pytest.fixture(scope="module")
+def start():
+    return gflow.init.admissible(gflow.init.gaussian((2, 5, 4, 3), scale=0.7, seed=1), PROBLEM)
+
+
+@pytest.fixture(scope="module")
+def flow(start):
+    return gflow.gradient_flow(PROBLEM, start, until=FIRST, save=5, keep_weights=True, certify=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------
+
+
+def test_margins_are_those_of_the_signed_inputs():
+    data, rng = three(), np.random.default_rng(0)
+    w = rng.normal(size=(3, 2))
+    outputs = data.inputs @ w.T
+    direct = [
+        outputs[i, y] - outputs[i, k]
+        for i, y in enumerate(data.classes)
+        for k in range(3)
+        if k != y
+    ]
+    np.testing.assert_allclose(data.margins_of(outputs), direct, rtol=1e-15)
+    np.testing.assert_allclose(data.signed_inputs @ w.ravel(), direct, atol=1e-15)
+    shifted = data.margins_of(outputs + 1e8 * 2.0**-10 * np.ones((1, 1)))
+    np.testing.assert_allclose(shifted, direct, atol=1e-10)
+
+
+def test_classes_are_told_by_their_labels():
+    inputs = np.eye(4)
+    assert gflow.Dataset(inputs, [0, 1, 2, 1]).num_classes == 3
+    assert gflow.Dataset(inputs, [0, 1, 1, 0], num_classes=2).num_classes == 2
+    assert gflow.Dataset(inputs, [1, -1, 1, 1]).num_classes is None
+    scaled = gflow.Dataset(inputs, [0, 1, 2, 1]).with_bias().scaled()
+    assert scaled.num_classes == 3 and scaled.dim == 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_classes", "message"),
+    [
+        ([0, 1, 1], None, r"`num_classes=2`"),
+        ([0, 1, 3], None, r"number the classes from 0 on"),
+        ([0, 1, 3], 3, r"`labels\[2\]` is 3; expected a class, 0 to 2"),
+        ([0, 1, 1], 3, r"no point of class 2"),
+        ([-1, 1, 1], 2, r"`labels\[0\]` is -1; .*np\.where\(labels > 0, 1, 0\)"),
+        (["a", "b", "c"], None, r"np\.unique\(labels, return_inverse=True\)"),
+        ([0, 1, 1], 1, r"`num_classes` is 1"),
+        ([0, 0.5, 1], 2, r"`labels\[1\]` is 0\.5"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, num_classes, message):
+    with pytest.raises(ValueError, match=message):
+        gflow.Dataset(np.eye(3), labels, num_classes=num_classes)
+
+
+def test_what_does_not_fit_the_classes_is_named(start):
+    with pytest.raises(ValueError, match=r"Logistic, .*3 classes.*gflow\.CrossEntropy\(\)"):
+        gflow.Problem(three(), loss=gflow.Logistic())
+    with pytest.raises(ValueError, match=r"PairwiseExponential, .*gflow\.Exponential"):
+        gflow.Problem(gflow.datasets.two_point(), loss=gflow.PairwiseExponential())
+    with pytest.raises(ValueError, match=r"expected 3 rows, an output for each class"):
+        gflow.gradient_flow(PROBLEM, gflow.init.gaussian((2, 4, 2)), until=FIRST)
+    scalar = gflow.Problem(three(), gflow.Network(lambda w, x: jnp.dot(w, x)))
+    with pytest.raises(ValueError, match=r"expected one output a class, shape \(3,\)"):
+        gflow.gradient_flow(scalar, np.ones(2), until=FIRST)
+    with pytest.raises(ValueError, match=r"of one output; the data have 3 classes"):
+        gflow.gradient_flow(PROBLEM, start, until=gflow.Misalignment(0.1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses and their seam
+# ---------------------------------------------------------------------------------------------
+
+
+def test_terms_are_the_derivatives_of_the_log_risk():
+    q, v = np.random.default_rng(1).normal(size=(2, 24))
+    for loss, direct in (
+        (PROBLEM.loss, lambda rows: np.log1p(np.exp(-rows).sum(1))),
+        (gflow.PairwiseExponential().on(three()), lambda rows: np.exp(-rows).sum(1)),
+    ):
+
+        @jax.jit
+        def found(q, loss=loss):
+            terms, level = loss.terms(q), loss.terms(q, jnp.asarray(300.0))
+            gram, applied = terms.curvature.gram(None), terms.curvature.apply(v)
+            log_risk = jax.grad(lambda q: loss.terms(q).log_risk)(q)
+            hessian = jax.hessian(lambda q: jnp.exp(loss.terms(q).log_risk))(q)
+            far = loss.terms(q + 300.0).log_risk, loss.risk_slopes(q)
+            return terms, gram, applied, log_risk, hessian, level.log_risk, *far
+
+        terms, gram, applied, gradient, hessian, level, far, risk_slopes = found(q)
+        risk = np.mean(direct(q.reshape(-1, 2)))
+        np.testing.assert_allclose(terms.log_risk, np.log(risk), rtol=1e-14)
+        np.testing.assert_allclose(terms.slopes, -gradient, rtol=1e-12)
+        np.testing.assert_allclose(risk_slopes, risk * np.asarray(terms.slopes), rtol=1e-12)
+        np.testing.assert_allclose(gram, hessian / risk, atol=1e-13)
+        np.testing.assert_allclose(applied, gram @ v, atol=1e-13)
+        np.testing.assert_allclose(level, far, rtol=1e-13)
+
+
+@pytest.mark.parametrize("points", [12, 3])
+def test_the_design_is_its_matrix(points):
+    rng = np.random.default_rng(2)
+    inputs, classes = rng.normal(size=(points, 5)), np.arange(points) % 3
+    data = gflow.Dataset(inputs, classes, num_classes=3)
+    design = ClassDesign.of(data.inputs, data.classes, 3)
+    a = np.asarray(design.matrix)
+    w = rng.normal(size=(3, 5))
+    np.testing.assert_allclose(a @ (contrasts(3) @ w).ravel(), data.margins_of(inputs @ w.T))
+    s, c = rng.normal(size=(2, 2 * points)), rng.normal(size=(2, 10))
+    np.testing.assert_allclose(design.spread(c), c @ a.T, atol=ROUND_OFF)
+    np.testing.assert_allclose(design.gather(s), s @ a, atol=ROUND_OFF)
+    blocks = rng.normal(size=(points, 2, 2))
+    blocks = blocks + blocks.transpose(0, 2, 1)
+    dense = jax.scipy.linalg.block_diag(*blocks)
+    np.testing.assert_allclose(design.gram_of_blocks(blocks), a.T @ dense @ a, atol=ROUND_OFF)
+    np.testing.assert_allclose(design.gram_of_diagonal(s[0]), a.T * s[0] @ a, atol=ROUND_OFF)
+    first, reduced = design.axes()
+    assert len(first) == min(points, 5)
+    # The same cotangents for every contrast; A in their terms times them is A.
+    both = np.concatenate([first, np.roll(first, 5, axis=1)])
+    np.testing.assert_allclose(np.asarray(reduced.matrix) @ both, a, atol=ROUND_OFF)
+    gram = reduced.gram_of_blocks(blocks)
+    np.testing.assert_allclose(both.T @ gram @ both, a.T @ dense @ a, atol=ROUND_OFF)
+
+
+def test_the_diagonal_of_a_mean_of_losses_is_one_curvature_among_others():
+    q = np.array([0.3, -1.0, 2.0])
+    found = gflow.Logistic().terms(q).curvature
+    assert isinstance(found, Diagonal)
+    design = gflow.problem.design.Rows(np.random.default_rng(0).normal(size=(3, 2)))
+    blocks = jnp.asarray(found.entries).reshape(3, 1, 1)
+    np.testing.assert_allclose(found.gram(design), design.gram_of_blocks(blocks), rtol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1e300, 1e8, 700.0])
+def test_losses_are_exact_at_any_margin(size):
+    for loss in (gflow.CrossEntropy(num_classes=3), gflow.PairwiseExponential(num_classes=3)):
+        far = loss.terms(np.array([size, size, size, size]))
+        np.testing.assert_allclose(far.log_risk, -size + np.log(2), rtol=1e-15)
+        np.testing.assert_allclose(far.slopes, 0.25, rtol=1e-15)
+        near = loss.terms(np.array([-size, 0.0]))
+        expected = np.log(size) if isinstance(loss, gflow.CrossEntropy) else size
+        np.testing.assert_allclose(near.log_risk, expected, rtol=1e-15)
+        assert near.slopes[1] < 1e-300
+
+
+# ---------------------------------------------------------------------------------------------
+# Flows
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_cross_entropy(start):
+    data = PROBLEM.data
+
+    def direct(weights):
+        scores = data.inputs @ end_to_end(weights).T
+        picked = jax.nn.log_softmax(scores)[jnp.arange(data.num_points), data.classes]
+        return jnp.log(-jnp.mean(picked))
+
+    log_risk, gradient, squared = PROBLEM.log_risk_gradient_and_norm(start)
+    np.testing.assert_allclose(log_risk, direct(start), rtol=1e-14)
+    for found, expected in zip(gradient, jax.grad(direct)(start), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-14)
+    np.testing.assert_allclose(squared, sum(np.sum(np.square(g)) for g in gradient), rtol=1e-13)
+
+
+def test_two_integrators_agree_on_a_flow_of_three_classes(flow, start):
+    explicit = gflow.gradient_flow(
+        PROBLEM, start, until=FIRST, save=5, solver=diffrax.Dopri8(), rtol=1e-10, clock=SECOND
+    )
+    assert flow.attrs["solver"] == "GaussNewton" and flow.attrs["status"] == "reached"
+    assert flow["end_to_end"].dims == ("point", "output", "coordinate")
+    np.testing.assert_allclose(flow.end_to_end, explicit.end_to_end, rtol=INTEGRATORS)
+    np.testing.assert_allclose(flow.log_time[1:], explicit.log_time[1:], rtol=INTEGRATORS)
+    assert flow.imbalance_drift.max() < 1e-11
+    assert flow.output_sum_drift.max() < 1e-11
+    error = np.abs(flow.end_to_end.values - explicit.end_to_end.values)
+    assert np.all(error <= flow.end_to_end_error.values + 1e-9)
+
+
+def test_lemma_2_for_several_outputs_holds_at_every_saved_point(flow, start):
+    assert np.all(flow.rank_slack >= -1e-10) and np.all(flow.spectrum_slack >= -1e-10)
+    # They are no empty bounds: the last layer's takes all of it that is orthogonal to its image.
+    sums = np.sum(np.sum(start[-1], axis=0) ** 2) / 3
+    np.testing.assert_allclose(
+        flow.rank_slack[:, -1], sums - flow.singular_values[:, -1, 2] ** 2, rtol=1e-12
+    )
+    assert float(flow.rank_slack[-1, -1]) < sums
+
+
+def test_two_outputs_are_the_flow_of_one(monkeypatch):
+    data = gflow.datasets.separable(n=10, d=3, margin=0.2, seed=3)
+    pair = gflow.Problem(gflow.Dataset(data.inputs, (1 - data.labels) / 2, num_classes=2))
+    single = gflow.Problem(gflow.Dataset(np.sqrt(2) * data.inputs, data.labels))
+    two = gflow.init.admissible(gflow.init.gaussian((3, 4, 2), seed=0), pair)
+    one = (two[0], (two[1][:1] - two[1][1:]) / np.sqrt(2))
+    rule = gflow.LogRisk(-1e5)
+    a = gflow.gradient_flow(pair, two, until=rule, save=6)
+    b = gflow.gradient_flow(single, one, until=rule, save=6)
+    w = (a.end_to_end.values[:, 0] - a.end_to_end.values[:, 1]) / np.sqrt(2)
+    np.testing.assert_allclose(w, b.end_to_end.values, rtol=1e-9, atol=1e-9 * np.abs(w).max())
+    np.testing.assert_allclose(a.log_time[1:], b.log_time[1:], rtol=1e-9)
+    assert a.attrs["num_classes"] == 2 and "num_classes" not in b.attrs
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_one_point_a_class_is_the_closed_form(depth):
+    num = 4
+    problem = gflow.Problem(gflow.Dataset(np.eye(num), np.arange(num), num_classes=num))
+    start = (0.3 ** (1 / depth) * (np.eye(num) - 1 / num),) * depth
+    goals = [-10.0, -1e3, -1e6]
+    flow = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-1e6), save=goals)
+    assert flow.attrs["status"] == "reached"
+    exact = gflow.exact.simplex_modes(num, 0.3, depth, log_risk=flow.log_risk.values[1:])
+    np.testing.assert_allclose(flow.log_time[1:], exact.log_time, rtol=1e-8)
+    np.testing.assert_allclose(
+        flow.end_to_end[1:], exact.end_to_end, atol=1e-8 * np.abs(exact.end_to_end).max()
+    )
+    # Neural collapse at all times.
+    assert flow.collapse_variability.max() < 1e-28 and flow.collapse_simplex.max() < 1e-12
+
+
+def test_a_network_of_three_outputs_follows_the_same_flow(flow, start):
+    network = gflow.Network(lambda w, x: w[2] @ (w[1] @ (w[0] @ x)), homogeneity=3)
+    problem = gflow.Problem(three(), network)
+    same = gflow.gradient_flow(problem, start, until=FIRST, save=5)
+    np.testing.assert_allclose(same.log_time[1:], flow.log_time[1:], rtol=INTEGRATORS)
+    np.testing.assert_allclose(same.final_weights_3, flow.final_weights_3, rtol=1e-7)
+
+
+def test_members_and_descent_hold_the_same_observables(flow, start):
+    starts = tuple(np.stack([w, 0.9 * w]) for w in start)
+    many = gflow.ensemble(PROBLEM, starts, until=FIRST, save=5, progress=False)
+    np.testing.assert_allclose(
+        many.singular_values.isel(member=0), flow.singular_values, rtol=1e-6, atol=1e-8
+    )
+    descent = gflow.gradient_descent(PROBLEM, start, optax.sgd(0.01), until=gflow.Steps(50), save=2)
+    assert {"rank_residual", "collapse_duality", "nuclear_margin"} <= set(descent.variables)
+    assert "rank_slack" in flow and "rank_slack" not in descent
+    assert descent.output_sum_drift.max() < 1e-14
+
+
+def test_observables_are_their_definitions(start):
+    rng = np.random.default_rng(0)
+    weights = tuple(rng.normal(size=w.shape) for w in start)
+    data = PROBLEM.data
+    found = of_classes(PROBLEM, weights, ClassReference.of(PROBLEM, weights))
+    w = weights[2] @ weights[1] @ weights[0]
+    sigma = np.linalg.svd(w, compute_uv=False)
+    smallest = min(PROBLEM.margins(weights))
+    np.testing.assert_allclose(found["schatten_margin"], smallest / np.sum(sigma ** (2 / 3)) ** 1.5)
+    np.testing.assert_allclose(found["nuclear_margin"], smallest / sigma.sum())
+    u = np.linalg.svd(weights[0])[0][:, :2]
+    v = np.linalg.svd(weights[1])[2][:2].T
+    cosine = np.linalg.svd(u.T @ v, compute_uv=False).min()
+    np.testing.assert_allclose(found["subspace_misalignment"][0], 1 - cosine, rtol=1e-9)
+    tail = np.linalg.svd(weights[1], compute_uv=False)[2:]
+    expected = np.linalg.norm(tail) / np.linalg.norm(weights[1])
+    np.testing.assert_allclose(found["rank_residual"][1], expected)
+    h = data.inputs @ (weights[1] @ weights[0]).T
+    means = np.stack([h[data.classes == c].mean(0) for c in range(3)])
+    centred = means - h.mean(0)
+    between = centred.T @ centred / 3
+    within = (h - means[data.classes]).T @ (h - means[data.classes]) / len(h)
+    variability = np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / 3
+    np.testing.assert_allclose(found["collapse_variability"], variability, rtol=1e-8)
+    nearest = np.linalg.norm(h[:, None] - means[None], axis=2).argmin(1)
+    disagree = np.mean((h @ weights[2].T).argmax(1) != nearest)
+    np.testing.assert_allclose(found["collapse_classifier"], disagree)
+    shares = np.exp(log_softmax(-np.asarray(PROBLEM.margins(weights))))
+    assert shares.sum() == pytest.approx(1)
+
+
+def test_the_largest_margin_of_classes_is_certified():
+    data = three(30, seed=2)
+    found = data.max_margin()
+    assert found.direction.shape == (3, 2) and found.relative_gap < 1e-12
+    margins = np.asarray(data.margins_of(data.inputs @ found.direction.T))
+    np.testing.assert_allclose(margins.min(), found.margin, rtol=1e-13)
+    dual = (found.dual @ data.signed_inputs).reshape(3, 2)
+    np.testing.assert_allclose(dual, found.margin * found.direction, atol=1e-14)
+    mixed = gflow.Dataset(np.ones((3, 1)), [0, 1, 2])
+    assert mixed.max_margin().inseparable
