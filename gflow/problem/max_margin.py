@@ -15,7 +15,8 @@ combination of the $z_i$ is zero, and its weights $p$ are the certificate (Farka
 
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import numpy as np
@@ -25,6 +26,9 @@ from gflow.problem import settings
 from gflow.problem.arguments import expect_unmasked, numbers_of
 from gflow.problem.compensated import Pair
 from gflow.problem.margin_bounds import lower_bound, norm_of, upper_bound
+
+if TYPE_CHECKING:
+    from gflow.problem.margin_classes import Contrasted
 
 
 @runtime_checkable
@@ -60,8 +64,8 @@ class MaxMargin(eqx.Module):
     support: Int[np.ndarray, " support"]
     r"""Indices of all points on the margin, of K classes of all margins that are smallest, also
     those with $p_i = 0$; for data that are not separable, those with $p_i > 0$."""
-    norm: float = eqx.field(static=True)
-    """The norm of the direction: 1, 2 or infinity."""
+    norm: float | str = eqx.field(static=True)
+    """The norm of the direction: 1, 2, infinity or "nuclear"."""
     inseparable: bool = eqx.field(static=True, default=False)
     r"""Whether no direction separates the data beyond their round-off, whatever units their columns
     and rows are in. If neither this nor `separable` holds it is not known."""
@@ -108,18 +112,19 @@ class MaxMargin(eqx.Module):
 
     def __repr__(self) -> str:
         if not isinstance(self.dual, np.ndarray):  # inside a transformation
-            return f"MaxMargin(norm={self.norm:g}, traced)"
+            return f"MaxMargin(norm={self.norm}, traced)"
+        named = self.norm if isinstance(self.norm, str) else f"{self.norm:g}"
         of = "points" if self.direction.ndim == 1 else "margins"
         points = f"{len(self.support)} of {len(self.dual)} {of}"
         if self.separable:
             return (
-                f"MaxMargin(norm {self.norm:g}: margin {self.margin:.15g}, proven within "
+                f"MaxMargin(norm {named}: margin {self.margin:.15g}, proven within "
                 f"[{self.margin_lower:.17g}, {self.margin_upper:.17g}], relative gap "
                 f"{self.relative_gap:.1e}; support: {points})"
             )
         known = "not separable" if self.inseparable else "not known whether separable"
         return (
-            f"MaxMargin(norm {self.norm:g}: {known}; no direction through the origin separates the "
+            f"MaxMargin(norm {named}: {known}; no direction through the origin separates the "
             f"data by more than {self.margin_upper:.3g}, proven by {points} whose weighted mean "
             "has that norm)"
         )
@@ -127,7 +132,7 @@ class MaxMargin(eqx.Module):
 
 @settings.own()
 def max_margin(
-    data: HasSignedInputs | Float[np.ndarray, "points dim"], *, norm: float = 2
+    data: HasSignedInputs | Float[np.ndarray, "points dim"], *, norm: float | str = 2
 ) -> MaxMargin:
     r"""Find the direction of the largest margin through the origin.
 
@@ -139,7 +144,8 @@ def max_margin(
 
     Args:
         data: a data set, a problem, or its signed inputs $z_i = y_i x_i$, one row a point.
-        norm: of the direction $w$, not of the data: 2, 1 or `inf`.
+        norm: of the direction $w$, not of the data: 2, 1 or `inf`; or "nuclear", the sum of the
+            singular values of $W$, which is norm 2 where there is one output.
 
     Returns:
         The direction, the dual weights and proven bounds of the margin.
@@ -154,23 +160,22 @@ def max_margin(
     False
     """
     # Imported here because SciPy's solvers are slow to import.
-    from gflow.problem.margin_classes import across_outputs
     from gflow.problem.margin_euclidean import euclidean
     from gflow.problem.margin_polyhedral import polyhedral
     from gflow.problem.margin_units import in_equal_units
 
     z = _signed_inputs(data)
-    if norm not in (1, 2, math.inf):
-        raise ValueError(f"`norm` is {norm!r}; expected 2, 1 or math.inf.")
+    if norm not in (1, 2, math.inf, "nuclear"):
+        raise ValueError(f'`norm` is {norm!r}; expected 2, 1, math.inf or "nuclear".')
     # Entries of order one; by a power of two, so that scaling is exact.
     given, exponent = z, math.frexp(float(np.abs(z).max()))[1]
     scale = math.ldexp(1.0, exponent)
     z = np.ldexp(z, -exponent)
-    num_classes = getattr(getattr(data, "data", data), "num_classes", None)
-    if num_classes is None:
+    several = _with_classes(data)
+    if several is None:
         w, p = euclidean(z)
     else:
-        w, p = across_outputs(euclidean, z, num_classes)
+        w, p = _across_outputs(euclidean, several)
     solution = _certified(z, w, p, 2.0, scale)
     hopeless = False
     if not solution.separable:
@@ -179,12 +184,55 @@ def max_margin(
         if told.w is not None or upper_bound(z, told.p, 2.0) < upper_bound(z, p, 2.0):
             w, p = told.w, told.p
         solution = _certified(z, w, p, 2.0, scale, hopeless)
-    if norm == 2:
+    num_classes = None if several is None else several.contrasts.shape[1]
+    if norm == 2 or (norm == "nuclear" and several is None):
         return _shaped(solution, num_classes)
+    if norm == "nuclear":
+        assert several is not None
+        return _nuclear(several, _shaped(solution, num_classes))
     # Separability does not depend on the norm.
     if w is not None and solution.separable:
         w, p = polyhedral(z, float(norm), w)
     return _shaped(_certified(z, w, p, float(norm), scale, hopeless), num_classes)
+
+
+def _with_classes(data: Any) -> "Contrasted | None":
+    """The data in contrasts, if they have classes."""
+    from gflow.problem.margin_classes import Contrasted
+
+    data = getattr(data, "data", data)  # of a problem
+    return None if getattr(data, "num_classes", None) is None else Contrasted.of(data)
+
+
+def _across_outputs(
+    solve: Callable[[np.ndarray], tuple[Pair | None, Pair]], data: "Contrasted"
+) -> tuple[Pair | None, Pair]:
+    """What ``solve`` finds in contrasts, in terms of the outputs."""
+    w, weights = solve(data.rows)
+    if w is None:
+        return None, weights
+    high, low = (data.of_outputs(part.reshape(data.shape)).ravel() for part in w)
+    return Pair(high, low), weights
+
+
+def _nuclear(data: "Contrasted", euclidean: MaxMargin) -> MaxMargin:
+    """The solution in the nuclear norm, from that in the Frobenius norm."""
+    from gflow.problem.margin_nuclear import nuclear
+
+    if not euclidean.separable:
+        return dataclasses.replace(euclidean, norm="nuclear")
+    start = data.of_contrasts(np.asarray(euclidean.direction))
+    found = nuclear(data, start, np.asarray(euclidean.dual))
+    scale, margins = math.ldexp(1.0, data.exponent), data.margins(found.matrix)
+    return MaxMargin(
+        direction=data.of_outputs(found.matrix),
+        margin=float(margins.min()) * scale,
+        margin_lower=found.lower * scale,
+        margin_upper=found.upper * scale,
+        dual=found.weights,
+        support=np.flatnonzero(margins - margins.min() <= max(found.upper - found.lower, 1e-9)),
+        norm="nuclear",
+    )
 
 
 def _shaped(solution: MaxMargin, num_classes: int | None) -> MaxMargin:
