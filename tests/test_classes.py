@@ -319,3 +319,34 @@ def test_the_largest_margin_of_classes_is_certified():
     np.testing.assert_allclose(dual, found.margin * found.direction, atol=1e-14)
     mixed = gflow.Dataset(np.ones((3, 1)), [0, 1, 2])
     assert mixed.max_margin().inseparable
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_nuclear_margin_is_certified(seed):
+    rng = np.random.default_rng(seed)
+    centres, classes = rng.normal(size=(4, 5)), np.arange(24) % 4
+    inputs = 2 * centres[classes] + 0.4 * rng.normal(size=(24, 5))
+    data = gflow.Dataset(inputs, classes, num_classes=4)
+    found, frobenius = gflow.max_margin(data, norm="nuclear"), data.max_margin()
+    assert found.relative_gap < 1e-8
+    assert np.linalg.norm(found.direction, "nuc") == pytest.approx(1, rel=1e-12)
+    margins = np.asarray(data.margins_of(data.inputs @ found.direction.T))
+    assert margins.min() == pytest.approx(found.margin, rel=1e-12)
+    # The other norm's solution is worse in this one, and this one's in the other.
+    assert frobenius.margin / np.linalg.norm(frobenius.direction, "nuc") < found.margin
+    assert found.margin / np.linalg.norm(found.direction) < frobenius.margin
+    dual = (found.dual @ data.signed_inputs).reshape(4, 5)
+    assert np.linalg.norm(dual, 2) == pytest.approx(found.margin, rel=1e-8)
+
+
+def test_depth_decides_the_norm_of_the_limit(start):
+    data, until = three(), gflow.LogRisk(-1e7)
+    for norm, margin, widths in ((2, "margin", (2, 3)), ("nuclear", "nuclear_margin", (2, 4, 3))):
+        best = gflow.max_margin(data, norm=norm)
+        weights = gflow.init.admissible(gflow.init.gaussian(widths, seed=2), PROBLEM)
+        flow = gflow.gradient_flow(PROBLEM, weights, until=until, save=30)
+        assert float(flow[margin][-1]) == pytest.approx(best.margin, rel=1e-5)
+        assert float(flow[margin][-1]) <= best.margin_upper * (1 + 1e-14)
+        claims = gflow.verify(flow)
+        assert not claims.failed.rows, str(claims)
+        assert claims["margin is maximal in its norm"].holds

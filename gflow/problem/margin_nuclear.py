@@ -91,7 +91,7 @@ def nuclear(data: Contrasted, start: np.ndarray, weights: np.ndarray) -> Nuclear
     best = Nuclear(matrix, total, lower, upper)
     q, d = data.shape
     num = len(weights)
-    # Near a centre: the weights of the Frobenius norm's solution, and 1/(t (m_j - 1)) of the others.
+    # Near a centre: weights of the Frobenius norm's solution, and 1/(t (m_j - 1)) of the others.
     margins = data.margins(start)
     p = weights / np.linalg.norm(data.gather(weights), 2)
     t = num / (BEGIN * p.sum())

@@ -26,6 +26,8 @@ $d_0 … d_L$, $\gamma$ the maximum margin and $\bar u$ its direction:
    the record's own weights and support vectors, is in ``gflow.analysis.theorems.sharp``. They
    are rows of a flow only: descent does not conserve the matrices that fix the constants.
 
+Of several classes the statements are others: ``gflow.analysis.theorems.class_claims``.
+
 What Lemma 2 becomes for descent is derived in ``gflow.analysis.theorems.facts``.
 """
 
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gflow.analysis.theorems import bounds, limit_claims, rates
+from gflow.analysis.theorems import bounds, class_claims, limit_claims, rates
 from gflow.analysis.theorems.claims import Claim as Claim, Claims as Claims
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.sharp import sharp_laws
@@ -67,6 +69,8 @@ def verify(record: "xr.Dataset") -> Claims:
         bounds.energy_identity(facts),
         limit_claims.risk_vanishes(facts),
     ]
+    if facts.of_classes:
+        return Claims(rows + _of_classes(facts), facts.title)
     if facts.deep_linear:
         rows += [
             limit_claims.norms_grow(facts),
@@ -93,6 +97,32 @@ def verify(record: "xr.Dataset") -> Claims:
         if not facts.is_descent:
             rows += sharp_laws(facts)
     return Claims(rows, facts.title)
+
+
+def _of_classes(facts: Facts) -> list[Claim]:
+    """The claims about several classes."""
+    rows = []
+    if facts.deep_linear:
+        rows += [
+            limit_claims.norms_grow(facts),
+            class_claims.ranks_fall(facts),
+            class_claims.subspaces_align(facts),
+            class_claims.limit_norm(facts),
+            bounds.margin_bound(facts),
+            bounds.imbalance(facts),
+            class_claims.outputs_conserved(facts),
+            class_claims.lemma_rank(facts),
+            class_claims.lemma_values(facts),
+        ]
+    if "smoothed_margin" in facts.record:
+        rows.append(bounds.smoothed_margin(facts))
+    if facts.deep_linear:
+        rows += [
+            rates.kkt_residual(facts),
+            rates.kkt_slackness(facts),
+            class_claims.time_law(facts),
+        ]
+    return rows
 
 
 def _checked(record: "xr.Dataset") -> "xr.Dataset":

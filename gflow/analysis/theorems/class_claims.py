@@ -1,0 +1,213 @@
+r"""The statements about several classes, held against a record.
+
+What Ji and Telgarsky prove for one output carries over in part; ``docs/classes.md`` says which. The
+statements here are those of K outputs: rank K - 1 in the place of rank one, subspaces in that of
+singular vectors, two conserved quantities, and a norm of the limit that depends on the depth.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from gflow.analysis.theorems.claims import LYU_LI, PAPER, SOUDRY, Claim, claim
+from gflow.analysis.theorems.facts import Facts
+from gflow.analysis.theorems.limit_claims import (
+    LAST_TIME,
+    NEAR,
+    TIME_LAW_FLOOR,
+    last_with_time,
+    limit_claim,
+)
+from gflow.analysis.theorems.trend import Trend, trend
+from gflow.problem.class_observables import class_slacks
+from gflow.quantities import quantity
+
+OURS = "gflow; see docs/classes.md"
+
+MARGIN_FLOOR = 1e-9
+"""Relative gaps between a margin and its bound below this are the solver's tolerance."""
+
+
+def ranks_fall(facts: Facts) -> Claim:
+    """Every layer's rank falls to K - 1."""
+    values = np.max(facts["rank_residual"], axis=1)
+    return limit_claim(
+        "layers become rank K - 1",
+        "|(sigma_i(W_k))_{i >= K}| / |W_k|_F -> 0 for every layer",
+        OURS,
+        "largest residual",
+        float(values[-1]),
+        "0",
+        trend(facts.log_s, values, floor=quantity("rank_residual").zero),
+        [*facts.one_layer, *facts.obstacles],
+        law=-1 / facts.depth if facts.exponential_tail else None,
+        early=facts.before_alignment,
+    )
+
+
+def subspaces_align(facts: Facts) -> Claim:
+    """The leading subspaces of neighbouring layers align."""
+    values = np.full(len(facts.s), math.nan)
+    if facts.depth > 1:
+        values = np.max(facts["subspace_misalignment"], axis=1)
+    return limit_claim(
+        "subspaces align",
+        "the leading K - 1 left vectors of W_k and right vectors of W_{k+1} span the same space",
+        OURS,
+        "largest 1 - cos",
+        float(values[-1]),
+        "0",
+        trend(facts.log_s, values, floor=quantity("subspace_misalignment").zero),
+        [*facts.one_layer, *facts.obstacles],
+        law=-4 / facts.depth if facts.exponential_tail else None,
+        early=facts.before_alignment,
+    )
+
+
+def outputs_conserved(facts: Facts) -> Claim:
+    """The sum of the outputs' rows does not change."""
+    value = float(np.max(facts["output_sum_drift"]))
+    return claim(
+        "sum of outputs is conserved",
+        "1^T W_L does not change: slopes of a softmax sum to zero over the classes",
+        OURS,
+        "largest relative drift",
+        value,
+        f"<= {facts.flow_drift:g}, of |W_L|_F",
+        value <= facts.flow_drift,
+        "compared at every saved point",
+        facts.step_obstacles,
+    )
+
+
+def lemma_rank(facts: Facts) -> Claim:
+    """Lemma 2 for K outputs: the K-th singular value is bounded at all times."""
+    rank, _ = _slacks(facts)
+    return _slack(
+        facts,
+        "Lemma 2: rank K - 1",
+        "sigma_K(W_k)^2 <= |1^T W_L(0)|^2/K + sum_{j>=k} |D_j|_2 at every time",
+        rank,
+    )
+
+
+def lemma_values(facts: Facts) -> Claim:
+    """Lemma 2 for K outputs: neighbouring layers have nearly the same singular values."""
+    _, values = _slacks(facts)
+    return _slack(
+        facts,
+        "Lemma 2: singular values",
+        "|sigma_i(W_{k+1})^2 - sigma_i(W_k)^2| <= |D_k|_2 at every time",
+        values,
+        facts.one_layer,
+    )
+
+
+def _slacks(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+    start = tuple(facts.start)
+    rank, values = class_slacks(start, facts["singular_values"])
+    # Every |D_k|_2 may have grown by descent's budget.
+    budget = facts.budget[:, None]
+    return rank + facts.depth * budget, values + budget
+
+
+def _slack(
+    facts: Facts, name: str, statement: str, slack: np.ndarray, trivial: list[str] | None = None
+) -> Claim:
+    smallest = np.min(slack, axis=1, initial=np.inf) + facts.allowance
+    at = int(np.argmin(smallest))
+    known = slack.shape[1] > 0
+    value = float(np.min(slack[at])) if known else math.nan
+    return claim(
+        name,
+        statement + (", |D_k| enlarged by descent's budget" if facts.is_descent else ""),
+        f"{PAPER}, for one output; for K {OURS}",
+        "smallest slack",
+        value,
+        ">= 0 at every saved point",
+        bool(smallest[at] >= 0) if known else None,
+        "compared at every saved point",
+        [*(trivial or []), *facts.budget_obstacles],
+    )
+
+
+class Norm(NamedTuple):
+    """In which norm a network of some depth maximises the margin."""
+
+    name: str
+    margin: str
+    bound: str
+    source: str
+
+
+NORMS = {
+    1: Norm("Frobenius", "margin", "margin_bound", SOUDRY),
+    2: Norm("nuclear", "nuclear_margin", "nuclear_margin_bound", OURS),
+}
+"""By the depth. Beyond two layers the quasi-norm is not convex, and no bound meets the margin."""
+
+
+def limit_norm(facts: Facts) -> Claim:
+    """The margin tends to the largest one in the norm that belongs to the depth.
+
+    With the run's own shares p any margin in that norm is at most the dual norm of A(p), so that
+    the two of them meeting proves that both are optimal.
+    """
+    norm = NORMS.get(facts.depth)
+    if norm is None:
+        value = float(facts["schatten_margin"][-1])
+        return claim(
+            "margin is maximal in its norm",
+            f"min m_ik/|W| -> the largest, in the Schatten-2/{facts.depth} quasi-norm",
+            OURS,
+            "margin in the quasi-norm",
+            value,
+            f"<= {float(facts['nuclear_margin_bound'][-1]):.6g}, the nuclear norm's bound",
+            None,
+            "the quasi-norm is not convex, so that no bound meets the margin; the KKT conditions "
+            "are what the theory states",
+        )
+    gap = 1 - facts[norm.margin] / facts[norm.bound]
+    return limit_claim(
+        "margin is maximal in its norm",
+        f"min m_ik/|W| -> the largest, in the {norm.name} norm; bounded by the run's own shares",
+        norm.source,
+        "relative gap to the bound",
+        float(gap[-1]),
+        "0",
+        trend(facts.log_s, gap, floor=MARGIN_FLOOR, rate=1.0, near=NEAR),
+        facts.tail_obstacles,
+        early=facts.before_asymptotics,
+    )
+
+
+def time_law(facts: Facts) -> Claim:
+    """Risk, time and norm are tied by one law, of every homogeneous network."""
+    last = last_with_time(facts)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        log_size = 2 * np.log(facts.depth * facts.s / facts["norm"])
+        ratio = np.exp(facts.log_risk + facts["log_time"] + log_size)
+    floor = max(
+        TIME_LAW_FLOOR,
+        2 * (2 + math.log(int(facts.record.attrs["num_points"]))) / max(float(facts.s[last]), 1.0),
+    )
+    if facts.s[last] > LAST_TIME:
+        found = Trend(None, math.nan, math.nan, f"no saved point has s up to {LAST_TIME:g}")
+    elif abs(float(ratio[last]) - 1) <= floor:
+        found = Trend(True, math.nan, 0.0, f"it is within {floor:.2g} of one")
+    else:
+        found = trend(facts.log_s[: last + 1], (ratio - 1)[: last + 1])
+    return limit_claim(
+        "law of time",
+        "R t L^2 s^2/|W|^2 -> 1, |W| the norm of all weights",
+        f"{LYU_LI}; the constant is gflow's",
+        "R t L^2 s^2/|W|^2",
+        float(ratio[last]),
+        "1",
+        found,
+        facts.tail_obstacles
+        if not facts.is_descent
+        else [*facts.tail_obstacles, "descent's sum of step sizes is not the flow's time"],
+        early=facts.before_asymptotics,
+    )
