@@ -350,3 +350,24 @@ def test_depth_decides_the_norm_of_the_limit(start):
         claims = gflow.verify(flow)
         assert not claims.failed.rows, str(claims)
         assert claims["margin is maximal in its norm"].holds
+
+
+def test_a_column_of_classes_is_read(tmp_path):
+    path = tmp_path / "three.csv"
+    path.write_text("x,y,kind\n1,2,oak\n3,4,elm\n5,6,ash\n7,8,elm\n")
+    data = gflow.Dataset.from_csv(path, classes=True)
+    assert data.num_classes == 3 and data.labels.tolist() == [2, 1, 0, 1]
+    chosen = gflow.Dataset.from_csv(path, classes=["elm", "oak"])
+    assert chosen.labels.tolist() == [1, 0, 0] and chosen.inputs[0].tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"`classes` is \['elm', 'fir'\]; .*'ash', 'elm', 'oak'"):
+        gflow.Dataset.from_csv(path, classes=["elm", "fir"])
+    with pytest.raises(ValueError, match=r"`classes` is given beside"):
+        gflow.Dataset.from_csv(path, classes=True, positive="elm")
+
+
+def test_real_data_have_all_their_classes():
+    for name, points, classes in (("digits", 1797, 10), ("iris", 150, 3), ("wine", 178, 3)):
+        data = gflow.datasets.load(name)
+        assert (data.num_points, data.num_classes) == (points, classes)
+    assert gflow.datasets.load("wine").separable
+    assert gflow.datasets.load("iris").max_margin().inseparable

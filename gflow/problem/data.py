@@ -243,6 +243,7 @@ class Dataset(eqx.Module):
         label_column: int | str = -1,
         positive: str | float | None = None,
         negative: str | float | Sequence[str | float] | None = None,
+        classes: bool | Sequence[str | float] = False,
         delimiter: str = ",",
         header: bool | None = None,
         name: str | None = None,
@@ -259,6 +260,9 @@ class Dataset(eqx.Module):
             positive: the label that becomes +1. Without it the labels must be -1 and +1 already.
             negative: the label that becomes -1, or several, needed where there are more than two
                 labels; points with other labels are left out.
+            classes: whether the labels are classes, numbered in their order, as numbers if all are
+                such and else as text; or the labels themselves in an order of one's own: points
+                with others are left out.
             delimiter: what separates the columns.
             header: whether the first line names the columns. By default it is looked at: it does if
                 it has a word above a column of numbers or no number at all; where it cannot be
@@ -281,9 +285,19 @@ class Dataset(eqx.Module):
                 f"{path}: it has one column, the labels; expected at least one more. Is "
                 f"{delimiter!r} the right `delimiter`?"
             )
+        told = path.stem if name is None else name
+        if classes is not False:
+            if positive is not None or negative is not None:
+                raise ValueError(
+                    "`classes` is given beside `positive` or `negative`; expected the one for "
+                    "several classes or the others for two."
+                )
+            labels, chosen, count = tables.numbered(table, column, classes)
+            inputs = tables.numbers(table.only(chosen), features)
+            return cls(inputs, labels[chosen], num_classes=count, name=told)
         labels, chosen = tables.signs(table, column, positive, negative)
         inputs = tables.numbers(table.only(chosen), features)
-        return cls(inputs, labels[chosen], name=path.stem if name is None else name)
+        return cls(inputs, labels[chosen], name=told)
 
     @classmethod
     def from_npz(

@@ -186,6 +186,56 @@ def breast_cancer(*, standardise: bool = True, bias: float | None = 1.0) -> Data
     return _pair("breast cancer", inputs, classes, 1, 0, standardise, bias)
 
 
+@settings.own()
+def digits_all(*, bias: float | None = None) -> Dataset:
+    """All ten handwritten digits as classes, 1,797 points; separable through the origin.
+
+    Args:
+        bias: the value of a constant feature, in units of a pixel; none unless given.
+    """
+    inputs, classes = _read("load_digits")
+    return _all("digits", inputs / 16.0, classes, False, bias)
+
+
+@settings.own()
+def iris_all(*, standardise: bool = False, bias: float | None = None) -> Dataset:
+    """All three iris species as classes, 150 points; not separable.
+
+    Args:
+        standardise: whether each feature is shifted and divided to mean 0 and variance 1.
+        bias: the value of a constant feature, in the units of the others; none unless given.
+    """
+    inputs, classes = _read("load_iris")
+    return _all("iris", inputs, classes, standardise, bias)
+
+
+@settings.own()
+def wine_all(*, standardise: bool = True, bias: float | None = None) -> Dataset:
+    """All three wine cultivars as classes, 178 points.
+
+    Args:
+        standardise: whether each feature is shifted and divided to mean 0 and variance 1.
+        bias: the value of a constant feature, in the units of the others; none unless given.
+    """
+    inputs, classes = _read("load_wine")
+    return _all("wine", inputs, classes, standardise, bias)
+
+
+def _all(
+    name: str, inputs: np.ndarray, classes: np.ndarray, standardise: bool, bias: float | None
+) -> Dataset:
+    """All classes, in the unit ball."""
+    inputs = _standardised(inputs) if standardise else inputs
+    label = name if bias is None else f"{name}, with bias"
+    data = Dataset(inputs, classes, num_classes=int(classes.max()) + 1, name=label)
+    return (data if bias is None else data.with_bias(bias)).scaled()
+
+
+def _standardised(inputs: np.ndarray) -> np.ndarray:
+    spread = inputs.std(axis=0)
+    return (inputs - inputs.mean(axis=0)) / np.where(spread > 0.0, spread, 1.0)
+
+
 def _read(loader: str) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and classes as scikit-learn carries them; imported here because it takes seconds."""
     import sklearn.datasets
@@ -213,9 +263,7 @@ def _pair(
         raise ValueError(f"`first` and `second` are both {first}; expected two classes.")
     chosen = (classes == first) | (classes == second)
     inputs, labels = inputs[chosen], np.where(classes[chosen] == first, 1.0, -1.0)
-    if standardise:
-        spread = inputs.std(axis=0)
-        inputs = (inputs - inputs.mean(axis=0)) / np.where(spread > 0.0, spread, 1.0)
+    inputs = _standardised(inputs) if standardise else inputs
     label = name if classes.max() == 1 else f"{name} {first} against {second}"
     data = Dataset(inputs, labels, name=label if bias is None else f"{label}, with bias")
     return (data if bias is None else data.with_bias(bias)).scaled()
@@ -231,6 +279,9 @@ _NAMED: dict[str, Callable[[], Dataset]] = {
     "one-datum": one_datum,
     "breast-cancer": breast_cancer,
     "breast-cancer-without-bias": lambda: breast_cancer(bias=None),
+    "digits": digits_all,
+    "iris": iris_all,
+    "wine": wine_all,
 }
 _PAIRS: dict[str, Callable[[int, int], Dataset]] = {"digits": digits, "iris": iris, "wine": wine}
 
@@ -241,7 +292,7 @@ def load(name: str) -> Dataset:
 
     Args:
         name: `separable`, `two-point`, `one-datum`, `breast-cancer`, `breast-cancer-without-bias`,
-            or `digits`, `iris` or `wine` with two classes, as in `digits-3-5`.
+            `digits`, `iris` or `wine` with all their classes, or two of them, as in `digits-3-5`.
 
     Raises:
         ValueError: for any other name; the message lists the known ones.

@@ -213,7 +213,7 @@ def _optimal(
                 [-rows_l, -rows_r, np.zeros((count, count))],
             ]
         )
-        change = lstsq(jacobian, -residual, cond=1e-13, lapack_driver="gelsy")[0]
+        change = lstsq(jacobian, -residual, cond=1e-13, lapack_driver="gelsy")[0]  # pyright: ignore
         dl, dr, dp = np.split(change, parts)
         left, right = left + dl.reshape(q, rank), right + dr.reshape(d, rank)
         weights = weights + dp

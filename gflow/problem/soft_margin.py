@@ -76,7 +76,7 @@ class SoftMargin(AbstractJointLoss):
         return LossTerms(
             log_risk=log_risk,
             slopes=(slopes[:, None] * shares).reshape(offsets.shape),
-            curvature=Shares(curvature.entries, slopes, shares),
+            curvature=Shares(curvature.diagonal, slopes, shares),
         )
 
     def risk_slopes(self, margins: Array) -> Array:

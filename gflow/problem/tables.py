@@ -255,10 +255,41 @@ def signs(
             shown = ", ".join(map(repr, values[:6])) + (", ..." if len(values) > 6 else "")
             raise ValueError(
                 f"{table.place(i, column)}: the label is {label!r}, expected -1 or +1. The labels "
-                f"are {shown}: say which one is +1, for example `positive={values[-1]!r}`, or "
-                "choose another `label_column`."
+                f"are {shown}: say which one is +1, for example `positive={values[-1]!r}`, set "
+                "`classes=True` if each is a class, or choose another `label_column`."
             )
     return np.array([float(label) for label in found]), np.ones(len(found), dtype=bool)
+
+
+def numbered(
+    table: Table, column: int, classes: bool | Sequence[Label]
+) -> tuple[Float[np.ndarray, " rows"], np.ndarray, int]:
+    """The labels of a column as classes from 0 on, which points have one, and how many there are.
+
+    Args:
+        table: the cells.
+        column: the position of the labels.
+        classes: true for all that occur, in order, or the labels in the order wanted.
+
+    Raises:
+        ValueError: when `classes` has fewer than two labels, or one twice or that does not occur.
+    """
+    given = [] if isinstance(classes, bool) else [str(each) for each in several(classes)]
+    found = labels(table, column, set(given))
+    values: list[Any] = list(found)
+    if all(is_number(label) for label in (*found, *given)):
+        values, given = [float(label) for label in found], [float(label) for label in given]
+    known = sorted(set(values))
+    wanted = known if isinstance(classes, bool) else given
+    shown = ", ".join(map(repr, known[:8])) + (", ..." if len(known) > 8 else "")
+    if len(wanted) < 2 or len(set(wanted)) < len(wanted) or not set(wanted) <= set(known):
+        raise ValueError(
+            f"`classes` is {classes!r}; expected True, or at least two different ones of the "
+            f"labels, which are {shown}."
+        )
+    number = {label: float(k) for k, label in enumerate(wanted)}
+    numbers = np.array([number.get(label, np.nan) for label in values])
+    return numbers, ~np.isnan(numbers), len(wanted)
 
 
 def two_classes(

@@ -21,6 +21,11 @@ from gflow.problem.design import AbstractDesign
 class AbstractCurvature(eqx.Module):
     r"""The symmetric positive semi-definite matrix $H = \nabla^2_qR/R$, shape (points, points)."""
 
+    @property
+    @abc.abstractmethod
+    def diagonal(self) -> Array:
+        """The diagonal of H, shape (points,)."""
+
     @abc.abstractmethod
     def apply(self, vector: Array) -> Array:
         """$H v$, shape (points,)."""
@@ -34,6 +39,10 @@ class Diagonal(AbstractCurvature):
     """A diagonal matrix: every point has a loss of its own."""
 
     entries: Array
+
+    @property
+    def diagonal(self) -> Array:
+        return self.entries
 
     def apply(self, vector: Array) -> Array:
         return self.entries * vector
@@ -57,6 +66,11 @@ class Shares(AbstractCurvature):
     """$t$, shape (points,)."""
     shares: Array
     """$p$, shape (points, k)."""
+
+    @property
+    def diagonal(self) -> Array:
+        p, t, c = self.shares, self.slopes[:, None], self.entries[:, None]
+        return (p * (t * (1 - p) + c * p)).reshape(-1)
 
     def apply(self, vector: Array) -> Array:
         rows = vector.reshape(self.shares.shape)

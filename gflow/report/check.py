@@ -168,7 +168,7 @@ def _of_layers(product: Callable[..., np.ndarray]) -> Callable[["xr.Dataset"], n
     )
 
 
-def _at_risk(oracle: Callable[..., exact.ExactFlow], *arguments: Any, **options: Any) -> Truth:
+def _at_risk(oracle: Callable[..., Any], *arguments: Any, **options: Any) -> Truth:
     """A closed form that is a function of the risk."""
 
     def truth(flow: "xr.Dataset") -> tuple[np.ndarray, np.ndarray]:

@@ -165,7 +165,7 @@ def hadamard_modes(
     def where(s: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, float]:
         """Log R, the shares, ds_r/dt over S/(1 + S), and log of l (1 + S)/S."""
         margins = apart @ s
-        soft = -float(logsumexp(-margins))
+        soft = -float(np.asarray(logsumexp(-margins)))
         shares = np.exp(soft - margins)
         log_risk = float(_path.log_loss(np.asarray(soft), True))
         pace = depth * s ** (2 - 2 / depth) * (shares @ apart)

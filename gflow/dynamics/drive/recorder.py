@@ -246,7 +246,7 @@ def _next_gap(data: Dataset, solution: MaxMargin) -> float | None:
     if not solution.separable or len(solution.support) == len(solution.dual):
         return None
     direction = np.asarray(solution.direction) / solution.margin
-    gaps = np.asarray(data.margins_of(data.inputs @ direction.T)) - 1
+    gaps = np.asarray(data.margins_of(as_array(data.inputs @ direction.T))) - 1
     return float(np.min(np.delete(gaps, solution.support)))
 
 
@@ -265,8 +265,8 @@ def _observe(
         if reference is None:
             return obs.general(problem, at)
         if problem.data.num_classes is not None:
-            return of_classes(problem, at, reference)
-        return obs.standard(problem, at, reference)
+            return of_classes(problem, at, reference)  # pyright: ignore[reportArgumentType]
+        return obs.standard(problem, at, reference)  # pyright: ignore[reportArgumentType]
 
     def put(k: Array, found: dict[str, Array]) -> dict[str, Array]:
         return jax.tree.map(lambda column, value: column.at[k].set(value), found, one(rows[k]))
