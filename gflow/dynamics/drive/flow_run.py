@@ -90,8 +90,6 @@ class FlowRun:
         weights, log_risk = recorder.start, at_start.log_risk
         self.first_slope = at_start.slope
         self.above_zero = log_risk > float(self.problem.log_risk_at_zero()) + ROUND_OFF
-        layers = self.problem.network.layers(weights)
-        self.imbalance = tuple(map(np.asarray, imbalance(layers))) if layers else ()
         self.split = plan.split
         self.split_run: OnSplit | None = None
         self.early: OnSplit | None = None
@@ -469,7 +467,9 @@ class FlowRun:
         with np.errstate(divide="ignore"):
             log_time = float(np.log(np.asarray(scaled_time))) - log_risk
         layers = tuple(map(np.asarray, weights))
-        return OnSplit.of(self.split, self.problem, layers, log_time, self.imbalance, num_steps)
+        start = self.problem.network.layers(self.recorder.start) or ()
+        conserved = tuple(map(np.asarray, imbalance(start)))
+        return OnSplit.of(self.split, self.problem, layers, log_time, conserved, num_steps)
 
     def _begun_in_split_coordinates(self) -> "OnSplit":
         """The run in split coordinates from the start.
