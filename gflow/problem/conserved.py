@@ -14,7 +14,7 @@ import numpy as np
 
 from gflow.problem import settings
 from gflow.problem.network import Array, Weights, as_array
-from gflow.problem.singular import EXACT, norm_of, spectral_norm
+from gflow.problem.singular import EXACT, both_ways, norm_of, spectral_norm
 
 FORMED = 128
 """Width between two layers up to which their matrix is formed: in 0.5 ms, as long as a sketch."""
@@ -170,7 +170,9 @@ def _imbalance_norm(lower: Array, upper: Array) -> float:
 
 @jax.jit
 def _norm_between(lower: Array, upper: Array) -> Array:
+    (down, back), (out, up) = both_ways(upper), both_ways(lower)
+
     def times(vectors: Array) -> Array:
-        return _times(lower, upper, vectors.T).T
+        return back(down(vectors)) - out(up(vectors))
 
     return norm_of(times, times, (lower.shape[0], lower.shape[0]))

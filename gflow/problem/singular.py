@@ -9,7 +9,6 @@ if its residuals prove it to be a singular triple.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +34,9 @@ LOOK_EVERY = 3
 CONVERGED, PROVEN = 4, 512
 """Residuals at which the iteration ends, and of what is taken, relative to the largest singular
 value and the resolution of the numbers. At width 1024 rounding leaves 5, as in a decomposition."""
+
+OF_VALUE = 1e-9
+"""Residual at which the iteration ends where only the value is asked for, relative."""
 
 TIED = 8
 """Difference of the two largest singular values below which their vectors are undefined, in the
@@ -96,28 +98,44 @@ def singulars(matrices: tuple[Array, ...]) -> list[Singular]:
     return [found[k] for k in range(len(matrices))]
 
 
-def norm_of(apply: Multiply, adjoint: Multiply, shape: tuple[int, int]) -> Array:
+def norm_of(apply: Multiply, adjoint: Multiply, shape: tuple[int, ...]) -> Array:
     r"""$\lVert A\rVert_2$ of a matrix given by its products, of itself and of its transpose.
+
+    Its error is of the square of the residual over the gap: half the digits are enough of that.
 
     Args:
         apply: from two vectors (2, columns) to two (2, rows).
         adjoint: back.
         shape: (rows, columns).
     """
-    return _krylov(apply, adjoint, shape, jnp.dtype(np.float64)).value
-
-
-@eqx.filter_jit
-def _norm(matrix: Array) -> Array:
-    return singular(matrix).value
+    return _krylov(apply, adjoint, shape, jnp.dtype(np.float64), OF_VALUE).value
 
 
 def spectral_norm(matrix: np.ndarray) -> float:
     r"""$\lVert W\rVert_2$ of a matrix, on the host."""
-    if np.size(matrix) <= EXACT:
+    if 1 in np.shape(matrix) or np.size(matrix) <= EXACT:
         return float(np.linalg.norm(matrix, 2))
     with settings.own():
         return float(_norm(as_array(matrix)))
+
+
+@jax.jit
+def _norm(matrix: Array) -> Array:
+    return norm_of(*both_ways(matrix), matrix.shape)
+
+
+def both_ways(matrix: Array) -> tuple[Multiply, Multiply]:
+    """The products of a matrix and of its transpose with two vectors, the rows of (2, n).
+
+    A product with one vector is several times faster on a CPU if it runs along rows in memory: the
+    transpose is written down.
+    """
+    down, across = jax.lax.optimization_barrier((matrix, matrix.T))
+
+    def product(matrix: Array) -> Multiply:
+        return lambda vectors: jnp.stack([matrix @ vectors[k] for k in range(BLOCK)])
+
+    return product(down), product(across)
 
 
 Found = tuple[Array, Array, Array, Array, Array]
@@ -145,13 +163,8 @@ def _iterated(matrix: Array) -> Found:
     a = matrix.T if wide else matrix
     largest = jnp.max(jnp.abs(a))
     scale = 1 / jnp.where(largest == 0, 1.0, largest)  # squares are to be finite
-    # A product of a matrix with one vector is several times faster on a CPU if it runs along rows.
-    down, across = jax.lax.optimization_barrier((scale * a, (scale * a).T))
-
-    def each(matrix: Array, vectors: Array) -> Array:
-        return jnp.stack([matrix @ vectors[k] for k in range(BLOCK)])
-
-    near = _krylov(lambda x: each(down, x), lambda y: each(across, y), a.shape, a.dtype)
+    apply, adjoint = both_ways(scale * a)
+    near = _krylov(apply, adjoint, a.shape, a.dtype, CONVERGED * _resolution(a.dtype))
 
     def normalised(vector: Array) -> tuple[Array, Array]:
         size = jnp.sqrt(jnp.sum(vector**2))
@@ -159,7 +172,7 @@ def _iterated(matrix: Array) -> Found:
 
     # u along W v, then sigma v = W^T u: what is left to be small is W v - sigma u.
     left, _ = normalised(a @ near.right)
-    right, value = normalised((across @ left) / scale)
+    right, value = normalised(adjoint(jnp.stack([left] * BLOCK))[0] / scale)
     tail = jnp.sum((a - jnp.outer(value * left, right)) ** 2)
     residual = jnp.sqrt(jnp.sum((a @ right - value * left) ** 2))
     proven = residual <= PROVEN * _resolution(a.dtype) * value
@@ -189,7 +202,13 @@ class _Near(NamedTuple):
 # when it is full, its eigenvectors of the largest values are a basis of which the same holds. Where
 # the space is exhausted F vanishes, and columns of zeros change nothing. Every new block is made
 # orthogonal to the basis twice: rounding would else bring back what has converged.
-def _krylov(apply: Multiply, adjoint: Multiply, shape: tuple[int, ...], dtype: jnp.dtype) -> _Near:
+def _krylov(
+    apply: Multiply,
+    adjoint: Multiply,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    converged: float,
+) -> _Near:
     rows, columns = shape
     eps = _resolution(dtype)
 
@@ -218,7 +237,7 @@ def _krylov(apply: Multiply, adjoint: Multiply, shape: tuple[int, ...], dtype: j
 
     def go_on(loop: tuple) -> Array:
         *_, tries, values, residuals, _ = loop
-        return (tries < ITERATIONS) & ~_done(values, residuals)
+        return (tries < ITERATIONS) & ~_done(values, residuals, converged * values[0])
 
     def ritz(loop: tuple) -> tuple:
         """The best of the basis, which is cut back to it if it is full."""
@@ -263,9 +282,8 @@ def _krylov(apply: Multiply, adjoint: Multiply, shape: tuple[int, ...], dtype: j
     return _Near(values[0], best, _apart(values[0], values[1]))
 
 
-def _done(values: Array, residuals: Array) -> Array:
+def _done(values: Array, residuals: Array, near: Array) -> Array:
     """Whether the largest value has converged, and the second is seen to be another or is too."""
-    near = CONVERGED * _resolution(values.dtype) * values[0]
     second = _apart(values[0], values[1] + residuals[1]) | (residuals[1] <= near)
     return (residuals[0] <= near) & second | ~jnp.isfinite(values[0])
 
