@@ -52,6 +52,7 @@ from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_m
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.risk import Problem as Problem
+from gflow.programs import cache_programs as cache_programs
 from gflow.record import load as load, save as save
 from gflow.report import plot as plot
 from gflow.report.check import Check as Check, Checks as Checks, check as check
