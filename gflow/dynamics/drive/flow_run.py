@@ -28,7 +28,7 @@ from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, wall, why_sta
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
-from gflow.dynamics.march.loop import start
+from gflow.dynamics.march.loop import lanes_at
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.reasons import End, Reason
@@ -562,7 +562,7 @@ class FlowRun:
             self._arm()
             member = dataclasses.replace(self.member, goals=self.goals(1))
             nothing = jax.tree.map(lambda _: None, member)
-            like = eqx.filter_eval_shape(start, member, nothing, self.method, *self.standing())
+            like = eqx.filter_eval_shape(lanes_at, member, nothing, self.method, *self.standing())
             lane = snapshot.read("lane", like)
             self._stand = Stand(float(lane.s), lane.state, int(lane.num_steps))
             self.resumed = at_no_goal(lane)

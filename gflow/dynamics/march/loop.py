@@ -42,13 +42,16 @@ STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
 one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
 
 
+ONCE = {"xla_backend_optimization_level": 0}
+"""For a program that is called once a run: it is compiled in less time, and runs in more."""
+
+
 # ---------------------------------------------------------------------------------------------
 # What the host calls
 # ---------------------------------------------------------------------------------------------
 
 
-@eqx.filter_jit
-def start(
+def lanes_at(
     member: Member,
     shared: Member,
     method: AbstractMethod,
@@ -104,6 +107,10 @@ def start(
     return (jax.vmap(one) if many else one)(member, s, state, before)
 
 
+start = eqx.filter_jit(lanes_at, compiler_options=ONCE)  # pyright: ignore[reportCallIssue]
+""":func:`lanes_at`, compiled."""
+
+
 @eqx.filter_jit
 def begin_again(
     member: Member, shared: Member, method: AbstractMethod, lane: Lane, many: bool = False
@@ -137,7 +144,7 @@ def march(
     """Go on until ``enough`` lanes have a reason to stop, or for so many trips.
 
     Args:
-        member, shared, method, many: as for :func:`start`.
+        member, shared, method, many: as for :func:`lanes_at`.
         lane: where the members stand. Those with a reason other than RUNNING stay there.
         trips: rounds in which steps end; a single member makes one attempt in each.
         enough: how many lanes are to have stopped, 1 for a single member.
