@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from gflow.dynamics.clocks import readings
+from gflow.dynamics.clocks import AbstractClock, readings
 from gflow.dynamics.drive.agenda import Agenda
 from gflow.dynamics.drive.checkpoint import Snapshot, identity
 from gflow.dynamics.drive.drive import AbstractLanes, widest_for
@@ -35,9 +35,10 @@ from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
+from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import imbalance
-from gflow.problem.risk import ROUND_OFF, risk_and_slope
+from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
 
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
@@ -89,7 +90,7 @@ class FlowRun:
         self.problem, self.clock = plan.field.problem, plan.field.clock
         weights, log_risk = recorder.start, at_start.log_risk
         self.first_slope = at_start.slope
-        self.above_zero = log_risk > float(self.problem.log_risk_at_zero()) + ROUND_OFF
+        self.above_zero = log_risk > level_at_zero(self.problem) + ROUND_OFF
         self.split = plan.split
         self.split_run: OnSplit | None = None
         self.early: OnSplit | None = None
@@ -352,7 +353,7 @@ class FlowRun:
         if self.above_zero:
             # On separable data the risk has its critical points at R = R(0) only. In a clock that
             # follows the risk a saddle is a branch point, which a solver may jump over unawares.
-            levels.append((float(self.problem.log_risk_at_zero()), Action.SADDLE))
+            levels.append((level_at_zero(self.problem), Action.SADDLE))
         elif self.split is not None:
             levels.append((HAND_OVER_AT, Action.HAND_OVER))
             if self.compares and self.early is None:
@@ -364,8 +365,11 @@ class FlowRun:
         ]
 
     def _clock_at(self, log_risk: float) -> tuple[float, int]:
-        value = self.clock.at_log_risk(log_risk)
-        return math.inf if value is None else float(value), NO_STEP_COUNT
+        known = _values_at(self.clock)
+        if log_risk not in known:
+            value = self.clock.at_log_risk(log_risk)
+            known[log_risk] = math.inf if value is None else float(value)
+        return known[log_risk], NO_STEP_COUNT
 
     def _is_at(self, event: Event) -> bool:
         """Whether the run stands at an event, or beyond."""
@@ -586,6 +590,12 @@ _FACTS = (
     "num_rejected",
     "used",
 )
+
+
+@once_per_object
+def _values_at(clock: AbstractClock) -> dict[float, float]:
+    """What a clock shows at log risks that were asked for; an ensemble asks for every member."""
+    return {}
 
 
 _level = functools.lru_cache(LogRisk)

@@ -12,7 +12,7 @@ from gflow.dynamics.reasons import End, Reason
 from gflow.problem.losses import AbstractJointLoss
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, end_to_end
-from gflow.problem.risk import Problem, risk_and_slope
+from gflow.problem.risk import Problem, level_at_zero, risk_and_slope
 
 SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
@@ -44,7 +44,7 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     if why is not None:
         return Reason.NO_MEANING.end(why=why)
     log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
-    above, slope = log_risk - float(problem.log_risk_at_zero()), math.sqrt(squared)
+    above, slope = log_risk - level_at_zero(problem), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
     level = 4 * EPSILON * max(1.0, abs(log_risk))
     if above >= -level and slope <= SADDLE * first_slope:

@@ -30,8 +30,8 @@ from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, Weights, squared_norm
 
-SHARE = 4
-"""Steps end in a trip where at least one running lane in so many has solved its step."""
+SHARE = 4, 5
+"""Steps end in a trip where at least so many in so many running lanes have solved theirs."""
 
 NOISE_STEPS, NOISE_ERRORS = 16.0, 4.0
 """Round-off exceeds the tolerance when a refused step has been made shorter by the first factor
@@ -178,7 +178,7 @@ def march(
 
         def unfinished(attempt: Any) -> Array:
             ready = running & each(solved)(carrying(attempt))
-            return SHARE * jnp.sum(ready) < jnp.sum(running)
+            return SHARE[1] * jnp.sum(ready) < SHARE[0] * jnp.sum(running)
 
         def once(attempt: Any) -> Any:
             here = carrying(attempt)
