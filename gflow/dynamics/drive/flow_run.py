@@ -87,6 +87,7 @@ class FlowRun:
         self.plan, self.recorder, self.compares = plan, recorder, compares
         self.rules, self.done = rules, 0
         self.saves, self.ends, self.end = way
+        self._to_save = set(map(id, self.saves))
         self.problem, self.clock = plan.field.problem, plan.field.clock
         weights, log_risk = recorder.start, at_start.log_risk
         self.first_slope = at_start.slope
@@ -262,8 +263,11 @@ class FlowRun:
             events = self.agenda.passing(int(at.clock_goal[row]), int(at.steps_goal[row]))
             if any(event.action.saves for event in events):
                 rows.append(row)
-            stand = report.row(row)
-            self._act(events, stand)
+            if all(event.action is Action.SAVE for event in events):
+                self._count(events)
+            else:
+                stand = report.row(row)
+                self._act(events, stand)
         self._record(report, rows)
         if self.end is not None and stand is not None:
             self._leave(stand)
@@ -399,7 +403,7 @@ class FlowRun:
 
     def _count(self, events: Sequence[Event]) -> None:
         """Count the saved points among events."""
-        self.done += sum(any(event is save for save in self.saves) for event in events)
+        self.done += sum(id(event) in self._to_save for event in events)
 
     def _land(self, report: Report) -> None:
         """Land on the earliest of the watched events that the last step crossed."""
