@@ -65,7 +65,7 @@ def digits(record: xr.Dataset) -> dict[str, float]:
         value = row.size(np.atleast_1d(record[name].values[-1]))
         error = np.atleast_1d(record[f"{name}_error"].values[-1])
         if row.kind is Kind.VECTOR:
-            value, error = value[:1], np.atleast_1d(np.linalg.norm(error))
+            value, error = value[..., :1], np.linalg.norm(error, axis=-1, keepdims=True)
         known = np.isfinite(value) & np.isfinite(error) & (value > 0)
         known &= ~((error > value / 10) & (value < row.zero))
         if np.any(known):
