@@ -51,11 +51,13 @@ from gflow.problem.losses import (
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
+from gflow.problem.regression import Regression as Regression
 from gflow.problem.risk import Problem as Problem
 from gflow.problem.soft_margin import (
     CrossEntropy as CrossEntropy,
     PairwiseExponential as PairwiseExponential,
 )
+from gflow.problem.squared import Squared as Squared
 from gflow.programs import cache_programs as cache_programs
 from gflow.record import load as load, save as save
 from gflow.report import plot as plot

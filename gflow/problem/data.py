@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
 from gflow.problem import tables
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import (
     expect_unmasked,
     file_path,
@@ -29,9 +30,16 @@ from gflow.problem.arguments import (
     shown,
     whole,
 )
-from gflow.problem.array import Array
+from gflow.problem.array import Array, as_array
 from gflow.problem.cells import is_missing
-from gflow.problem.design import differences_of, others_of
+from gflow.problem.design import (
+    AbstractDesign,
+    ClassDesign,
+    Rows,
+    contrasts,
+    differences_of,
+    others_of,
+)
 from gflow.problem.max_margin import MaxMargin, max_margin
 
 # The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
@@ -53,7 +61,7 @@ READERS = {
 """What reads formats that are not read here."""
 
 
-class Dataset(eqx.Module):
+class Dataset(AbstractData):
     r"""Points $x_i \in \mathbb{R}^d$ with labels $y_i \in \{-1, +1\}$, or classes $0 \dots K-1$.
 
     A pytree whose leaves are the two arrays, which are NumPy, float64 and read-only.
@@ -90,10 +98,10 @@ class Dataset(eqx.Module):
     ):
         inputs = numbers_of("inputs", inputs, booleans=True)
         labels = _labels(labels, num_classes)
-        _check_inputs(inputs)
+        check_inputs(inputs)
         self.num_classes = _check_labels(labels, len(inputs), num_classes)
-        self.inputs = _frozen(inputs)
-        self.labels = _frozen(labels)
+        self.inputs = frozen(inputs)
+        self.labels = frozen(labels)
         self.name = str(name)
 
     # -- what one asks of it ------------------------------------------------------------------
@@ -117,9 +125,49 @@ class Dataset(eqx.Module):
         return np.asarray(self.labels).astype(np.intp)
 
     @property
-    def num_outputs(self) -> int:
-        """The outputs that a network needs: one for labels -1 and +1, else one a class."""
-        return 1 if self.num_classes is None else self.num_classes
+    def offers(self) -> frozenset[str]:
+        return frozenset({"margins", "one output" if self.num_classes is None else "classes"})
+
+    @property
+    def kind(self) -> str:
+        return "labels -1, +1" if self.num_classes is None else f"{self.num_classes} classes"
+
+    @property
+    def answers(self) -> np.ndarray:
+        return self.labels
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """() for labels -1 and +1, else one output a class, (K,)."""
+        return () if self.num_classes is None else (self.num_classes,)
+
+    @property
+    def rows_in_words(self) -> str:
+        if self.num_classes is not None:
+            return f"{self.num_classes} rows, an output for each class of the data"
+        return (
+            "one row: labels -1 and +1 need one output. For several outputs the data have classes: "
+            "Dataset(inputs, labels, num_classes=K)"
+        )
+
+    @property
+    def rows(self) -> np.ndarray | None:
+        """Contrasts of the outputs; None for labels -1 and +1."""
+        return None if self.num_classes is None else contrasts(self.num_classes)
+
+    @property
+    def num_margins(self) -> int:
+        """The number of margins: the points, times K - 1 for K classes."""
+        return self.num_points * (self.num_outputs - 1 or 1)
+
+    def design(self) -> AbstractDesign:
+        if self.num_classes is None:
+            return Rows(as_array(self.signed_inputs))
+        return ClassDesign.of(as_array(self.inputs), self.classes, self.num_classes)
+
+    def chosen(self, points: Array) -> "Dataset":
+        leaves = tuple(jnp.asarray(leaf)[points] for leaf in (self.inputs, self.labels))
+        return eqx.tree_at(lambda data: (data.inputs, data.labels), self, leaves)
 
     def margins_of(self, outputs: Array) -> Array:
         """The margins of a network's outputs at the points; pure JAX.
@@ -136,16 +184,6 @@ class Dataset(eqx.Module):
         others = jnp.asarray(others_of(self.num_classes))[labels]
         own = jnp.take_along_axis(outputs, labels[:, None], axis=1)
         return (own - jnp.take_along_axis(outputs, others, axis=1)).reshape(-1)
-
-    @property
-    def num_points(self) -> int:
-        """The number of points, $n$."""
-        return self.inputs.shape[0]
-
-    @property
-    def dim(self) -> int:
-        """The number of features, $d$."""
-        return self.inputs.shape[1]
 
     @property
     def separable(self) -> bool:
@@ -201,7 +239,7 @@ class Dataset(eqx.Module):
         else:
             fewest = int(np.bincount(self.classes).min())
             labels = f"{self.num_classes} classes of at least {fewest}"
-        largest = _largest_norm(self.inputs)
+        largest = largest_norm(self.inputs)
         solution = _SOLUTIONS.get(id(self))
         known = "" if solution is None else f", {solution.summary}"
         return (
@@ -348,18 +386,33 @@ class Dataset(eqx.Module):
         return cls(values, signs, name=path.stem if name is None else name)
 
 
+def labelled(data: AbstractData) -> Dataset:
+    """``data``, which have labels.
+
+    Raises:
+        ValueError: when they have targets.
+    """
+    if isinstance(data, Dataset):
+        return data
+    raise ValueError(
+        f"`data` have {data.kind}; expected labels: gflow.Dataset(inputs, labels). What was asked "
+        "for is of margins."
+    )
+
+
 # -------------------------------------------------------------------------------------------------
 # Checks
 # -------------------------------------------------------------------------------------------------
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
+def frozen(array: np.ndarray) -> np.ndarray:
+    """A read-only copy in float64."""
     array = np.array(array, dtype=np.float64, order="C")
     array.flags.writeable = False
     return array
 
 
-def _largest_norm(inputs: np.ndarray) -> float:
+def largest_norm(inputs: np.ndarray) -> float:
     """The largest norm of a row, whose square may be beyond float64's range."""
     largest = float(np.abs(inputs).max())
     if largest == 0.0:
@@ -423,7 +476,8 @@ def _labels(values: Any, num_classes: Any) -> np.ndarray:
     return numbers_of("labels", values)
 
 
-def _check_inputs(inputs: np.ndarray) -> None:
+def check_inputs(inputs: np.ndarray) -> None:
+    """Raise a ValueError unless the inputs are finite points with features."""
     if inputs.ndim != 2:
         hint = "Flatten each point: inputs.reshape(len(inputs), -1)."
         if inputs.ndim == 1:
@@ -436,7 +490,7 @@ def _check_inputs(inputs: np.ndarray) -> None:
         raise ValueError(
             f"`inputs` has shape {inputs.shape}; expected at least one point and one feature."
         )
-    _check_finite("inputs", inputs)
+    check_finite("inputs", inputs)
 
 
 def _check_labels(labels: np.ndarray, num_points: int, num_classes: Any) -> int | None:
@@ -452,7 +506,7 @@ def _check_labels(labels: np.ndarray, num_points: int, num_classes: Any) -> int 
             f"`labels` has {len(labels)} entries and `inputs` has {num_points} rows; expected as "
             "many. The rows of `inputs` are the points: is it transposed?"
         )
-    _check_finite("labels", labels)
+    check_finite("labels", labels)
     values = np.unique(labels)
     from_zero = np.array_equal(values, np.arange(len(values)))
     if num_classes is None:
@@ -510,7 +564,8 @@ def _label_hint(values: np.ndarray) -> str:
     return f"They take the {'value' if len(values) == 1 else 'values'} {shown}."
 
 
-def _check_finite(argument: str, array: np.ndarray) -> None:
+def check_finite(argument: str, array: np.ndarray) -> None:
+    """Raise a ValueError that names the first entry that is not finite, if one is not."""
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         place = ", ".join(str(int(i)) for i in bad[0])

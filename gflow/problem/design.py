@@ -8,7 +8,8 @@ $$m_{ik} = f_{y_i}(x_i) - f_k(x_i), \qquad k \ne y_i,$$
 
 in the order of the points and, for each, of the classes. They do not see a number that is added
 to all outputs, so that coordinates are *contrasts* of the outputs: $P f$ with the $K - 1$
-orthonormal rows of $P$ across $(1, \dots, 1)$.
+orthonormal rows of $P$ across $(1, \dots, 1)$. Of targets the outputs are the margins, and of a
+linear network the end-to-end matrix the coordinates.
 """
 
 from abc import abstractmethod
@@ -185,6 +186,61 @@ class ClassDesign(AbstractDesign):
     def chosen(self, points: Array) -> "ClassDesign":
         inputs = None if self.inputs is None else jnp.asarray(self.inputs)[points]
         return ClassDesign(jnp.asarray(self.differences)[points], inputs)
+
+
+# With C = W, (K, d), and the outputs of point i next to each other, A = X (x) I up to the order of
+# the coordinates, c = (C_11, C_12, ...): margin (i, k) is sum_a X_ia C_ka.
+class OutputDesign(AbstractDesign):
+    """The outputs of linear networks at the points, which are their own margins.
+
+    With fewer points than features the outputs at the points are fewer coordinates: in these the
+    inputs are the identity.
+    """
+
+    inputs: Array
+    """Shape (points, d)."""
+    num_outputs: int = eqx.field(static=True)
+
+    @property
+    def matrix(self) -> Array:
+        return self.spread(jnp.eye(self.shape[1])).T
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        points, width = self.inputs.shape
+        return points * self.num_outputs, self.num_outputs * width
+
+    def spread(self, coordinates: Array) -> Array:
+        c = coordinates.reshape(*coordinates.shape[:-1], self.num_outputs, -1)
+        outputs = jnp.swapaxes(c @ self.inputs.T, -1, -2)
+        return outputs.reshape(*coordinates.shape[:-1], -1)
+
+    def gather(self, slopes: Array) -> Array:
+        s = slopes.reshape(*slopes.shape[:-1], -1, self.num_outputs)
+        return (jnp.swapaxes(s, -1, -2) @ self.inputs).reshape(*slopes.shape[:-1], -1)
+
+    def gram_of_diagonal(self, entries: Array) -> Array:
+        x, eye = jnp.asarray(self.inputs), jnp.eye(self.num_outputs)
+        of_each = jnp.einsum("na,nk,nb->kab", x, entries.reshape(-1, self.num_outputs), x)
+        spread = of_each[:, :, None, :] * eye[:, None, :, None]
+        return spread.reshape(self.shape[1], self.shape[1])
+
+    def gram_of_blocks(self, blocks: Array) -> Array:
+        x = jnp.asarray(self.inputs)
+        found = jnp.einsum("na,nkl,nb->kalb", x, blocks, x, optimize="optimal")
+        return found.reshape(self.shape[1], self.shape[1])
+
+    def axes(self) -> "tuple[Array, AbstractDesign | None]":
+        points, width = self.inputs.shape
+        x = jnp.asarray(self.inputs)
+        columns = x if points < width else jnp.eye(width)
+        first = jnp.pad(columns, ((0, 0), (0, (self.num_outputs - 1) * width)))
+        if points < width:
+            return first, OutputDesign(jnp.eye(points), self.num_outputs)
+        return first, self
+
+    def chosen(self, points: Array) -> "OutputDesign":
+        return OutputDesign(jnp.asarray(self.inputs)[points], self.num_outputs)
 
 
 @cache

@@ -13,6 +13,7 @@ import numpy as np
 
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, number, numbers_of, seed_of, whole
+from gflow.problem.data import labelled
 from gflow.problem.network import check_weights, end_to_end
 from gflow.problem.risk import ROUND_OFF, Problem, level_at_zero, risk_and_slope
 
@@ -192,7 +193,7 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
         return (*rest, last)
     # R(0) has the gradient l'(0) mean_i z_i, with l' < 0.
     w = np.ravel(end_to_end((*rest, last)))
-    factor = float(np.sign(np.mean(problem.data.signed_inputs, axis=0) @ w))
+    factor = float(np.sign(np.mean(labelled(problem.data).signed_inputs, axis=0) @ w))
     if factor == 0.0:
         raise ValueError(
             "`weights` have an end-to-end vector orthogonal to the gradient of the risk at zero; "

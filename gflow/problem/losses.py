@@ -26,8 +26,8 @@ from jax.nn import softplus
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, ArrayLike, Float
 
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array as Margins
-from gflow.problem.data import Dataset
 from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms
 
 # ---------------------------------------------------------------------------------------------
@@ -92,13 +92,15 @@ class AbstractLoss(AbstractJointLoss):
             return super().advance(offsets, change)
         return exponential_advance(offsets, change)
 
-    def on(self, data: Dataset) -> "AbstractLoss":
-        if data.num_classes is None:
+    def on(self, data: AbstractData) -> "AbstractLoss":
+        if "one output" in data.offers:
             return self
+        which = f"{self.for_classes}, or one output for two classes, with labels -1 and +1"
+        if "targets" in data.offers:
+            which = "gflow.Squared(), or labels -1 and +1: gflow.Dataset(inputs, labels)"
         raise ValueError(
-            f"`loss` is {type(self).__name__}, a loss of one output; the data have "
-            f"{data.num_classes} classes. Expected {self.for_classes}, or one output for two "
-            "classes, with labels -1 and +1."
+            f"`loss` is {type(self).__name__}, a loss of one output; the data have {data.kind}. "
+            f"Expected {which}."
         )
 
     @property

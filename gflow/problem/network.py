@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.array import Array as Array, as_array as as_array
-from gflow.problem.data import Dataset
-from gflow.problem.design import AbstractDesign, ClassDesign, Rows, contrasts
+from gflow.problem.design import AbstractDesign
 
 FEW_POINTS = 8
 """Points on which the degree of a network is tried."""
@@ -51,16 +51,16 @@ class AbstractNetwork(eqx.Module):
     """A network, seen through the margins of a data set."""
 
     @abstractmethod
-    def design(self, data: Dataset) -> AbstractDesign | None:
+    def design(self, data: AbstractData) -> AbstractDesign | None:
         """The matrix $A$ (margins, m) with $q = A c$; None stands for the identity."""
 
     @abstractmethod
-    def coordinates(self, weights: Weights, data: Dataset) -> Array:
+    def coordinates(self, weights: Weights, data: AbstractData) -> Array:
         """The coordinates $c(W)$, shape (m,)."""
 
     @abstractmethod
     def pullback(
-        self, weights: Weights, data: Dataset
+        self, weights: Weights, data: AbstractData
     ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
         r"""The coordinates, and the map from a cotangent to its pullback and squared norm.
 
@@ -70,7 +70,7 @@ class AbstractNetwork(eqx.Module):
         """
 
     @abstractmethod
-    def check(self, weights: Weights, data: Dataset) -> Weights:
+    def check(self, weights: Weights, data: AbstractData) -> Weights:
         """``weights`` as float64 NumPy arrays; a ValueError says what does not fit ``data``."""
 
     def layers(self, weights: Weights) -> tuple[Array, ...] | None:
@@ -91,7 +91,7 @@ class AbstractNetwork(eqx.Module):
         return Factors([leaf[..., :1] for leaf in nothing], nothing)
 
     def along(
-        self, weights: Weights, vectors: Factors, coefficients: Array, data: Dataset
+        self, weights: Weights, vectors: Factors, coefficients: Array, data: AbstractData
     ) -> tuple[Array, Callable[[Array], Factors]]:
         r"""The network at ``weights + coefficients[i] @ vectors``, one point a stage i.
 
@@ -123,7 +123,7 @@ class DeepLinear(AbstractNetwork):
     r"""The deep linear network $x \mapsto W_L \cdots W_1 x$ of any widths.
 
     Its depth and widths are those of the weights it is given. One output for labels -1 and +1, K
-    for K classes.
+    for K classes or K targets.
     """
 
     def layers(self, weights: Weights) -> tuple[Array, ...]:
@@ -132,24 +132,22 @@ class DeepLinear(AbstractNetwork):
     def degree(self, weights: Weights) -> float:
         return float(len(weights))
 
-    def design(self, data: Dataset) -> AbstractDesign:
-        if data.num_classes is None:
-            return Rows(as_array(data.signed_inputs))
-        return ClassDesign.of(as_array(data.inputs), data.classes, data.num_classes)
+    def design(self, data: AbstractData) -> AbstractDesign:
+        return data.design()
 
-    def coordinates(self, weights: Weights, data: Dataset) -> Array:
-        if data.num_classes is None:
-            return end_to_end(weights)
-        return _chain(weights, as_array(contrasts(data.num_classes)))[0].reshape(-1)
+    def coordinates(self, weights: Weights, data: AbstractData) -> Array:
+        if data.rows is None:
+            return left_products(weights)[0]
+        return _chain(weights, as_array(data.rows))[0].reshape(-1)
 
     def pullback(
-        self, weights: Weights, data: Dataset
+        self, weights: Weights, data: AbstractData
     ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
         # With l_k = W_L ... W_{k+1} (a row) and r_k = W_{k-1} ... W_1 cbar (a column) the pullback
         # is the outer product l_k^T r_k^T, of squared norm |l_k|^2 |r_k|^2: vector times matrix
         # only, each matrix read twice and its gradient written once.
-        if data.num_classes is not None:
-            return self._pullback_of_contrasts(weights, data.num_classes)
+        if data.rows is not None:
+            return self._pullback_of_rows(weights, data.rows)
         lefts = left_products(weights)
 
         def pull(cotangent: Array) -> tuple[Weights, Array]:
@@ -164,12 +162,12 @@ class DeepLinear(AbstractNetwork):
 
         return lefts[0], pull
 
-    # The same with K - 1 rows: l_k = P W_L ... W_{k+1}, r_k = Cbar (W_{k-1} ... W_1)^T, both as
+    # The same with q rows P: l_k = P W_L ... W_{k+1}, r_k = Cbar (W_{k-1} ... W_1)^T, both as
     # rows, and the norm |l_k^T r_k|_F^2 = <l_k l_k^T, r_k r_k^T>.
-    def _pullback_of_contrasts(
-        self, weights: Weights, num_classes: int
+    def _pullback_of_rows(
+        self, weights: Weights, rows: np.ndarray
     ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
-        lefts = _chain(weights, as_array(contrasts(num_classes)))
+        lefts = _chain(weights, as_array(rows))
 
         def pull(cotangent: Array) -> tuple[Weights, Array]:
             right = cotangent.reshape(lefts[0].shape)
@@ -194,14 +192,14 @@ class DeepLinear(AbstractNetwork):
         )
 
     # The pullback of v is (W_L ... W_{k+1})^T (W_{k-1} ... W_1 v)^T in layer k, an outer product;
-    # with K outputs it is a sum of K - 1 of them, one a contrast. W_0 + sum_j c_j K_j with such K_j
-    # is applied to vectors without being formed: all stages of a step share the products with W_0,
-    # and the rest costs as little as the vectors.
+    # with K outputs it is a sum of several, one a row that margins see. W_0 + sum_j c_j K_j with
+    # such K_j is applied to vectors without being formed: all stages of a step share the products
+    # with W_0, and the rest costs as little as the vectors.
     def along(
-        self, weights: Weights, vectors: Factors, coefficients: Array, data: Dataset
+        self, weights: Weights, vectors: Factors, coefficients: Array, data: AbstractData
     ) -> tuple[Array, Callable[[Array], Factors]]:
         layers, stages = list(zip(weights, *vectors, strict=True)), coefficients.shape[0]
-        first = np.ones((1, 1)) if data.num_classes is None else contrasts(data.num_classes)
+        first = np.ones((1, 1)) if data.rows is None else data.rows
         row, rows = (
             jnp.broadcast_to(jnp.asarray(first, coefficients.dtype), (stages, *first.shape)),
             [],
@@ -220,8 +218,8 @@ class DeepLinear(AbstractNetwork):
 
         return row.reshape(stages, -1), pull
 
-    def check(self, weights: Weights, data: Dataset) -> Weights:
-        weights = check_weights(weights, data.num_outputs)
+    def check(self, weights: Weights, data: AbstractData) -> Weights:
+        weights = check_weights(weights, data.num_outputs, data.rows_in_words)
         if weights[0].shape[1] != data.dim:
             raise ValueError(
                 f"`weights[0]` has shape {weights[0].shape}; expected {data.dim} columns, the "
@@ -234,11 +232,11 @@ class Network(AbstractNetwork):
     r"""Any network, given by its forward function.
 
     The margins are $q_i = y_i f(W; x_i)$, for K classes $f_{y_i}(W; x_i) - f_k(W; x_i)$ for all
-    $k \ne y_i$; per-example gradients are vmapped.
+    $k \ne y_i$, for targets the outputs; per-example gradients are vmapped.
 
     Args:
         apply: ``apply(weights, x)`` with ``x`` of shape (d,), returning a scalar, for K classes
-            the K outputs, shape (K,); pure JAX.
+            or K targets the K outputs, shape (K,); pure JAX.
         homogeneity: the degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$,
             if there is one; the normalised margin $\min_i q_i/\lVert W\rVert^L$ needs it. It is
             tried at the start.
@@ -259,18 +257,18 @@ class Network(AbstractNetwork):
                 "f(aW; x) = a^L f(W; x), or None if there is none."
             )
 
-    def design(self, data: Dataset) -> None:
+    def design(self, data: AbstractData) -> None:
         return None
 
     def degree(self, weights: Weights) -> float | None:
         return self.homogeneity
 
-    def coordinates(self, weights: Weights, data: Dataset) -> Array:
+    def coordinates(self, weights: Weights, data: AbstractData) -> Array:
         outputs = jax.vmap(lambda x: self.apply(weights, x))(jnp.asarray(data.inputs))
         return data.margins_of(outputs)
 
     def pullback(
-        self, weights: Weights, data: Dataset
+        self, weights: Weights, data: AbstractData
     ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
         coordinates, vjp = jax.vjp(lambda weights: self.coordinates(weights, data), weights)
 
@@ -280,7 +278,7 @@ class Network(AbstractNetwork):
 
         return coordinates, pull
 
-    def check(self, weights: Weights, data: Dataset) -> Weights:
+    def check(self, weights: Weights, data: AbstractData) -> Weights:
         weights = float_leaves("weights", weights)
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
             if not np.all(np.isfinite(leaf)):
@@ -295,21 +293,23 @@ class Network(AbstractNetwork):
                 f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given the "
                 f"weights and one point `x` of shape ({data.dim},), and is traced by JAX."
             ) from error
-        expected = () if data.num_classes is None else (data.num_classes,)
+        expected = data.output_shape
         if getattr(out, "shape", None) != expected:
             what = f"shape {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
             way = (
                 "one output, shape (), for labels -1 and +1: index or squeeze it. For "
                 "several outputs the data have classes: Dataset(inputs, labels, num_classes=K)."
-                if data.num_classes is None
+                if "one output" in data.offers
                 else f"one output a class, shape {expected}."
+                if "classes" in data.offers
+                else f"as many outputs as a point has targets, shape {expected}."
             )
             raise ValueError(f"`apply(weights, x)` returns {what}; expected {way}")
         if self.homogeneity is not None:
             self._check_homogeneity(weights, data)
         return weights
 
-    def _check_homogeneity(self, weights: Weights, data: Dataset) -> None:
+    def _check_homogeneity(self, weights: Weights, data: AbstractData) -> None:
         """Raise where f(2W) = 2^L f(W) does not hold, on a few points."""
         assert self.homogeneity is not None
         few = jnp.asarray(data.inputs[:FEW_POINTS])
@@ -457,12 +457,15 @@ def widths(weights: Weights) -> tuple[int, ...]:
     return (weights[0].shape[1], *(matrix.shape[0] for matrix in weights))
 
 
-def check_weights(weights: Sequence[Any], num_outputs: int | None = 1) -> tuple[np.ndarray, ...]:
+def check_weights(
+    weights: Sequence[Any], num_outputs: int | None = 1, wanted: str = "one row, of one output"
+) -> tuple[np.ndarray, ...]:
     """The layers of a deep linear network as float64 NumPy matrices, validated.
 
     Args:
         weights: from input to output.
         num_outputs: that they have to have; None for any number.
+        wanted: how many rows the last layer has therefore, in words.
 
     Raises:
         ValueError: when there is no layer, a layer is not a finite matrix, neighbours do not fit,
@@ -499,12 +502,6 @@ def check_weights(weights: Sequence[Any], num_outputs: int | None = 1) -> tuple[
             )
         checked.append(matrix)
     if num_outputs is not None and checked[-1].shape[0] != num_outputs:
-        wanted = (
-            "one row: labels -1 and +1 need one output. For several outputs the data have classes: "
-            "Dataset(inputs, labels, num_classes=K)"
-            if num_outputs == 1
-            else f"{num_outputs} rows, an output for each class of the data"
-        )
         raise ValueError(
             f"`weights[{len(checked) - 1}]` has shape {checked[-1].shape}; expected {wanted}."
         )

@@ -22,47 +22,65 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gflow.problem import settings
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import expect, shown
-from gflow.problem.data import Dataset
 from gflow.problem.design import AbstractDesign
 from gflow.problem.losses import Logistic
 from gflow.problem.memo import once_per_object
 from gflow.problem.methods import plain_method
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
 from gflow.problem.soft_margin import CrossEntropy
+from gflow.problem.squared import Squared
 from gflow.problem.terms import AbstractJointLoss
 
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""
 
+DEFAULTS: dict[str, AbstractJointLoss] = {
+    "one output": Logistic(),
+    "classes": CrossEntropy(),
+    "targets": Squared(),
+}
+"""The loss for what data offer."""
+
+OF_DATA = {
+    "margins": "margins of labels",
+    "one output": "one output",
+    "classes": "several classes",
+    "targets": "targets",
+}
+"""What may be asked of data, in words."""
+
+OTHER = " Choose another rule, as LogRisk or Time."
+
 
 class Problem(eqx.Module):
-    """A classification problem: ``Problem(data, network=DeepLinear(), loss=Logistic())``.
+    """What is to be learnt: ``Problem(data, network=DeepLinear(), loss=Logistic())``.
 
-    For several classes the loss is ``CrossEntropy()`` by default.
+    For several classes the loss is ``CrossEntropy()`` by default, for targets ``Squared()``.
 
     All methods are pure JAX functions of the weights: ``jit``, ``vmap`` and ``grad`` them freely.
     They compute in the precision of their input; the accuracy that gflow states holds in float64
     (run them inside ``jax.enable_x64(True)``, as the two verbs do for themselves).
     """
 
-    data: Dataset
+    data: AbstractData
     network: AbstractNetwork
     loss: AbstractJointLoss
     design: AbstractDesign | None
 
     def __init__(
         self,
-        data: Dataset,
+        data: AbstractData,
         network: AbstractNetwork | None = None,
         loss: AbstractJointLoss | None = None,
     ):
-        expect("data", data, Dataset, "a gflow Dataset, as `gflow.Dataset(inputs, labels)`")
+        expect("data", data, AbstractData, "a gflow Dataset, as `gflow.Dataset(inputs, labels)`")
         self.data = data
         self.network = DeepLinear() if network is None else network
         expect("network", self.network, AbstractNetwork, "a network, as `gflow.DeepLinear()`")
         if loss is None:
-            loss = Logistic() if data.num_classes is None else CrossEntropy()
+            loss = next(found for offer, found in DEFAULTS.items() if offer in data.offers)
         expect("loss", loss, AbstractJointLoss, "a loss, as `gflow.Logistic()`")
         self.loss = loss.on(data)
         self.design = self.network.design(self.data)
@@ -106,7 +124,7 @@ class Problem(eqx.Module):
         """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,).
 
         Of K classes $f_{y_i} - f_k$, shape (points · (K - 1),): of each point those against the
-        other classes in order.
+        other classes in order. Of targets the outputs, shape (points · K,).
         """
         return self.spread(self.network.coordinates(weights, self.data))
 
@@ -136,20 +154,16 @@ class Problem(eqx.Module):
             where: what asks, in words.
             needs: some of "layers" (a network that is a product of matrices), "reference" (a
                 maximum-margin direction), "homogeneity" (of a known degree), "one output" (labels
-                -1 and +1) and "classes".
+                -1 and +1), "classes", "margins" (either of these two) and "targets".
             weights: of the network.
 
         Raises:
             ValueError: that says what is missing.
         """
-        kind, classes = type(self.network).__name__, self.data.num_classes
-        if "one output" in needs and classes is not None:
-            raise ValueError(
-                f"{where}, which is of one output; the data have {classes} classes. Choose another "
-                "rule, as LogRisk or KKT."
-            )
-        if "classes" in needs and classes is None:
-            raise ValueError(f"{where}, which is of several classes; the data have labels -1, +1.")
+        kind, data = type(self.network).__name__, self.data
+        for need, words in OF_DATA.items():
+            if need in needs and need not in data.offers:
+                raise ValueError(f"{where}, which is of {words}; the data have {data.kind}.{OTHER}")
         if "layers" in needs and self.network.layers(weights) is None:
             raise ValueError(
                 f"{where}, which looks at the layers of a product of matrices; `problem` has a "
@@ -173,8 +187,8 @@ class Problem(eqx.Module):
 
     @property
     def num_margins(self) -> int:
-        """The number of margins: the points, times K - 1 for K classes."""
-        return self.data.num_points * (self.data.num_outputs - 1 or 1)
+        """The number of margins: the points, times K - 1 for K classes or K for K targets."""
+        return self.data.num_margins
 
     @property
     def num_coordinates(self) -> int:
@@ -210,12 +224,17 @@ class Problem(eqx.Module):
             log_risk, norm = (float(value) for value in risk_and_slope(self, weights))
             at_zero = level_at_zero(self)
             largest = self._largest_slope(weights) if norm == 0.0 else math.inf
+        if log_risk == -math.inf:
+            raise ValueError(
+                "`weights` give R = 0: every output is its target, and there is nothing to follow. "
+                "Start from other weights."
+            )
         if not np.isfinite(log_risk):
             raise ValueError(
                 f"`weights` give log R = {log_risk}; expected a finite risk. The margins overflow: "
                 "start from smaller weights."
             )
-        if norm == 0.0:
+        if norm == 0.0 and not (self.loss.attained and largest > 0.0):
             if largest > 0.0:
                 raise ValueError(
                     f"`weights` have a gradient of log R of size {largest:.2g}, whose square "
@@ -227,7 +246,7 @@ class Problem(eqx.Module):
                 "stays there for ever. Start from weights whose product or gradient is not zero "
                 "(at most one layer may vanish)."
             )
-        if log_risk > at_zero + ROUND_OFF:
+        if log_risk > at_zero + ROUND_OFF and not self.loss.attained:
             warnings.warn(
                 f"R(W(0)) = exp({log_risk:.6g}) exceeds R(0) = exp({at_zero:.6g}), so the "
                 "assumption of Ji and Telgarsky on the start fails: the flow may end at a saddle "

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array
-from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic, exponential_advance
 from gflow.problem.terms import AbstractJointLoss, LossTerms, Shares
 
@@ -42,7 +42,12 @@ class SoftMargin(AbstractJointLoss):
     def of_one(self) -> AbstractLoss:
         r"""$\ell$."""
 
-    def on(self, data: Dataset) -> "SoftMargin":
+    def on(self, data: AbstractData) -> "SoftMargin":
+        if "targets" in data.offers:
+            raise ValueError(
+                f"`loss` is {type(self).__name__}, which is for classes; the data have "
+                f"{data.kind}. Expected gflow.Squared(), or classes: gflow.Dataset(inputs, labels)."
+            )
         if data.num_classes is None:
             raise ValueError(
                 f"`loss` is {type(self).__name__}, which is for classes; the data have labels -1 "

@@ -11,10 +11,11 @@ import abc
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array
-from gflow.problem.data import Dataset
 from gflow.problem.design import AbstractDesign
 
 
@@ -114,7 +115,7 @@ class AbstractJointLoss(eqx.Module):
                 None is zero.
         """
 
-    def on(self, data: Dataset) -> "AbstractJointLoss":
+    def on(self, data: AbstractData) -> "AbstractJointLoss":
         """The loss with all that it needs to know of a data set.
 
         Raises:
@@ -138,6 +139,46 @@ class AbstractJointLoss(eqx.Module):
         too long to mean anything; a loss that knows bounds it here. Shapes (points,).
         """
         return offsets + change, jnp.zeros_like(change, dtype=bool)
+
+    def level(self, offsets: Array, distance: Array) -> Array:
+        r"""What margins have in common beyond the offsets, for an implicit solver.
+
+        Offsets are its unknowns, to which a level adds nothing (see ``terms``): by default the
+        distance of the smallest margins, which share the slopes of an exponential tail.
+
+        Args:
+            offsets: shape (points,).
+            distance: margins less offsets, shape (points,).
+        """
+        return jnp.sum(jax.nn.softmax(-offsets) * distance)
+
+    def chosen(self, points: Array) -> "AbstractJointLoss":
+        """The loss of some of the points, by their numbers; pure JAX."""
+        return self
+
+    @property
+    def quadratic(self) -> bool:
+        r"""Whether R is quadratic in the margins: $R\,H$ constant, and Newton's method exact."""
+        return False
+
+    @property
+    def attained(self) -> bool:
+        r"""Whether the risk has its infimum at finite margins.
+
+        If not, it tends to zero as margins grow, and a flow of separable data can come to rest
+        on the level $R(0)$ only. If so there are saddles on many levels, and a clock that follows
+        the risk stands still at each.
+        """
+        return False
+
+    @property
+    def least_log_risk(self) -> float:
+        """Where the risk is round-off of float64 margins that tend to finite ones."""
+        return float("-inf")
+
+    def least_log_risk_of(self, data: AbstractData, rank: int) -> float:
+        """The least log risk of linear maps of a rank, where one is known."""
+        return float("-inf")
 
     @property
     @abc.abstractmethod

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gflow.problem.data import Dataset
+from gflow.problem.data import Dataset, labelled
 from gflow.problem.network import widths
 from gflow.problem.risk import Problem
 
@@ -49,7 +49,7 @@ class Experiment:
     @property
     def data(self) -> Dataset:
         """The data of the problem."""
-        return self.problem.data
+        return labelled(self.problem.data)
 
 
 @dataclass

@@ -73,9 +73,10 @@ class Sampler(eqx.Module):
         begin = (num_steps % self.batches_an_epoch(problem)) * self.size
         chosen = jax.lax.dynamic_slice(order, (begin,), (self.size,))
         if problem.design is not None:  # the data enter through the design alone
-            return eqx.tree_at(lambda p: p.design, problem, problem.design.chosen(chosen))
-        points = (jnp.asarray(leaf)[chosen] for leaf in (problem.data.inputs, problem.data.labels))
-        return eqx.tree_at(lambda p: (p.data.inputs, p.data.labels), problem, tuple(points))
+            parts = problem.design.chosen(chosen), problem.loss.chosen(chosen)
+            return eqx.tree_at(lambda p: (p.design, p.loss), problem, parts)
+        parts = problem.data.chosen(chosen), problem.loss.chosen(chosen)
+        return eqx.tree_at(lambda p: (p.data, p.loss), problem, parts)
 
 
 class Descent(eqx.Module):

@@ -228,7 +228,7 @@ def identity(
     ]
     return {
         "inputs": _fingerprint(problem.data.inputs),
-        "labels": _fingerprint(problem.data.labels),
+        "labels": _fingerprint(problem.data.answers),
         "network": _words(problem.network),
         "loss": _words(problem.loss),
         "weights": _fingerprint(weights),

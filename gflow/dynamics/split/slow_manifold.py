@@ -39,6 +39,7 @@ from gflow.dynamics.split.geometry import Geometry
 from gflow.dynamics.split.observables import observables
 from gflow.dynamics.split.state import SplitState, split
 from gflow.dynamics.split.walk import Walk
+from gflow.problem.data import labelled
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights
 
@@ -118,7 +119,7 @@ class SlowManifold(eqx.Module):
         if reason is not None:
             raise ValueError(f"The flow cannot be continued on the slow manifold: {reason}.")
         state = split(
-            problem.data,
+            labelled(problem.data),
             weights,
             _log_risk(problem, weights) if log_risk is None else log_risk,
             log_time,
@@ -250,7 +251,7 @@ def _margins(problem: "Problem", weights: Weights) -> np.ndarray:
     row = np.ones(1)
     for matrix in reversed(weights):
         row = row @ np.asarray(matrix, dtype=np.float64)
-    return np.asarray(problem.data.signed_inputs) @ row
+    return np.asarray(labelled(problem.data).signed_inputs) @ row
 
 
 def _log_risk(problem: "Problem", weights: Weights) -> float:
