@@ -133,7 +133,12 @@ AT_ONCE = 32
 
 
 def readings(
-    clock: AbstractClock, s: np.ndarray, scaled_time: np.ndarray, log_risk: np.ndarray
+    clock: AbstractClock,
+    s: np.ndarray,
+    scaled_time: np.ndarray,
+    log_risk: np.ndarray,
+    energy: float | None = None,
+    least: float = -math.inf,
 ) -> dict[str, np.ndarray]:
     """The log time, and how far a clock is off: the defect of the energy identity.
 
@@ -142,6 +147,9 @@ def readings(
         s: its values, shape (points,).
         scaled_time: $tR$ there.
         log_risk: there.
+        energy: log R at the start, where the risk may fall to round-off and its logarithm is no
+            monitor: what a time clock is off is then the defect of R, relative to R at the start.
+        least: the log risk at which it is round-off, of which there is no defect.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         log_time = np.log(scaled_time) - log_risk
@@ -158,4 +166,9 @@ def readings(
             found["clock_error"] = np.where(scaled_time > 0, off, 0.0)
             # Where t R underflows, the clock still knows t.
             found["log_time"] = np.where(scaled_time > 0, log_time, time)
+            if energy is not None:
+                defect = np.exp(np.log(scaled_time) - time - energy) - np.exp(log_risk - energy)
+                known = np.isfinite(time) & (log_risk > least)
+                found["clock_error"] = np.where(known, np.abs(defect), 0.0)
+                found["log_time"] = time
     return found

@@ -285,7 +285,7 @@ def _admissible(member: Member | Exception) -> bool:
     if isinstance(member, Exception):
         return True  # nothing is known; its status says why
     first = float(member.variables["log_risk"][1][0])
-    return first <= float(member.attrs["log_risk_at_zero"]) + ROUND_OFF
+    return first <= float(member.attrs.get("log_risk_at_zero", math.inf)) + ROUND_OFF
 
 
 def _each(name: str, value: Any, count: int, kind: Any) -> list[Any]:

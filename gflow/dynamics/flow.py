@@ -1,5 +1,6 @@
 r"""Gradient flow: one call from weights to a record of the whole trajectory."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from gflow.dynamics.march.method import method_of
 from gflow.dynamics.march.tolerance import (
     AbstractTolerance,
     FunctionTolerance,
+    Residuals,
     Tolerance,
     default_atol,
 )
@@ -29,7 +31,7 @@ from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, flag, number, positive_count
 from gflow.problem.network import Weights, as_array
-from gflow.problem.risk import Problem
+from gflow.problem.risk import Problem, level_at_zero
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -78,7 +80,7 @@ def gradient_flow(
             run's file is refused. With "max_steps" the same call may have a larger ``max_steps``.
         keep_weights: record the weights at every saved point as ``weights_1``, ``weights_2``, …
         clock: what the solver steps in, from ``gflow.clocks``; by default ``LogTime`` if the
-            leading rule is a time and ``LogRisk`` otherwise.
+            leading rule is a time, or the loss a square, and ``LogRisk`` otherwise.
         solver: any adaptive diffrax solver, or ``SlowManifold()`` for a start that has separated
             the data. By default gflow chooses: ``GaussNewton`` where
             its linear algebra costs nothing beside the field, else ``diffrax.Dopri8`` as long as
@@ -193,7 +195,7 @@ def flow_of(
     """
     weights = problem.check(weights)
     rules = rules_on(problem, weights, until)
-    clock = options.clock or default_clock(rules[0])
+    clock = options.clock or default_clock(rules[0], problem)
     recorder = Recorder(problem, weights, options.observables, options.keep_weights)
     at_start = AtStart.of(problem, weights)
     way = course(problem, weights, rules, save, clock, at_start)
@@ -208,8 +210,11 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
     rtol, split = options.rtol, None
     match options.solver:
         case None:
-            methods = ([] if field.dense else [diffrax.Dopri8()]) + [GaussNewton()]
-            split = SlowManifold(rtol=max(rtol, 1e-13))
+            # Of a risk that is attained, stiffness comes once it nearly is.
+            explicit = problem.loss.attained or not field.dense
+            methods = ([diffrax.Dopri8()] if explicit else []) + [GaussNewton()]
+            if not problem.loss.attained:
+                split = SlowManifold(rtol=max(rtol, 1e-13))
         case SlowManifold() as split:
             methods = []
             if (why := field.faded(weights)) is not None:
@@ -222,7 +227,14 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
             methods = [solver]
     state = FlowState(weights, as_array(np.zeros(())))
     atol = default_atol(state, rtol) if options.atol is None else float(options.atol)
-    tolerance: AbstractTolerance = Tolerance(as_array(np.float64(rtol)), as_array(np.float64(atol)))
+    least = problem.loss.least_log_risk
+    residuals = None
+    if math.isfinite(least):
+        first = None if clock.centred else as_array(np.float64(level_at_zero(problem)))
+        residuals = Residuals(problem, as_array(np.float64(least)), first)
+    tolerance: AbstractTolerance = Tolerance(
+        as_array(np.float64(rtol)), as_array(np.float64(atol)), residuals
+    )
     if options.function_space:
         tolerance = FunctionTolerance(tolerance.rtol, problem, tolerance)
     return Plan(field, tuple(map(method_of, methods)), split, tolerance, atol, options.max_steps)
@@ -288,6 +300,6 @@ def told(
     return variables, attrs
 
 
-def default_clock(rule: AbstractRule) -> clocks.AbstractClock:
-    """The clock that lands on the leading rule's values by itself."""
-    return BY_TIME if rule.of_time else BY_RISK
+def default_clock(rule: AbstractRule, problem: Problem) -> clocks.AbstractClock:
+    """The clock that lands on the leading rule's values by itself, unless it may stand still."""
+    return BY_TIME if rule.of_time or problem.loss.attained else BY_RISK

@@ -41,6 +41,8 @@ class Reason(enum.IntEnum):
     ROUND_OFF = enum.auto()
     OVERFLOW = enum.auto()
     UNCERTAIN_MARGINS = enum.auto()
+    RISK_IS_ROUND_OFF = enum.auto()
+    AT_LEAST_RISK = enum.auto()
     DIVERGED = enum.auto()
     INTERRUPTED = enum.auto()
     NOT_STARTED = enum.auto()
@@ -127,6 +129,17 @@ _WORDS: dict[Reason, tuple[str, str]] = {
         "at log R = {log_risk:.2g} the margins of float64 weights are uncertain by one; the "
         "default solver, on data and networks that allow it, goes on in coordinates that lose "
         "nothing",
+    ),
+    Reason.RISK_IS_ROUND_OFF: (
+        "precision_lost",
+        "at log R = {log_risk:.6g} residuals are the round-off of float64 outputs: no smaller risk "
+        "can be shown; a time (`until=gflow.LogTime(...)`) can go on from there",
+    ),
+    Reason.AT_LEAST_RISK: (
+        "stalled",
+        "log R = {log_risk:.9g} is the least of all linear maps of rank {rank} or less, which the "
+        "flow does not leave: no smaller risk can be reached; a time (`until=gflow.LogTime(...)`) "
+        "shows what follows",
     ),
     Reason.DIVERGED: ("diverged", "{why}"),
     Reason.INTERRUPTED: (

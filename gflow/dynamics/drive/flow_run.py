@@ -24,7 +24,7 @@ from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, AtStart, Co
 from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, at_no_goal, program_of
 from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
-from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, wall, why_stalled
+from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
@@ -91,7 +91,11 @@ class FlowRun:
         self.problem, self.clock = plan.field.problem, plan.field.clock
         weights, log_risk = recorder.start, at_start.log_risk
         self.first_slope = at_start.slope
-        self.above_zero = log_risk > level_at_zero(self.problem) + ROUND_OFF
+        loss = self.problem.loss
+        self.above_zero = not loss.attained and log_risk > level_at_zero(self.problem) + ROUND_OFF
+        self.energy = (log_risk, loss.least_log_risk) if loss.attained else ()
+        """The log risk of the start and that of round-off, where the risk may fall to it."""
+        self.end_of_risk = end_of_risk(self.problem, weights, rules, self.clock)
         self.split = plan.split
         self.split_run: OnSplit | None = None
         self.early: OnSplit | None = None
@@ -325,7 +329,7 @@ class FlowRun:
                 "clock_value": s,
                 "num_steps": steps,
                 "beyond_hand_over": np.zeros(len(rows), dtype=bool),
-                **readings(self.clock, s, scaled_time, found["log_risk"]),
+                **readings(self.clock, s, scaled_time, found["log_risk"], *self.energy),
             }
 
         self.recorder.add(states.weights, rows, more)
@@ -362,7 +366,8 @@ class FlowRun:
             levels.append((HAND_OVER_AT, Action.HAND_OVER))
             if self.compares and self.early is None:
                 levels.append((COMPARE_AT, Action.COMPARE))
-        levels.append((wall(self.problem)[0], Action.WALL))
+        if self.end_of_risk is not None:
+            levels.append((self.end_of_risk[0], Action.WALL))
         return [
             Event(_level(level), math.asinh(-level), action, *self._clock_at(level))
             for level, action in levels
@@ -393,7 +398,8 @@ class FlowRun:
                 case Action.STOP:
                     self.end = Reason.REACHED.end(rule=event.rule, steps=stand.num_steps)
                 case Action.WALL:
-                    self.end = wall(self.problem)[1]
+                    assert self.end_of_risk is not None
+                    self.end = self.end_of_risk[1]
                 case Action.SADDLE:
                     self._at_saddle(stand)
                 case Action.COMPARE:

@@ -1,14 +1,18 @@
 """Why a flow cannot go on: what is known of a place where shorter steps do not help."""
 
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField
 from gflow.dynamics.reasons import End, Reason
+from gflow.dynamics.stops import AbstractRule
+from gflow.problem.data import labelled
 from gflow.problem.losses import AbstractJointLoss
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, end_to_end
@@ -24,6 +28,9 @@ LARGE_TERMS = 1e4
 UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
 """A margin of this size is uncertain by one: which points share the slope is then no longer known
 from float64 weights."""
+
+AT_REST = 1e-9
+"""A risk that exceeds the least one by this part of it does not fall any more."""
 
 LARGEST_MARGIN = 1e150
 """The square of a larger one may leave float64's range; polynomial tails come to that."""
@@ -66,6 +73,26 @@ def at_level_zero(problem: Problem, weights: Weights, slope: float) -> End:
     return Reason.SADDLE.end(slope=slope)
 
 
+def end_of_risk(
+    problem: Problem, weights: Weights, rules: Sequence[AbstractRule], clock: AbstractClock
+) -> tuple[float, End] | None:
+    """The risk below which a run is not to go, and why; None where it may.
+
+    Where the infimum is attained it is no end for a run that other rules stop, in a clock that does
+    not follow the risk.
+    """
+    if not problem.loss.attained:
+        return wall(problem)
+    if not (clock.centred or all(rule.of_risk for rule in rules)):
+        return None
+    lost, layers = problem.loss.least_log_risk, problem.network.layers(weights)
+    rank = 0 if layers is None else min(min(np.shape(matrix)) for matrix in layers)
+    least = -math.inf if layers is None else problem.loss.least_log_risk_of(problem.data, rank)
+    if least > lost:
+        return least + AT_REST, Reason.AT_LEAST_RISK.end(log_risk=least, rank=rank)
+    return lost, Reason.RISK_IS_ROUND_OFF.end(log_risk=lost)
+
+
 @once_per_object
 def wall(problem: Problem) -> tuple[float, End]:
     """The risk at which float64 weights end, and why."""
@@ -83,7 +110,7 @@ def _log_risk(loss: AbstractJointLoss, margins: Array) -> Array:
 
 def _inseparable(problem: Problem, weights: Weights) -> str | None:
     """That the data are not separable, where that keeps a network from risk zero."""
-    if problem.network.layers(weights) is None:
+    if problem.network.layers(weights) is None or "margins" not in problem.data.offers:
         return None
     solution = problem.data.max_margin()
     return None if solution.separable else solution.verdict
@@ -110,7 +137,9 @@ def _why_rounded(problem: Problem, weights: Weights) -> str:
             ", or the network has a kink there (as ReLU), at which the field jumps and no step "
             "is short enough"
         )
-    w, z = np.ravel(end_to_end(layers)), np.asarray(problem.data.signed_inputs)
+    if "margins" not in problem.data.offers:
+        return ""
+    w, z = np.ravel(end_to_end(layers)), np.asarray(labelled(problem.data).signed_inputs)
     terms = float(np.max(np.abs(z) @ np.abs(w)))
     smallest = float(np.min(z @ w))
     if terms < LARGE_TERMS * max(1.0, abs(smallest)):

@@ -11,6 +11,15 @@ from gflow.dynamics.field import FlowState
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
 
+ROUND_OFF_SEEN = 1 / 8
+"""Of the round-off that is allowed for, so much is met in fact."""
+
+LOOSEST = 0.1
+"""No monitor is held to less, so that it stays stable."""
+
+TINY = float(np.finfo(np.float64).tiny)
+"""The least absolute tolerance: what is smaller XLA takes for zero."""
+
 
 class AbstractTolerance(eqx.Module):
     """An error norm: a step of norm at most one is accepted.
@@ -35,10 +44,12 @@ class Tolerance(AbstractTolerance):
     """The error norm on weights: a step of norm at most one is accepted.
 
     Weights: root mean square of ``error / (atol + rtol max(|before|, |after|))``. The scaled time
-    $u$ becomes small without being unimportant and is held to ``rtol`` alone.
+    $u$ becomes small without being unimportant and is held to ``rtol`` alone, but for risks that
+    fall to round-off.
     """
 
     atol: Array
+    of_residuals: "Residuals | None" = None
 
     def norm(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
         def scaled(e: Array, a: Array, b: Array) -> Array:
@@ -52,11 +63,40 @@ class Tolerance(AbstractTolerance):
     def norm_of_time(self, error: FlowState, before: FlowState, after: FlowState) -> Array:
         """That of the scaled time."""
         u = jnp.maximum(abs(before.scaled_time), abs(after.scaled_time))
-        return abs(error.scaled_time) / (self.rtol * u + jnp.finfo(u.dtype).tiny)
+        if self.of_residuals is None:
+            return abs(error.scaled_time) / (self.rtol * u + jnp.finfo(u.dtype).tiny)
+        more, lost = self.of_residuals.allowed(self.rtol, after.weights)
+        allowed = (self.rtol + more) * u + jnp.finfo(u.dtype).tiny
+        return jnp.where(lost, 0.0, abs(error.scaled_time) / allowed)
 
     @property
     def at_start(self) -> "Tolerance":
         return self
+
+
+class Residuals(eqx.Module):
+    r"""How well u can be known where the risk is a mean of squares that tend to zero.
+
+    Of a risk at which residuals are round-off, $R_*$, they are known to $(R_*/R)^{1/2}$ of
+    themselves, and u with them. A clock that knows the time does not need u, which is then a
+    monitor: it is held to what weights within ``rtol`` make of it, $(R_0/R)^{1/2}$ times as much,
+    R_0 the risk of zero outputs.
+    """
+
+    problem: Problem
+    least: Array
+    r"""$\log R_*$."""
+    first: Array | None
+    r"""$\log R_0$; None where the clock follows the risk."""
+
+    def allowed(self, rtol: Array, weights: Weights) -> tuple[Array, Array]:
+        """What is allowed of u beyond ``rtol``, relatively, and whether nothing is known of it."""
+        log_risk = self.problem.log_risk(weights)
+        lost = jnp.exp((self.least - log_risk) / 2)
+        found = ROUND_OFF_SEEN * lost
+        if self.first is not None:
+            found = found + jnp.minimum(rtol * jnp.exp((self.first - log_risk) / 2), LOOSEST)
+        return found, lost >= 1
 
 
 class FunctionTolerance(AbstractTolerance):
@@ -103,5 +143,11 @@ def default_atol(state: FlowState, rtol: float) -> float:
 
     A start near the saddle at zero is then resolved as well as one of order one.
     """
-    sizes = [float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(state.weights)]
-    return rtol * min([1.0, *(size for size in sizes if size > 0)])
+    sizes = [_typical(np.asarray(leaf)) for leaf in jax.tree.leaves(state.weights)]
+    return max(rtol * min([1.0, *(size for size in sizes if size > 0)]), TINY)
+
+
+def _typical(leaf: np.ndarray) -> float:
+    """The root mean square, also of entries whose squares underflow."""
+    largest = float(np.max(np.abs(leaf), initial=0.0))
+    return largest * float(np.sqrt(np.mean(np.square(leaf / largest)))) if largest > 0 else 0.0

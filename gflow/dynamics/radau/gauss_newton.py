@@ -215,9 +215,9 @@ def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple:
         derivatives, offsets = unknown
         matrix = h * radau(solver.stages).matrix
         stages = solver._evaluate(field, weights, t0, h)(matrix, derivatives, offsets)
-        weight = jax.lax.stop_gradient(jax.nn.softmax(-offsets))
-        margins = stages.gap + offsets
-        margins = margins - jnp.sum(weight * margins, axis=1, keepdims=True)
+        loss, margins = field.problem.loss, stages.gap + offsets
+        level = jax.vmap(loss.level)(jax.lax.stop_gradient(offsets), margins)
+        margins = margins - level[:, None]
         return jax.tree.map(jnp.subtract, unknown, (stages.derivatives, margins))
 
     def linear(change: tuple) -> tuple:

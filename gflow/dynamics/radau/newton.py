@@ -40,6 +40,11 @@ It converges equally fast at every risk. No margins are subtracted in the softma
 errors of margins, of size :math:`10^{-16}\log R`, are damped by :math:`1/(h\log R)` as every gap
 is: float64 does not end near :math:`\log R = -10^{10}`, where it does for the softmax of margins.
 
+**A quadratic risk** (square loss) has no level: the offsets are the margins. Its slopes times R are
+linear, so that a correction is exact but for G, and :math:`H` is taken as it is in every clock:
+what a clock of risk adds to the Jacobian is not small, but smooth, and less :math:`s s^\top` the
+matrix would be indefinite.
+
 **What it costs.** The pullback of a deep linear network is an outer product in every layer, with K
 outputs a sum of K - 1 of them. The :math:`K_j` are kept as these factors, stage weights are never
 formed, and all stages pass through :math:`W_0` together: an iteration reads the weights twice, for
@@ -157,7 +162,7 @@ class Attempt(NamedTuple):
 def at_rest(field: AbstractField, stages: int, s: Array, weights: Weights, h: Array) -> Solution:
     """The solution that predicts a first step: the field at the start at every stage."""
     margins = field.problem.margins(weights)
-    offsets = (margins - jnp.min(margins))[None]
+    offsets = (margins - field.problem.loss.level(margins, margins))[None]
     nothing = jnp.zeros((1, 0), offsets.dtype)
     start = evaluate(field, weights, field.no_vectors(weights), nothing, offsets, s[None])
     repeat = lambda x: jnp.broadcast_to(x[0], (stages, *x.shape[1:]))  # noqa: E731
@@ -183,7 +188,7 @@ def evaluate(
     problem = field.problem
     coordinates, pull = field.along(weights, vectors, coefficients)
     distance = problem.spread(coordinates) - offsets
-    level = jnp.sum(jax.nn.softmax(-offsets, axis=1) * distance, 1)
+    level = jax.vmap(problem.loss.level)(offsets, distance)
     log_risk, slopes, curvature = jax.vmap(problem.loss.terms)(offsets, level)
     slopes_pulled = pull(problem.gather(slopes))
     (lefts, rights), squared = field.bent(weights, vectors, coefficients, slopes_pulled)
@@ -256,6 +261,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     """
     p, tableau, frame, loss = stages, radau(stages), attempt.frame, field.problem.loss
     m = frame.gram.shape[0]
+    centred = field.clock.centred and not loss.quadratic
     matrix, direct = h * tableau.matrix, p * m <= DIRECT
     _, design = _axes(field.problem, m)
 
@@ -265,13 +271,15 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
         """Mu A^T H A of one stage."""
         found = curvature.gram(design)
-        if field.clock.centred:
+        if centred:
             found = found - force[:, None] * force[None, :]
         return mu * found
 
     mu, slopes, gap, curvature = at.rate, at.slopes, at.gap, at.curvature
     force = pull(slopes)
-    growth = jnp.sqrt(at.squared_norm / jnp.sum(force @ frame.gram * force, 1))
+    seen = jnp.sum(force @ frame.gram * force, 1)
+    resting = seen == 0  # at risk zero, or beyond the range of squares
+    growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
     # The change of y that the gaps ask for is that of mu A^T H e.
     change = frame.project(at.derivatives) - attempt.projection
     if direct:
@@ -284,7 +292,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         )
         middle = jax.tree.map(lambda x: x[p // 2], (mu, force, at.curvature))
     pulled = mu[:, None] * pull(jax.vmap(lambda each, v: each.apply(v))(curvature, gap))
-    if field.clock.centred:
+    if centred:
         pulled = pulled - mu[:, None] * force * jnp.sum(slopes * gap, 1, keepdims=True)
 
     # y / growth solves the system.
@@ -315,8 +323,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     ]
     derivatives = Factors(at.derivatives.lefts, rights)
     shift = gap + (y if design is None else design.spread(y))
-    share = jax.nn.softmax(-attempt.offsets, axis=1)
-    shift = shift - jnp.sum(share * shift, 1, keepdims=True)
+    shift = shift - jax.vmap(loss.level)(attempt.offsets, shift)[:, None]
     offsets, held = jax.vmap(loss.advance)(attempt.offsets, shift)
 
     # Solved when the correction of K is small, and that of the slopes too up to a square.
@@ -326,9 +333,11 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         for l0, r0, l1, r1, w in zip(*attempt.derivatives, *derivatives, frame.sizes, strict=True)
     ]
     size = h * jnp.max(jnp.stack(sizes))
-    moved = jax.vmap(lambda each, v: each.apply(v))(at.curvature, jnp.abs(shift))
-    moving = jnp.max(jnp.sum(jnp.abs(moved), 1)) > 1e-6
-    size = jnp.where(jnp.any(held) | moving | (attempt.count == 0), jnp.maximum(size, 1.0), size)
+    unsettled = jnp.any(held)
+    if not loss.quadratic:
+        moved = jax.vmap(lambda each, v: each.apply(v))(at.curvature, jnp.abs(shift))
+        unsettled = unsettled | (jnp.max(jnp.sum(jnp.abs(moved), 1)) > 1e-6)
+    size = jnp.where(unsettled | (attempt.count == 0), jnp.maximum(size, 1.0), size)
     return Attempt(
         frame=frame,
         count=attempt.count + 1,
