@@ -24,9 +24,10 @@ DIMENSIONS = {
 """The dimensions of records, each with the number of its first entry. Layers count from 1 at the
 input, the pair of layers (k, k+1) is number k."""
 
-Needs = Literal["layers", "reference", "homogeneity", "one output", "classes"]
+Needs = Literal["layers", "reference", "homogeneity", "one output", "classes", "margins", "targets"]
 """What a variable may ask of a problem: a network that is a product of matrices, the
-maximum-margin direction, a degree of homogeneity, labels -1 and +1, or classes."""
+maximum-margin direction, a degree of homogeneity, labels -1 and +1, classes, either of these two,
+or targets."""
 
 
 class Kind(enum.Enum):
@@ -122,7 +123,7 @@ QUANTITIES: dict[str, Quantity] = {
         certified=True,
         compared=True,
         decades=False,
-        needs=("homogeneity",),
+        needs=("margins", "homogeneity"),
     ),
     "margin_gap": Quantity(
         POINT,
@@ -134,28 +135,30 @@ QUANTITIES: dict[str, Quantity] = {
         needs=("layers", "reference", "one output"),
     ),
     "layer_margin": Quantity(
-        POINT, "min_i q_i / prod_k |W_k|_F", certified=True, needs=("layers",)
+        POINT, "min_i q_i / prod_k |W_k|_F", certified=True, needs=("margins", "layers")
     ),
     "smoothed_margin": Quantity(
         POINT,
         "l^-1(sum_i l(q_i)) / prod_k |W_k|_F",
         certified=True,
-        needs=("homogeneity",),
+        needs=("margins", "homogeneity"),
     ),
-    "min_margin": Quantity(POINT, "unnormalised margin min_i q_i", certified=True),
+    "min_margin": Quantity(
+        POINT, "unnormalised margin min_i q_i", certified=True, needs=("margins",)
+    ),
     "norm": Quantity(POINT, "Euclidean norm of all weights", certified=True),
     # How near the weights are to a maximum of the margin.
     "kkt_residual": Quantity(
         POINT,
         "Lyu and Li's epsilon: |W~ - sum_i lambda_i grad q_i(W~)|",
         certified=True,
-        needs=("homogeneity",),
+        needs=("margins", "homogeneity"),
     ),
     "kkt_slackness": Quantity(
         POINT,
         "Lyu and Li's delta: max_i lambda_i (q_i(W~) - 1)",
         certified=True,
-        needs=("homogeneity",),
+        needs=("margins", "homogeneity"),
     ),
     "perpendicular_cosine": Quantity(
         POINT,
@@ -262,7 +265,7 @@ QUANTITIES: dict[str, Quantity] = {
         "singular values of W_L ... W_1",
         kind=Kind.VECTOR,
         certified=True,
-        needs=("layers", "classes"),
+        needs=("layers",),
     ),
     "singular_values": Quantity(
         ("point", "layer", "value"),
@@ -270,7 +273,7 @@ QUANTITIES: dict[str, Quantity] = {
         symbol=r"$\sigma_i(W_k)$",
         kind=Kind.VECTOR,
         certified=True,
-        needs=("layers", "classes"),
+        needs=("layers",),
     ),
     "rank_residual": Quantity(
         LAYER,
@@ -319,6 +322,17 @@ QUANTITIES: dict[str, Quantity] = {
         "NC4, part of the points that are not put into the class of the nearest mean",
         needs=("layers", "classes"),
     ),
+    # Targets.
+    "solution_distance": Quantity(
+        POINT,
+        "|W - W+|_F / |W+|_F, W+ the least-squares solution of least norm",
+        symbol=r"$\|W - W^+\|_F/\|W^+\|_F$",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        certified=True,
+        compared=True,
+        needs=("layers", "targets"),
+    ),
     # What a flow proves about itself.
     "imbalance_drift": Quantity(
         POINT, "largest change of a conserved matrix / largest |W_k|_F^2", needs=("layers",)
@@ -327,7 +341,7 @@ QUANTITIES: dict[str, Quantity] = {
     "clock_error": Quantity(
         POINT,
         "energy identity R(0) - R(t) = int |grad R|^2 dt: |-log R minus its value by the clock| / "
-        "max(1, |log R|), in a time clock the same of log t",
+        "max(1, |log R|), in a time clock the same of log t; of targets that of R / R(0)",
     ),
     "digits_left": Quantity(POINT, "decimal digits that float64 leaves of differences of margins"),
     "rank_one_slack": Quantity(
@@ -358,7 +372,7 @@ QUANTITIES: dict[str, Quantity] = {
     # The function that the network computes.
     "end_to_end": Quantity(
         ("point", "coordinate"),
-        "w = (W_L ... W_1)^T, of classes W_L ... W_1",
+        "w = (W_L ... W_1)^T, of several outputs W_L ... W_1",
         of_classes=("point", "output", "coordinate"),
         kind=Kind.VECTOR,
         certified=True,

@@ -57,9 +57,10 @@ def test_a_record_holds_nothing_that_its_network_cannot_give(records):
     def needs(record):
         return {need for name in record if name in QUANTITIES for need in QUANTITIES[name].needs}
 
-    assert needs(records["flow"]) == {"layers", "reference", "homogeneity", "one output"}
-    assert needs(records["homogeneous"]) == {"homogeneity"}
-    assert needs(records["any network"]) == set()
+    everything = {"layers", "reference", "homogeneity", "one output", "margins"}
+    assert needs(records["flow"]) == everything
+    assert needs(records["homogeneous"]) == {"homogeneity", "margins"}
+    assert needs(records["any network"]) == {"margins"}
 
 
 def test_the_size_that_errors_are_relative_to_depends_on_the_kind():

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.array import Array, as_array
+from gflow.problem.data import labelled
 from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.observables import imbalance, imbalance_drift, kkt, smoothed_margin
 from gflow.problem.risk import Problem
@@ -88,7 +89,7 @@ class ClassReference(eqx.Module):
     @classmethod
     def of(cls, problem: Problem, weights: Weights) -> "ClassReference":
         """The reference of a run."""
-        data = problem.data
+        data = labelled(problem.data)
         inputs, classes = np.asarray(data.inputs), data.classes
         counts = np.bincount(classes)
         means = np.stack([inputs[classes == c].mean(axis=0) for c in range(len(counts))])

@@ -31,6 +31,7 @@ from gflow.problem.curvature import (
     sharpness as sharpness,
     sharpness_error as sharpness_error,
 )
+from gflow.problem.data import labelled
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.network import (
     Array,
@@ -94,7 +95,7 @@ class Reference(eqx.Module):
     @classmethod
     def of(cls, solution: MaxMargin, problem: Problem, weights: Weights) -> "Reference":
         """The reference of a run; NaN throughout where the data are not separable."""
-        z = np.asarray(problem.data.signed_inputs)
+        z = np.asarray(labelled(problem.data).signed_inputs)
         start = kept(weights)
         if not solution.separable:
             nothing = np.full(z.shape, np.nan)
@@ -210,7 +211,10 @@ def general(problem: Problem, weights: Weights) -> dict[str, Array]:
     """The observables that make sense for any network."""
     margins = problem.margins(weights)
     norm = jnp.sqrt(squared_norm(weights))
-    found = {"log_risk": problem.log_risk(weights), "min_margin": jnp.min(margins), "norm": norm}
+    found = {"log_risk": problem.log_risk(weights), "norm": norm}
+    if "margins" not in problem.data.offers:
+        return found
+    found["min_margin"] = jnp.min(margins)
     degree = problem.network.degree(weights)
     if degree is not None:
         total = _log_total(problem, weights)

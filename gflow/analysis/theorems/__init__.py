@@ -26,7 +26,8 @@ $d_0 … d_L$, $\gamma$ the maximum margin and $\bar u$ its direction:
    the record's own weights and support vectors, is in ``gflow.analysis.theorems.sharp``. They
    are rows of a flow only: descent does not conserve the matrices that fix the constants.
 
-Of several classes the statements are others: ``gflow.analysis.theorems.class_claims``.
+Of several classes the statements are others: ``gflow.analysis.theorems.class_claims``; of targets
+they are those of any flow: the risk falls, by the energy identity, and the imbalance is conserved.
 
 What Lemma 2 becomes for descent is derived in ``gflow.analysis.theorems.facts``.
 """
@@ -64,11 +65,11 @@ def verify(record: "xr.Dataset") -> Claims:
         ValueError: when ``record`` is not a gflow record or has no saved point.
     """
     facts = Facts(_checked(record))
-    rows = [
-        bounds.risk_decreases(facts),
-        bounds.energy_identity(facts),
-        limit_claims.risk_vanishes(facts),
-    ]
+    rows = [bounds.risk_decreases(facts), bounds.energy_identity(facts)]
+    if facts.of_targets:
+        conserved = [bounds.imbalance(facts)] if facts.deep_linear else []
+        return Claims(rows + conserved, facts.title)
+    rows.append(limit_claims.risk_vanishes(facts))
     if facts.of_classes:
         return Claims(rows + _of_classes(facts), facts.title)
     if facts.deep_linear:

@@ -52,6 +52,7 @@ class Facts:
         self.is_descent = attrs["kind"] == "descent"
         self.deep_linear = "frobenius_norm" in record
         self.of_classes = "num_classes" in attrs
+        self.of_targets = "num_targets" in attrs
         self.log_risk = self["log_risk"]
         self.log_risk_at_zero = float(attrs.get("log_risk_at_zero", math.nan))
         self.depth = record.sizes.get("layer", 0)

@@ -112,14 +112,16 @@ def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
         conserved: whether the flow conserves the imbalance, as gradient flow does.
     """
     points, start = recorder.points, recorder.start
-    several = recorder.problem.data.num_classes is not None
-    lemma = () if recorder.layers is None else ("singular_values",) if several else LEMMA
+    offers = recorder.problem.data.offers
+    several, lemma = "classes" in offers, ()
+    if recorder.layers is not None and "margins" in offers:
+        lemma = ("singular_values",) if several else LEMMA
     needed = ("log_risk", "beyond_hand_over", *lemma)
     column = {name: np.stack([np.asarray(point[name]) for point in points]) for name in needed}
     lost = EPSILON * np.maximum(1.0, -column["log_risk"])
     apart = column["beyond_hand_over"].astype(bool)
     found = {"digits_left": -np.log10(np.where(apart, EPSILON, lost))}
-    if not (conserved and recorder.layers is not None):
+    if not (conserved and lemma):
         return found
     if several:
         rank, values = class_slacks(start, column["singular_values"])
@@ -189,7 +191,7 @@ def _round_off(points: Sequence[Mapping[str, Any]], degree: float | None) -> dic
             found[name] = np.sqrt(2 * value) * lost_angle + lost_angle**2 / 2
         else:
             found[name] = lost_angle
-    if degree is None:
+    if degree is None or "kkt_residual" not in points[0]:
         return found
     lost = np.where(far, ANGLE, EPSILON * np.maximum(1.0, -column("log_risk")))
     if "direction_error" in points[0]:

@@ -18,12 +18,13 @@ from gflow.names import merged
 from gflow.problem import observables as obs
 from gflow.problem.arguments import flag
 from gflow.problem.class_observables import ClassReference, of_classes
-from gflow.problem.data import Dataset
+from gflow.problem.data import Dataset, labelled
 from gflow.problem.design import others_of
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.risk import Problem, level_at_zero
+from gflow.problem.target_observables import TargetReference, of_targets
 from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
@@ -72,12 +73,7 @@ class Recorder:
         self.keep_weights = bool(flag("keep_weights", keep_weights))
         self.layers = problem.network.layers(weights)
         """The matrices whose product the network is, at the start; None if it is none."""
-        self.reference: obs.Reference | ClassReference | None = None
-        if self.layers is not None and problem.data.num_classes is not None:
-            self.reference = ClassReference.of(problem, weights)
-        elif self.layers is not None:
-            solution = problem.data.max_margin()
-            self.reference = obs.Reference.of(solution, problem, weights)
+        self.reference = None if self.layers is None else reference_of(problem, weights)
         self.points: list[dict[str, Any]] = []
         self.kept: list[Weights] = []
         self.last = weights
@@ -169,7 +165,8 @@ class Recorder:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
         if self.layers is not None:
-            for name, value in self._of_data().items():
+            found = self._of_data() if "margins" in self.problem.data.offers else {}
+            for name, value in found.items():
                 row = QUANTITIES[name]
                 constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
         return {
@@ -181,7 +178,7 @@ class Recorder:
 
     def _of_data(self) -> dict[str, np.ndarray]:
         """The best direction and the points on the margin: all that the asymptotic laws need."""
-        data, solution = self.problem.data, self.problem.data.max_margin()
+        data, solution = labelled(self.problem.data), self.problem.data.max_margin()
         if not solution.separable:
             return {"max_margin_direction": np.full_like(solution.direction, np.nan)}
         on = solution.support
@@ -218,19 +215,22 @@ def _facts(problem: Problem) -> dict[str, Any]:
         "dataset": data.name,
         "num_points": data.num_points,
         "num_classes": data.num_classes,
+        "num_targets": data.num_outputs if "targets" in data.offers else None,
         "network": type(problem.network).__name__,
         "loss": repr(problem.loss),
         "exponential_tail": problem.loss.exponential_tail,
         "slope_bound": float(problem.loss.slope_bound),
         "smoothness": float(problem.loss.smoothness),
-        "log_risk_at_zero": level_at_zero(problem),
+        "log_risk_at_zero": None if problem.loss.attained else level_at_zero(problem),
     }
 
 
 @once_per_object
 def _facts_of_layers(problem: Problem) -> dict[str, Any]:
     """What it says beside these of a problem whose network is a product of matrices."""
-    data, solution = problem.data, problem.data.max_margin()
+    if "margins" not in problem.data.offers:
+        return {}
+    data, solution = labelled(problem.data), problem.data.max_margin()
     radius = float(problem.loss.pull_radius(data.num_points))
     return {
         "separable": solution.separable,
@@ -250,13 +250,26 @@ def _next_gap(data: Dataset, solution: MaxMargin) -> float | None:
     return float(np.min(np.delete(gaps, solution.support)))
 
 
+References = obs.Reference | ClassReference | TargetReference
+
+
+def reference_of(problem: Problem, weights: Weights) -> References:
+    """What the observables of a network that is a product of matrices are measured against."""
+    data = problem.data
+    if "targets" in data.offers:
+        return TargetReference.of(data, weights)  # pyright: ignore[reportArgumentType]
+    if "classes" in data.offers:
+        return ClassReference.of(problem, weights)
+    return obs.Reference.of(data.max_margin(), problem, weights)
+
+
 @eqx.filter_jit
 def _observe(
     problem: Problem,
     weights: Weights,
     rows: Array,
     count: Array,
-    reference: obs.Reference | ClassReference | None,
+    reference: References | None,
 ) -> dict[str, Array]:
     """The observables of the first ``count`` of ``rows``, one after the other."""
 
@@ -264,7 +277,9 @@ def _observe(
         at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
         if reference is None:
             return obs.general(problem, at)
-        if problem.data.num_classes is not None:
+        if "targets" in problem.data.offers:
+            return of_targets(problem, at, reference)  # pyright: ignore[reportArgumentType]
+        if "classes" in problem.data.offers:
             return of_classes(problem, at, reference)  # pyright: ignore[reportArgumentType]
         return obs.standard(problem, at, reference)  # pyright: ignore[reportArgumentType]
 
