@@ -107,8 +107,8 @@ np.testing.assert_array_equal(one.log_time.values, two.log_time.values)
 
 # The points of one problem on two devices.
 shared = problem.sharded()
-assert len(shared.design.sharding.device_set) == 2
-assert shared.design.addressable_shards[0].data.shape == (10, 2)
+assert len(shared.design.rows.sharding.device_set) == 2
+assert shared.design.rows.addressable_shards[0].data.shape == (10, 2)
 flow = gflow.gradient_flow(shared, (batch[0][0],), until=gflow.LogRisk(-20), save=3)
 assert flow.attrs["status"] == "reached"
 for name in ("end_to_end", "log_time", "margin", "direction_error"):
