@@ -19,6 +19,10 @@ SOURCES := $(wildcard gflow tests benchmarks notebooks examples docs)
 
 # By uv, and by pip where uv cannot be had or cannot reach the index: both read the same constraints.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What one process has compiled the next reads.
+JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS
 # Imports are compiled once, not by every process.
 unexport PYTHONDONTWRITEBYTECODE
 install = @echo "==> $(VENV): installing gflow$(1) at the versions of constraints.txt"; \

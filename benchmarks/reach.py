@@ -5,10 +5,11 @@ Each peer of `rivals.py` runs in a process of its own, in this script's process 
 start to one target after the other, each in a call of its own: warm, the least of up to five. A run
 that takes longer than the limit ends the peer. Methods in physical time are told the time of each
 target (from a reference of 7 stages at rtol 1e-11); those in gflow's clock are lent its field, its
-logarithms and its clock, which are not theirs. gflow makes its whole call at its default tolerance
-1e-9, with 20 saved points and every observable at each; its solver alone, at the tolerance of the
-peers, returns final weights as they do. Ratios hold peers as they come against the whole call, and
-those lent its clock against the solver alone.
+logarithms and its clock, which are not theirs. gflow makes its whole call at its defaults, a
+tolerance of 1e-9 and 100 saved points with every observable at each, which nobody else saves (the
+column ``save``; `everyday.py` has a peer that saves as many); its solver alone, at the tolerance of
+the peers, returns final weights as they do. Ratios hold peers as they come against the whole call,
+and those lent its clock against the solver alone.
 
     python benchmarks/reach.py [--quick] [--limit SECONDS] [--only NAME] [--out FOLDER]
 
@@ -148,6 +149,7 @@ def judged(found, goal, ours):
     why = found.get("missing") or found.get("unable") or found.get("ended") or "done"
     return {
         "method": found["method"],
+        "save": rivals.SAVED if found["method"] == OURS[0] else 1,
         "settings": found.get("settings"),
         "reached": last.get("log_risk"),
         "seconds_there": last.get("seconds"),
@@ -232,7 +234,7 @@ def main():
         judged(each, targets[-1], mine[-1 if LENT in each["method"] else 0]) for each in contestants
     ]
     columns = (
-        "method:s reached:g seconds_there:.4f direction_gap:.1e to_-10:.4f to_-100:.4f "
+        "method:s save:d reached:g seconds_there:.4f direction_gap:.1e to_-10:.4f to_-100:.4f "
         "to_goal:.3f times_ours:.1f first_call_s:.1f peak_mib:.0f why:s"
     )
     common.table(rows, columns)

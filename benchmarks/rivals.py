@@ -45,6 +45,11 @@ def end_to_end(weights: Sequence[Any]) -> Any:
     return row
 
 
+SAVED = 100
+"""Points that gflow's whole call saves and observes, its default; the others return final weights.
+"""
+
+
 def descent_direction(weights: Sequence[Any], z: Any, exp: Callable[[Any], Any]) -> list[Any]:
     """Minus the gradient of the mean exponential loss: one pass up, one down, no example alone."""
     rows = [None] * len(weights)
@@ -242,12 +247,12 @@ def gflow_itself(problem: SimpleNamespace) -> tuple[str, Callable[..., Any]]:
             posed,
             tuple(problem.weights),
             until=gflow.LogRisk(target.log_risk),
-            save=20,
+            save=SAVED,
             progress=False,
         )
         return [found[f"final_weights_{k + 1}"].values for k in range(len(problem.weights))]
 
-    return "`gradient_flow`, rtol 1e-9, 20 points with all observables", run
+    return f"`gradient_flow`, rtol 1e-9, {SAVED} points with all observables", run
 
 
 def _data(problem: SimpleNamespace) -> Any:

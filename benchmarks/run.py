@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-HELPERS = ("common", "peers", "rivals", "run")
+HELPERS = ("common", "peers", "rivals", "run", "saving")
 
 
 def scripts() -> dict[str, Path]:

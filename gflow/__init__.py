@@ -56,6 +56,7 @@ from gflow.problem.soft_margin import (
     CrossEntropy as CrossEntropy,
     PairwiseExponential as PairwiseExponential,
 )
+from gflow.programs import cache_programs as cache_programs
 from gflow.record import load as load, save as save
 from gflow.report import plot as plot
 from gflow.report.check import Check as Check, Checks as Checks, check as check

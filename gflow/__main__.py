@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return BAD_INPUT
     try:
+        _cache_programs()
         return options.command(options)
     except (ValueError, OSError) as error:
         if options.traceback:
@@ -178,6 +179,16 @@ def _check(options: argparse.Namespace) -> int:
     found = check(show=True)
     print(f"\n{found.summary}")
     return 0 if found.passed else FAILED
+
+
+def _cache_programs() -> None:
+    """Keep compiled programs for the next command, where that can be done."""
+    import contextlib
+
+    from gflow.programs import cache_programs
+
+    with contextlib.suppress(OSError, RuntimeError):  # no folder, no home
+        cache_programs()
 
 
 def _exit_code(outcomes: list) -> int:

@@ -90,20 +90,18 @@ def variables(
 
 def assemble(found: Mapping[str, Variable], attrs: Mapping[str, Any]) -> "xr.Dataset":
     """A record of variables, with numbered dimensions, its provenance and the versions."""
-    import xarray as xr
+    from gflow.headline import Record  # it imports xarray, which is slow
 
-    from gflow.headline import as_record  # it imports xarray, which is slow
-
-    record = xr.Dataset(dict(found))
+    sizes: dict[str, int] = {}
+    for dims, values, _ in found.values():
+        sizes |= zip(dims, np.shape(values), strict=True)
     numbers = {
-        dim: (dim, np.arange(first, first + record.sizes[dim]))
+        dim: (dim, np.arange(first, first + sizes[dim]))
         for dim, first in DIMENSIONS.items()
-        if dim in record.sizes
+        if dim in sizes
     }
-    record = record.assign_coords(numbers)
     clean = {key: _plain(value) for key, value in attrs.items() if value is not None}
-    record.attrs = {"schema": SCHEMA, **clean, **versions()}
-    return as_record(record)
+    return Record(dict(found), numbers, {"schema": SCHEMA, **clean, **versions()})
 
 
 @functools.cache

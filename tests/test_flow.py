@@ -12,7 +12,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 import gflow
-from gflow.dynamics.drive import flow_lanes
+from gflow.dynamics.drive import flow_lanes, memory_maps
 
 DATA = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
 WEIGHTS = gflow.init.admissible(
@@ -364,3 +364,23 @@ def test_weighted_two_point_data_follow_the_closed_form():
     exact = gflow.exact.two_point_linear((0.8, 0.5), (3, 1), start, log_risk=LOG_RISKS)
     np.testing.assert_allclose(record.end_to_end[1:], exact.end_to_end, rtol=DIGITS)
     np.testing.assert_allclose(record.log_time[1:], exact.log_time, rtol=DIGITS)
+
+
+@pytest.mark.skipif(not memory_maps.MAPS.exists(), reason="only Linux has such a limit")
+def test_compiled_programs_are_dropped_before_a_process_has_too_many_memory_maps(monkeypatch):
+    problem = gflow.Problem(DATA, loss=gflow.Logistic())
+
+    def follow():
+        return gflow.gradient_flow(problem, WEIGHTS, until=gflow.LogRisk(-5), save=2)
+
+    before, compiled = follow(), jax.jit(lambda x: x + 1)
+    compiled(1.0)
+    assert compiled._cache_size() == 1
+    follow()
+    assert compiled._cache_size() == 1
+    monkeypatch.setattr(memory_maps, "FULL", 0.0)
+    memory_maps._known.clear()
+    after = follow()
+    assert compiled._cache_size() == 0
+    for name in before.data_vars:
+        np.testing.assert_array_equal(before[name], after[name])

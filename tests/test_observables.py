@@ -1,9 +1,12 @@
+import jax
 import mpmath
 import numpy as np
 import pytest
 
 import gflow
+from gflow.problem.conserved import drift, kept
 from gflow.problem.observables import Reference, largest_misalignment, singular, standard
+from gflow.problem.singular import EXACT
 
 DATA = gflow.datasets.separable(n=20, d=3, margin=0.1, seed=0)
 PROBLEM = gflow.Problem(DATA)
@@ -124,3 +127,82 @@ def test_kkt_conditions_are_those_of_the_definition():
     across, slope = w - (w @ u) * u, -(1 / (1 + np.exp(q))) @ z
     cosine = across @ slope / np.linalg.norm(across) / np.linalg.norm(slope)
     np.testing.assert_allclose(found["perpendicular_cosine"], cosine, rtol=1e-9)
+
+
+WIDE = 60, 56
+TURNS = [np.linalg.qr(np.random.default_rng(m).normal(size=(m, m)))[0] for m in WIDE]
+DECOMPOSED = 1e-13
+"""Relative round-off of a decomposition, times one over the least gap of the spectra below."""
+
+
+@pytest.fixture(scope="module")
+def iterated():
+    """The program for a layer too large to be decomposed."""
+    assert np.prod(WIDE) > EXACT
+    return jax.jit(singular)
+
+
+def with_values(values):
+    """A matrix of the shape `WIDE` with these singular values, and its singular vectors."""
+    values = np.concatenate([values, np.zeros(min(WIDE) - len(values))])
+    left, right = TURNS[0][:, : len(values)], TURNS[1]
+    return (left * values) @ right.T, left, right
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(3, 1, 56),
+        [100.0, 1e-3, 1e-3, 1e-7],
+        [2.0],
+        [2.0, 1.0, 1.0],
+        0.1 ** np.arange(50),
+    ],
+)
+def test_the_leading_triple_of_a_wide_layer_is_the_one_it_was_made_of(iterated, values):
+    matrix, left, right = with_values(values)
+    found = iterated(matrix)
+    sign = np.sign(found.right @ right[:, 0])
+    np.testing.assert_allclose(found.value, values[0], rtol=1e-14)
+    np.testing.assert_allclose(found.left, sign * left[:, 0], atol=DECOMPOSED)
+    np.testing.assert_allclose(found.right, sign * right[:, 0], atol=DECOMPOSED)
+    assert found.right[np.argmax(np.abs(found.right))] > 0
+    rest = np.linalg.norm(values[1:])
+    np.testing.assert_allclose(np.sqrt(found.tail), rest, rtol=1e-9, atol=1e-14 * values[0])
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 1.0], [1.0, 1.0 - 1e-16, 0.5], np.ones(56)])
+def test_a_tie_of_a_wide_layer_is_undefined_too(iterated, values):
+    matrix, *_ = with_values(values)
+    found = iterated(matrix)
+    np.testing.assert_allclose(found.value, values[0] if len(values) else 0, rtol=1e-14)
+    assert np.isnan(found.left).all() and np.isnan(found.right).all()
+    np.testing.assert_allclose(found.tail, np.sum(np.square(values[1:])), rtol=1e-13)
+
+
+def test_a_wide_layer_whose_triple_is_not_proven_is_decomposed(monkeypatch):
+    monkeypatch.setattr("gflow.problem.singular.ITERATIONS", 2)
+    matrix, _, right = with_values(np.linspace(3, 1, 56))
+    found = singular(matrix)
+    np.testing.assert_allclose(np.abs(found.right @ right[:, 0]), 1, rtol=DECOMPOSED)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_the_drift_of_wide_layers_is_that_of_their_matrices(rank):
+    rng = np.random.default_rng(rank)
+    start = gflow.init.gaussian((3, 150, 140, 1), seed=0)
+    later = tuple(
+        w + 1e-9 * rng.normal(size=(w.shape[0], rank)) @ rng.normal(size=(rank, w.shape[1]))
+        for w in start
+    )
+    exact = gflow.observables.imbalance_drift(later, gflow.observables.imbalance(start))
+    # Up to rank 16 all is seen: a change of rank 1 in each layer is one of 4, and one of 8 of 32.
+    np.testing.assert_allclose(drift(later, kept(start)), exact, rtol=1e-5 if rank == 1 else 0.15)
+
+
+def test_the_constant_of_lemma_2_is_the_same_by_products():
+    start = gflow.init.gaussian((3, 60, 50, 1), seed=0)
+    norms = [np.linalg.norm(matrix) ** 2 for matrix in start]
+    spread = sum(np.linalg.norm(matrix, 2) for matrix in gflow.observables.imbalance(start))
+    expected = max(norms) - norms[-1] + spread
+    np.testing.assert_allclose(gflow.observables.lemma_constant(start), expected, rtol=1e-13)

@@ -128,6 +128,10 @@ class LogRisk(AbstractClock):
         return -jnp.sinh(s)
 
 
+AT_ONCE = 32
+"""Points whose clock is read in one call, or a multiple."""
+
+
 def readings(
     clock: AbstractClock, s: np.ndarray, scaled_time: np.ndarray, log_risk: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -142,12 +146,14 @@ def readings(
     with np.errstate(divide="ignore", invalid="ignore"):
         log_time = np.log(scaled_time) - log_risk
         found = {"log_time": log_time}
-        by_risk, by_time = clock.log_risk_at(as_array(s)), clock.log_time_at(as_array(s))
+        # Of one length, whatever the number of points, so that JAX compiles it once.
+        full = np.pad(s, (0, -len(s) % AT_ONCE), mode="edge")
+        by_risk, by_time = clock.log_risk_at(as_array(full)), clock.log_time_at(as_array(full))
         if by_risk is not None:
-            off = np.abs(log_risk - np.asarray(by_risk))
+            off = np.abs(log_risk - np.asarray(by_risk)[: len(s)])
             found["clock_error"] = off / np.maximum(1.0, np.abs(log_risk))
         if by_time is not None:
-            time = np.asarray(by_time)
+            time = np.asarray(by_time)[: len(s)]
             off = np.abs(log_time - time) / np.maximum(1.0, np.abs(time))
             found["clock_error"] = np.where(scaled_time > 0, off, 0.0)
             # Where t R underflows, the clock still knows t.

@@ -132,6 +132,10 @@ def gradient_flow(
         return run.recorder.record(more, **attrs, wall_time=wall_time)
 
 
+BY_TIME, BY_RISK = clocks.LogTime(), clocks.LogRisk()
+"""The clocks that are chosen by default."""
+
+
 class Options(NamedTuple):
     """How a flow is followed and what is recorded: arguments of :func:`gradient_flow`."""
 
@@ -286,4 +290,4 @@ def told(
 
 def default_clock(rule: AbstractRule) -> clocks.AbstractClock:
     """The clock that lands on the leading rule's values by itself."""
-    return clocks.LogTime() if rule.of_time else clocks.LogRisk()
+    return BY_TIME if rule.of_time else BY_RISK

@@ -14,7 +14,7 @@ import numpy as np
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, number, numbers_of, seed_of, whole
 from gflow.problem.network import check_weights, end_to_end
-from gflow.problem.risk import ROUND_OFF, Problem, risk_and_slope
+from gflow.problem.risk import ROUND_OFF, Problem, level_at_zero, risk_and_slope
 
 LayerWeights = tuple[np.ndarray, ...]
 
@@ -183,7 +183,7 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
     """
     expect("problem", problem, Problem, A_PROBLEM)
     *rest, last = from_arrays(weights)
-    at_zero = float(problem.log_risk_at_zero())
+    at_zero = level_at_zero(problem)
 
     def excess(factor: float) -> float:
         return float(risk_and_slope(problem, (*rest, factor * last))[0]) - at_zero

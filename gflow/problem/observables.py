@@ -1,23 +1,31 @@
 r"""Observables: pure functions of a problem and its weights (public as ``gflow.observables``).
 
 Nothing that tends to zero is computed as a difference of numbers near one: misalignment is half a
-squared distance of unit vectors, rank-one gaps come from the trailing singular values, direction
-and margin gaps from the difference of directions. Quantities quadratic in a small angle are thus
-right far below machine precision; those linear in it (direction error, margin gap) carry an
-absolute error of about 1e-16.
+squared distance of unit vectors, rank-one gaps come from what a layer is beside its leading triple
+(`singular.py`), direction and margin gaps from the difference of directions. Quantities quadratic
+in a small angle are thus right far below machine precision; those linear in it (direction error,
+margin gap) carry an absolute error of about 1e-16.
 
 Singular vectors follow the paper: $W_k \approx \sigma_k u_k v_k^\top$ with the largest
 singular value $\sigma_k = \lVert W_k\rVert_2$.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.problem.conserved import (
+    Kept,
+    drift,
+    imbalance as imbalance,
+    imbalance_drift as imbalance_drift,
+    kept,
+    lemma_constant as lemma_constant,
+    lemma_slacks as lemma_slacks,
+)
 from gflow.problem.curvature import (
     log_sharpness as log_sharpness,
     sharpness as sharpness,
@@ -33,31 +41,7 @@ from gflow.problem.network import (
     squared_norm,
 )
 from gflow.problem.risk import Problem
-
-
-class Singular(NamedTuple):
-    """The leading singular triple of a matrix and the squared norm of the rest."""
-
-    value: Array
-    left: Array
-    right: Array
-    tail: Array
-    r"""$\sum_{j\ge2}\sigma_j^2 = \lVert W\rVert_F^2 - \lVert W\rVert_2^2$."""
-
-
-def singular(matrix: Array) -> Singular:
-    """The leading singular triple; its sign makes the largest entry of ``right`` positive.
-
-    The vectors are NaN where they are undefined: for a zero matrix, and where the two largest
-    singular values agree to round-off.
-    """
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    right = vt[0]
-    sign = jnp.sign(right[jnp.argmax(jnp.abs(right))])
-    second = s[1] if s.shape[0] > 1 else jnp.zeros_like(s[0])
-    defined = s[0] - second > 8 * jnp.finfo(s.dtype).eps * s[0]
-    sign = jnp.where(defined, sign, jnp.nan)
-    return Singular(s[0], sign * u[:, 0], sign * right, jnp.sum(s[1:] ** 2))
+from gflow.problem.singular import Singular as Singular, singular as singular, singulars
 
 
 def misalignment(before: Singular, after: Singular) -> Array:
@@ -68,68 +52,8 @@ def misalignment(before: Singular, after: Singular) -> Array:
 
 def largest_misalignment(weights: Weights) -> Array:
     """The largest misalignment over all pairs of neighbouring layers; 0 for one layer."""
-    layers = [singular(matrix) for matrix in weights]
-    pairs = [misalignment(a, b) for a, b in pairwise(layers)]
+    pairs = [misalignment(a, b) for a, b in pairwise(singulars(weights))]
     return jnp.max(jnp.stack(pairs)) if pairs else jnp.zeros((), weights[0].dtype)
-
-
-def imbalance(weights: Weights) -> tuple[Array, ...]:
-    r"""The conserved matrices $D_k = W_{k+1}^\top W_{k+1} - W_k W_k^\top$, k = 1 … L-1."""
-    return tuple(b.T @ b - a @ a.T for a, b in pairwise(weights))
-
-
-def imbalance_drift(weights: Weights, start: tuple[Array, ...]) -> Array:
-    r"""The largest change $\lVert D_k - D_k(0)\rVert_F$, relative to $\max_k\lVert W_k\rVert_F^2$.
-
-    Zero for the exact flow, and for one layer.
-    """
-    changes = [
-        jnp.sum((now - before) ** 2) for now, before in zip(imbalance(weights), start, strict=True)
-    ]
-    if not changes:
-        return jnp.zeros((), weights[0].dtype)
-    largest = jnp.max(jnp.stack([jnp.sum(matrix**2) for matrix in weights]))
-    return jnp.sqrt(jnp.max(jnp.stack(changes))) / largest
-
-
-def lemma_constant(start: Weights) -> float:
-    r"""The $D$ of Ji and Telgarsky's Lemma 2, of the initial weights.
-
-    $D = \max_k\lVert W_k\rVert_F^2 - \lVert W_L\rVert_F^2 + \sum_k\lVert D_k\rVert_2$, zero for
-    balanced layers: $\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2 \le D$ at all times.
-    """
-    norms = [float(np.sum(np.square(matrix))) for matrix in start]
-    spread = [float(np.linalg.norm(matrix, 2)) for matrix in imbalance(start)]
-    return max(norms) - norms[-1] + sum(spread)
-
-
-def lemma_slacks(
-    start: Weights,
-    frobenius: np.ndarray,
-    spectral: np.ndarray,
-    rank_one_gap: np.ndarray,
-    misalignment: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    r"""What Ji and Telgarsky's Lemma 2 leaves at each point, never negative along the flow.
-
-    (i) $D - (\lVert W_k\rVert_F^2 - \lVert W_k\rVert_2^2)$, and (ii)
-    $D + \lVert W_{k+1}(0)\rVert_2^2 + \lVert W_k(0)\rVert_2^2
-    - (1 - \langle v_{k+1}, u_k\rangle^2)\lVert W_{k+1}\rVert_2^2$, NaN in a tie.
-
-    Args:
-        start: the initial weights.
-        frobenius, spectral, rank_one_gap: along the run, shape (points, layers).
-        misalignment: shape (points, layers - 1).
-
-    Returns:
-        (points, layers) and (points, layers - 1).
-    """
-    constant = lemma_constant(start)
-    with np.errstate(invalid="ignore"):
-        tails = np.where(frobenius > 0, rank_one_gap * frobenius * (frobenius + spectral), 0.0)
-    squares = np.array([float(np.linalg.norm(matrix, 2)) ** 2 for matrix in start])
-    turned = misalignment * (2 - misalignment) * spectral[:, 1:] ** 2
-    return constant - tails, constant + squares[1:] + squares[:-1] - turned
 
 
 def margin(problem: Problem, weights: Weights) -> Array:
@@ -164,13 +88,14 @@ class Reference(eqx.Module):
     max_margin: Array
     slack: Array
     r"""$\langle z_i, \bar u\rangle - \gamma$, shape (points,); exactly zero on the support."""
-    imbalance: tuple[Array, ...]
+    conserved: tuple[Kept, ...]
+    """What is kept of the conserved matrices of the start."""
 
     @classmethod
     def of(cls, solution: MaxMargin, problem: Problem, weights: Weights) -> "Reference":
         """The reference of a run; NaN throughout where the data are not separable."""
         z = np.asarray(problem.data.signed_inputs)
-        start = tuple(as_array(np.asarray(matrix)) for matrix in imbalance(weights))
+        start = kept(weights)
         if not solution.separable:
             nothing = np.full(z.shape, np.nan)
             direction, margin, slack = nothing[0], np.nan, nothing[:, 0]
@@ -248,7 +173,7 @@ def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[s
     margins = problem.margins(weights)
     smallest = jnp.min(margins)
     product = _norm_product(weights)
-    layers = [singular(matrix) for matrix in weights]
+    layers = singulars(weights)
     frobenius = jnp.stack([jnp.sqrt(jnp.sum(matrix**2)) for matrix in weights])
     spectral = jnp.stack([layer.value for layer in layers])
     # With r^2 = tail/|W|_F^2: 1 - sigma/|W|_F = r^2/(1 + sigma/|W|_F) and
@@ -276,7 +201,7 @@ def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[s
         "spectral_norm": spectral,
         "rank_one_residual": jnp.sqrt(gap**2 + tail),
         "rank_one_gap": gap,
-        "imbalance_drift": imbalance_drift(weights, reference.imbalance),
+        "imbalance_drift": drift(weights, reference.conserved),
         "end_to_end": w,
     }
 

@@ -26,6 +26,7 @@ from gflow.problem.arguments import expect, shown
 from gflow.problem.data import Dataset
 from gflow.problem.design import AbstractDesign
 from gflow.problem.losses import Logistic
+from gflow.problem.memo import once_per_object
 from gflow.problem.methods import plain_method
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
 from gflow.problem.soft_margin import CrossEntropy
@@ -207,7 +208,7 @@ class Problem(eqx.Module):
         weights = self.network.check(weights, self.data)
         with settings.own():
             log_risk, norm = (float(value) for value in risk_and_slope(self, weights))
-            at_zero = float(self.log_risk_at_zero())
+            at_zero = level_at_zero(self)
             largest = self._largest_slope(weights) if norm == 0.0 else math.inf
         if not np.isfinite(log_risk):
             raise ValueError(
@@ -235,6 +236,13 @@ class Problem(eqx.Module):
                 stacklevel=3,
             )
         return weights
+
+
+@once_per_object  # an ensemble asks for every member
+def level_at_zero(problem: Problem) -> float:
+    r"""$\log R(0)$ as a number."""
+    with settings.own():
+        return float(problem.log_risk_at_zero())
 
 
 @eqx.filter_jit

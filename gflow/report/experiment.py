@@ -302,10 +302,11 @@ def certificate(data: Dataset) -> str:
             f"and {len(solution.support)} {of}."
         )
     residual = float(np.linalg.norm(data.signed_inputs.T @ solution.dual))
+    known = "Not separable" if solution.inseparable else "Not known whether separable"
     return (
-        "Not separable through the origin, so the claims are not applicable: "
-        f"a weighted mean of y x over {len(solution.support)} of the points has norm "
-        f"{residual:.1e} (the weights are `max_margin().dual`), so no direction has a margin above "
+        f"{known} through the origin, so the claims are not applicable: a weighted mean "
+        f"of y x over {len(solution.support)} of the points has norm {residual:.1e} (the "
+        "weights are `max_margin().dual`), so no direction has a margin above "
         f"{solution.margin_upper:.1e}."
     )
 

@@ -43,7 +43,11 @@ class ExactFlow(NamedTuple):
 
 
 def is_logistic(loss: AbstractLoss) -> bool:
-    """Whether the loss is the logistic one; raises for anything but the two that are known."""
+    """Whether the loss is the logistic one; raises for anything but the two that are known.
+
+    The one place that asks which loss it is: the formulas here are of these two by name, and are to
+    stay independent of what the losses say of themselves.
+    """
     if isinstance(loss, Exponential):
         return False
     if isinstance(loss, Logistic):

@@ -12,7 +12,7 @@ import optax
 from gflow.dynamics.descending.optimizers import transformation
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, between, expect, shown, whole
-from gflow.problem.network import Array, DeepLinear, inner_product
+from gflow.problem.network import Array, inner_product
 from gflow.problem.risk import Problem
 
 
@@ -77,7 +77,7 @@ def _smoothness(slope: Any, curvature: Any, depth: int, radius: Any, sharper: bo
 def _constants(problem: Problem) -> tuple[float, float]:
     """Bounds of the first and second derivative of a point's loss along unit vectors."""
     expect("problem", problem, Problem, A_PROBLEM)
-    if not isinstance(problem.network, DeepLinear):
+    if problem.design is None:
         raise ValueError(
             f"`problem` has a {type(problem.network).__name__}; expected a DeepLinear network: the "
             "paper's smoothness constant holds for products of matrices."

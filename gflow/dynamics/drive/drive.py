@@ -21,6 +21,7 @@ import numpy as np
 
 from gflow.dynamics.drive import checkpoint
 from gflow.dynamics.drive.checkpoint import Checkpoint, CheckpointError
+from gflow.dynamics.drive.memory_maps import make_room
 from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.drive.recorder import Recorder
 from gflow.dynamics.reasons import End, Reason
@@ -164,6 +165,7 @@ class Drive:
 
     def _follow(self, alike: list[Run]) -> None:
         """Follow runs of one program until they end or go on by another."""
+        make_room(alike[0].program)
         queue, devices = deque(alike), self.devices[: len(alike)]
         width = min(self.width, alike[0].widest, -(-len(alike) // len(devices)))
         if width == 1 and len(devices) == 1:

@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from gflow.dynamics.clocks import readings
+from gflow.dynamics.clocks import AbstractClock, readings
 from gflow.dynamics.drive.agenda import Agenda
 from gflow.dynamics.drive.checkpoint import Snapshot, identity
 from gflow.dynamics.drive.drive import AbstractLanes, widest_for
@@ -28,16 +28,17 @@ from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, wall, why_sta
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
-from gflow.dynamics.march.loop import start
+from gflow.dynamics.march.loop import lanes_at
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
+from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights, as_array
 from gflow.problem.observables import imbalance
-from gflow.problem.risk import ROUND_OFF, risk_and_slope
+from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
 
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
@@ -86,12 +87,11 @@ class FlowRun:
         self.plan, self.recorder, self.compares = plan, recorder, compares
         self.rules, self.done = rules, 0
         self.saves, self.ends, self.end = way
+        self._to_save = set(map(id, self.saves))
         self.problem, self.clock = plan.field.problem, plan.field.clock
         weights, log_risk = recorder.start, at_start.log_risk
         self.first_slope = at_start.slope
-        self.above_zero = log_risk > float(self.problem.log_risk_at_zero()) + ROUND_OFF
-        layers = self.problem.network.layers(weights)
-        self.imbalance = tuple(map(np.asarray, imbalance(layers))) if layers else ()
+        self.above_zero = log_risk > level_at_zero(self.problem) + ROUND_OFF
         self.split = plan.split
         self.split_run: OnSplit | None = None
         self.early: OnSplit | None = None
@@ -263,8 +263,11 @@ class FlowRun:
             events = self.agenda.passing(int(at.clock_goal[row]), int(at.steps_goal[row]))
             if any(event.action.saves for event in events):
                 rows.append(row)
-            stand = report.row(row)
-            self._act(events, stand)
+            if all(event.action is Action.SAVE for event in events):
+                self._count(events)
+            else:
+                stand = report.row(row)
+                self._act(events, stand)
         self._record(report, rows)
         if self.end is not None and stand is not None:
             self._leave(stand)
@@ -354,7 +357,7 @@ class FlowRun:
         if self.above_zero:
             # On separable data the risk has its critical points at R = R(0) only. In a clock that
             # follows the risk a saddle is a branch point, which a solver may jump over unawares.
-            levels.append((float(self.problem.log_risk_at_zero()), Action.SADDLE))
+            levels.append((level_at_zero(self.problem), Action.SADDLE))
         elif self.split is not None:
             levels.append((HAND_OVER_AT, Action.HAND_OVER))
             if self.compares and self.early is None:
@@ -366,8 +369,11 @@ class FlowRun:
         ]
 
     def _clock_at(self, log_risk: float) -> tuple[float, int]:
-        value = self.clock.at_log_risk(log_risk)
-        return math.inf if value is None else float(value), NO_STEP_COUNT
+        known = _values_at(self.clock)
+        if log_risk not in known:
+            value = self.clock.at_log_risk(log_risk)
+            known[log_risk] = math.inf if value is None else float(value)
+        return known[log_risk], NO_STEP_COUNT
 
     def _is_at(self, event: Event) -> bool:
         """Whether the run stands at an event, or beyond."""
@@ -397,7 +403,7 @@ class FlowRun:
 
     def _count(self, events: Sequence[Event]) -> None:
         """Count the saved points among events."""
-        self.done += sum(any(event is save for save in self.saves) for event in events)
+        self.done += sum(id(event) in self._to_save for event in events)
 
     def _land(self, report: Report) -> None:
         """Land on the earliest of the watched events that the last step crossed."""
@@ -469,7 +475,9 @@ class FlowRun:
         with np.errstate(divide="ignore"):
             log_time = float(np.log(np.asarray(scaled_time))) - log_risk
         layers = tuple(map(np.asarray, weights))
-        return OnSplit.of(self.split, self.problem, layers, log_time, self.imbalance, num_steps)
+        start = self.problem.network.layers(self.recorder.start) or ()
+        conserved = tuple(map(np.asarray, imbalance(start)))
+        return OnSplit.of(self.split, self.problem, layers, log_time, conserved, num_steps)
 
     def _begun_in_split_coordinates(self) -> "OnSplit":
         """The run in split coordinates from the start.
@@ -562,7 +570,7 @@ class FlowRun:
             self._arm()
             member = dataclasses.replace(self.member, goals=self.goals(1))
             nothing = jax.tree.map(lambda _: None, member)
-            like = eqx.filter_eval_shape(start, member, nothing, self.method, *self.standing())
+            like = eqx.filter_eval_shape(lanes_at, member, nothing, self.method, *self.standing())
             lane = snapshot.read("lane", like)
             self._stand = Stand(float(lane.s), lane.state, int(lane.num_steps))
             self.resumed = at_no_goal(lane)
@@ -586,6 +594,12 @@ _FACTS = (
     "num_rejected",
     "used",
 )
+
+
+@once_per_object
+def _values_at(clock: AbstractClock) -> dict[float, float]:
+    """What a clock shows at log risks that were asked for; an ensemble asks for every member."""
+    return {}
 
 
 _level = functools.lru_cache(LogRisk)

@@ -23,7 +23,7 @@ from gflow.problem.design import others_of
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, widths
-from gflow.problem.risk import Problem
+from gflow.problem.risk import Problem, level_at_zero
 from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _facts(problem: Problem) -> dict[str, Any]:
         "exponential_tail": problem.loss.exponential_tail,
         "slope_bound": float(problem.loss.slope_bound),
         "smoothness": float(problem.loss.smoothness),
-        "log_risk_at_zero": float(problem.log_risk_at_zero()),
+        "log_risk_at_zero": level_at_zero(problem),
     }
 
 

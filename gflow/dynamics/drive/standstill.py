@@ -2,15 +2,17 @@
 
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.field import AbstractField
 from gflow.dynamics.reasons import End, Reason
+from gflow.problem.losses import AbstractJointLoss
 from gflow.problem.memo import once_per_object
-from gflow.problem.network import Weights, end_to_end
-from gflow.problem.risk import Problem, risk_and_slope
+from gflow.problem.network import Array, Weights, as_array, end_to_end
+from gflow.problem.risk import Problem, level_at_zero, risk_and_slope
 
 SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
@@ -42,7 +44,7 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     if why is not None:
         return Reason.NO_MEANING.end(why=why)
     log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
-    above, slope = log_risk - float(problem.log_risk_at_zero()), math.sqrt(squared)
+    above, slope = log_risk - level_at_zero(problem), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
     level = 4 * EPSILON * max(1.0, abs(log_risk))
     if above >= -level and slope <= SADDLE * first_slope:
@@ -67,11 +69,16 @@ def at_level_zero(problem: Problem, weights: Weights, slope: float) -> End:
 @once_per_object
 def wall(problem: Problem) -> tuple[float, End]:
     """The risk at which float64 weights end, and why."""
-    margins = jnp.full((problem.num_margins,), LARGEST_MARGIN)
-    overflow = float(problem.loss.terms(margins).log_risk)
+    margins = np.full((problem.num_margins,), LARGEST_MARGIN)
+    overflow = float(_log_risk(problem.loss, as_array(margins)))
     if overflow > -UNCERTAIN_MARGIN:
         return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
     return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)
+
+
+@eqx.filter_jit
+def _log_risk(loss: AbstractJointLoss, margins: Array) -> Array:
+    return loss.terms(margins).log_risk
 
 
 def _inseparable(problem: Problem, weights: Weights) -> str | None:

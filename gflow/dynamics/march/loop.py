@@ -30,8 +30,8 @@ from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, Weights, squared_norm
 
-SHARE = 4
-"""Steps end in a trip where at least one running lane in so many has solved its step."""
+SHARE = 4, 5
+"""Steps end in a trip where at least so many in so many running lanes have solved theirs."""
 
 NOISE_STEPS, NOISE_ERRORS = 16.0, 4.0
 """Round-off exceeds the tolerance when a refused step has been made shorter by the first factor
@@ -42,13 +42,16 @@ STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
 one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
 
 
+ONCE = {"xla_backend_optimization_level": 0}
+"""For a program that is called once a run: it is compiled in less time, and runs in more."""
+
+
 # ---------------------------------------------------------------------------------------------
 # What the host calls
 # ---------------------------------------------------------------------------------------------
 
 
-@eqx.filter_jit
-def start(
+def lanes_at(
     member: Member,
     shared: Member,
     method: AbstractMethod,
@@ -104,6 +107,10 @@ def start(
     return (jax.vmap(one) if many else one)(member, s, state, before)
 
 
+start = eqx.filter_jit(lanes_at, compiler_options=ONCE)  # pyright: ignore[reportCallIssue]
+""":func:`lanes_at`, compiled."""
+
+
 @eqx.filter_jit
 def begin_again(
     member: Member, shared: Member, method: AbstractMethod, lane: Lane, many: bool = False
@@ -137,7 +144,7 @@ def march(
     """Go on until ``enough`` lanes have a reason to stop, or for so many trips.
 
     Args:
-        member, shared, method, many: as for :func:`start`.
+        member, shared, method, many: as for :func:`lanes_at`.
         lane: where the members stand. Those with a reason other than RUNNING stay there.
         trips: rounds in which steps end; a single member makes one attempt in each.
         enough: how many lanes are to have stopped, 1 for a single member.
@@ -171,7 +178,7 @@ def march(
 
         def unfinished(attempt: Any) -> Array:
             ready = running & each(solved)(carrying(attempt))
-            return SHARE * jnp.sum(ready) < jnp.sum(running)
+            return SHARE[1] * jnp.sum(ready) < SHARE[0] * jnp.sum(running)
 
         def once(attempt: Any) -> Any:
             here = carrying(attempt)
