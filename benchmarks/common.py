@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 import gflow
 from gflow.dynamics.march.lane import Goals, Lane, Member
-from gflow.dynamics.march.loop import march, start
+from gflow.dynamics.march.loop import lanes_at, march
 from gflow.dynamics.march.method import method_of
 from gflow.dynamics.march.tolerance import Tolerance, default_atol
 from gflow.dynamics.reasons import Reason
@@ -204,11 +204,15 @@ def member(field: Any, rtol: Any, atol: Any, s_end: Any, max_steps: int = UNLIMI
     return Member(field, Tolerance(np.float64(rtol), atol), (), goals)
 
 
+_lanes_at = eqx.filter_jit(lanes_at)
+"""Compiled, within the compiled functions of a caller too."""
+
+
 def begun(followed: Member, method: Any, s: Any, state: Any) -> Lane:
     """The lane of a member at its start."""
     nothing = jax.tree.map(lambda _: None, followed)
     before = np.float64(math.nan), np.int64(0), np.int64(0)
-    return start(followed, nothing, method, s, state, before)
+    return _lanes_at(followed, nothing, method, s, state, before)
 
 
 def marched(followed: Member, method: Any, lane: Lane, trips: int) -> Lane:

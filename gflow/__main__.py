@@ -62,7 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         default=None,
         help="the real data set: digits-A-B, iris-A-B, wine-A-B with two classes A and B, "
-        "breast-cancer, ...; default: wine-0-1",
+        "breast-cancer, or digits, iris, wine with all classes; default: wine-0-1",
+    )
+    reproduce.add_argument(
+        "--classes",
+        action="store_const",
+        dest="dataset",
+        const="digits",
+        help="all ten digits as classes, with cross-entropy: the same as --dataset digits",
     )
     reproduce.set_defaults(command=_reproduce)
 

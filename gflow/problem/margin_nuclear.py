@@ -34,6 +34,7 @@ of round-off end at a gap of about 1e-7 this goes on to 1e-14.
 Boyd and Vandenberghe, *Convex Optimization* (2004), 11.3 and 11.6.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -269,7 +270,7 @@ def _lower(data: Contrasted, matrix: np.ndarray) -> tuple[np.ndarray, float]:
     unit = matrix / norm
     lost = (sum(data.shape) + 8) * EPSILON
     sure = float(np.min(data.margins(unit) - lost * data.magnitudes(unit)))
-    return unit, sure * (1 - np.sign(sure) * lost)
+    return unit, sure * (1 - math.copysign(lost, sure))
 
 
 def _upper(data: Contrasted, weights: np.ndarray) -> tuple[np.ndarray, float]:
@@ -278,4 +279,4 @@ def _upper(data: Contrasted, weights: np.ndarray) -> tuple[np.ndarray, float]:
     lost = (sum(data.shape) + 8) * EPSILON
     size = float(np.linalg.norm(data.gather(p), 2))
     rounding = lost * float(np.linalg.norm(data.gather_sizes(p)))
-    return p, size * (1 + lost) + rounding
+    return p, float(size * (1 + lost) + rounding)

@@ -178,6 +178,13 @@ def draw(outcome: Outcome, folder: Path) -> list[Path]:
     records = outcome.records
     flows = {label: r for label, r in records.items() if r.attrs["kind"] == "flow"} or records
     data = outcome.experiment.data
+    if data.num_classes is not None:
+        last = next(iter(flows.values()))
+        if data.dim == 2:
+            keep("figure_1a.png", plot.decision_regions(data, last))
+        keep("figure_1b.png", plot.spectra(last))
+        keep("risk.png", plot.risk(records))
+        return figures
     if data.dim == 2:
         keep("figure_1a.png", plot.decision_lines(data, flows))
     deep = {label: r for label, r in records.items() if r.sizes.get("layer", 1) > 1}
@@ -276,7 +283,7 @@ def run_rows(outcome: Outcome) -> list[list[str]]:
                 f"{float(last['log_risk']):.6g}",
                 f"{float(last['log_time']):.6g}",
                 str(int(last["num_steps"])),
-                f"{float(last['direction_error']):.2e}",
+                f"{float(last['direction_error']):.2e}" if "direction_error" in last else "",
                 f"{attrs['wall_time']:.1f} s",
                 f"{attrs['status']}: {attrs['message']}",
             ]
@@ -287,17 +294,19 @@ def run_rows(outcome: Outcome) -> list[list[str]]:
 def certificate(data: Dataset) -> str:
     """Whether the data are separable, and what proves it, in a sentence."""
     solution = data.max_margin()
+    of = "support vectors" if data.num_classes is None else "margins"
     if solution.separable:
         return (
             f"Separable through the origin: the max margin lies between "
             f"{solution.margin_lower:.16g} and {solution.margin_upper:.16g}, proven by a direction "
-            f"and {len(solution.support)} support vectors."
+            f"and {len(solution.support)} {of}."
         )
     residual = float(np.linalg.norm(data.signed_inputs.T @ solution.dual))
+    known = "Not separable" if solution.inseparable else "Not known whether separable"
     return (
-        "Not separable through the origin, so the claims are not applicable: "
-        f"a weighted mean of y x over {len(solution.support)} of the points has norm "
-        f"{residual:.1e} (the weights are `max_margin().dual`), so no direction has a margin above "
+        f"{known} through the origin, so the claims are not applicable: a weighted mean "
+        f"of y x over {len(solution.support)} of the points has norm {residual:.1e} (the "
+        "weights are `max_margin().dual`), so no direction has a margin above "
         f"{solution.margin_upper:.1e}."
     )
 

@@ -18,7 +18,6 @@ from gflow.dynamics.descending.step_sizes import polyak
 from gflow.dynamics.stops import LogRisk, Steps
 from gflow.problem import datasets, init
 from gflow.problem.data import Dataset
-from gflow.problem.losses import Logistic
 from gflow.problem.risk import Problem
 from gflow.report import experiment as ex
 
@@ -69,10 +68,11 @@ def experiments(dataset: str = REAL, *, quick: bool = False) -> list[ex.Experime
 
 
 def _experiment(name: str, data: Dataset, goal: float, quick: bool) -> ex.Experiment:
-    problem = Problem(data, loss=Logistic())
+    problem = Problem(data)  # logistic loss, of classes cross-entropy
+    outputs = data.num_outputs
     starts = [
         init.admissible(init.gaussian(shape, seed=0), problem)
-        for shape in ((data.dim, *HIDDEN, 1), (data.dim, 1))
+        for shape in ((data.dim, *HIDDEN, outputs), (data.dim, outputs))
     ]
     options = {"save": 50 if quick else 120}
     # An explicit solver takes more steps but less time to compile, which is most of a short run.

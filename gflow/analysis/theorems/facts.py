@@ -110,7 +110,7 @@ class Facts:
         """Assumptions of the convergence theorems that fail."""
         found = list(self.step_obstacles)
         if not self.separable:
-            found.append("the data are not linearly separable")
+            found.append("the data are not linearly separable, or not known to be")
         if np.nanmin(self.log_risk) > self.log_risk_at_zero + ROUND_OFF:
             found.append("R > R(0) at every saved point, so that it may end at a saddle")
         if self.is_descent and not math.isfinite(self.slope_bound + self.smoothness):

@@ -85,8 +85,8 @@ from gflow.problem.terms import AbstractCurvature
 DIRECT = 100
 """Up to this order the linear system is solved as it is; beyond, the stages share a Jacobian."""
 
-SLOW = 0.2
-"""Corrections that shrink by no more than this ask for a fresh Jacobian."""
+SLOW, PATIENCE = 0.5, 6
+"""If corrections shrink by no more than the one after so many, there is a fresh Jacobian."""
 
 
 class Solution(NamedTuple):
@@ -311,7 +311,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     else:
         # Decomposed once a step, and again where corrections do not shrink as fast as they should.
         last = jax.lax.cond(
-            (attempt.count == 0) | ((attempt.count >= 2) & (attempt.contraction > SLOW)),
+            (attempt.count == 0) | ((attempt.count == PATIENCE) & (attempt.contraction > SLOW)),
             lambda: Spectral.of(frame.gram, growth[p // 2] ** 2 * stiffness(*middle)),
             lambda: attempt.stiffness,
         )

@@ -26,8 +26,7 @@ class Geometry:
         solution = data.max_margin()
         if not solution.separable:
             raise ValueError(
-                "The data are not linearly separable through the origin: the flow has a finite "
-                "limit and no slow manifold."
+                f"There is no slow manifold without a maximum margin: {solution.verdict}."
             )
         points = np.asarray(data.signed_inputs)
         on = np.zeros(len(points), dtype=bool)

@@ -85,8 +85,8 @@ class SlowManifold(eqx.Module):
             return "the data have classes, and split coordinates are for one output"
         if not problem.loss.exponential_tail:
             return f"{problem.loss!r} has no exponential tail, so that all points keep their weight"
-        if not problem.data.max_margin().separable:
-            return "the data are not separable, so that the flow has a finite limit"
+        if not (solution := problem.data.max_margin()).separable:
+            return f"{solution.verdict}, and split coordinates are about its maximum margin"
         lowest = float(np.min(_margins(problem, weights)))
         least = max(1.0, problem.loss.tail_from)
         if lowest < least:

@@ -8,6 +8,7 @@ Axes whose values run from about zero to $10^4$ or $10^{16}$ ($\log t$, $-\log R
 linear up to one and logarithmic beyond.
 """
 
+from gflow.report.plot.classes import decision_regions as decision_regions, spectra as spectra
 from gflow.report.plot.exactness import (
     asymptotes as asymptotes,
     certificate as certificate,

@@ -93,7 +93,7 @@ def draw_lines(
             label=label if len(shown) > 1 else "_",
         )
     if not has_curves(ax):
-        say(ax, "undefined: the data are not separable")
+        say(ax, "undefined: no direction is known to separate the data")
 
 
 def draw_families(

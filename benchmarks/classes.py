@@ -1,0 +1,211 @@
+"""How far and how exactly does the flow of several classes get?
+
+Four questions. The closed form `simplex_modes` for K = 2 to 10 and 1 to 4 layers, the error of
+log t at log R = -10, -1e3, -1e6 and the time of a warm call. Two outputs against one. Margins in
+the norm that belongs to the depth, at log R = -1e8, against certified optima. Ten digits, widths
+64-32-32-10, to log R = -1e4, beside diffrax's Dopri8 in gflow's clock and in time, and descent in
+single precision.
+
+    python benchmarks/classes.py [--quick] [--out FOLDER]
+"""
+
+import time
+
+import diffrax
+import jax
+import numpy as np
+import optax
+from common import Report, begin, parser
+from peers import PALETTE
+
+import gflow
+
+GOALS = (-10.0, -1e3, -1e6)
+WIDTHS = (64, 32, 32, 10)
+
+
+def cpu(function):
+    """What a function returns, and the processor seconds that it took."""
+    began = time.process_time()
+    found = function()
+    return found, time.process_time() - began
+
+
+def closed_form(num, depth, rtol):
+    problem = gflow.Problem(gflow.Dataset(np.eye(num), np.arange(num), num_classes=num))
+    start = (0.3 ** (1 / depth) * (np.eye(num) - 1 / num),) * depth
+
+    def follow():
+        return gflow.gradient_flow(
+            problem, start, until=gflow.LogRisk(GOALS[-1]), save=GOALS, rtol=rtol, progress=False
+        )
+
+    follow()
+    flow, seconds = cpu(follow)
+    flow_only = cpu(
+        lambda: gflow.gradient_flow(
+            problem, start, until=gflow.LogRisk(GOALS[-1]), save=2, rtol=rtol, progress=False
+        )
+    )[1]
+    exact = gflow.exact.simplex_modes(num, 0.3, depth, log_risk=flow.log_risk.values[1:])
+    error = np.abs(flow.log_time.values[1:] / exact.log_time - 1)
+    return {
+        "classes": num,
+        "depth": depth,
+        "error": error.tolist(),
+        "cpu_s": min(seconds, flow_only),
+        "num_steps": int(flow.num_steps[-1]),
+    }
+
+
+def two_outputs():
+    data = gflow.datasets.separable(n=30, d=5, margin=0.1, seed=0)
+    pair = gflow.Problem(gflow.Dataset(data.inputs, (1 - data.labels) / 2, num_classes=2))
+    one = gflow.Problem(gflow.Dataset(np.sqrt(2) * data.inputs, data.labels))
+    two = gflow.init.admissible(gflow.init.gaussian((5, 8, 2), seed=0), pair)
+    single = (two[0], (two[1][:1] - two[1][1:]) / np.sqrt(2))
+    until = gflow.LogRisk(-1e5)
+    a = gflow.gradient_flow(pair, two, until=until, save=20, progress=False)
+    b = gflow.gradient_flow(one, single, until=until, save=20, progress=False)
+    w = (a.end_to_end.values[:, 0] - a.end_to_end.values[:, 1]) / np.sqrt(2)
+    apart = np.linalg.norm(w - b.end_to_end.values, axis=1) / np.linalg.norm(w, axis=1)
+    return {"end_to_end": float(apart.max())}
+
+
+def norms():
+    rng = np.random.default_rng(0)
+    centres, classes = rng.normal(size=(3, 4)), np.arange(18) % 3
+    inputs = 2 * centres[classes] + 0.5 * rng.normal(size=(18, 4))
+    data = gflow.Dataset(inputs, classes, num_classes=3).scaled()
+    problem = gflow.Problem(data)
+    rows = []
+    for norm, variable, widths in ((2, "margin", (4, 3)), ("nuclear", "nuclear_margin", (4, 6, 3))):
+        best = gflow.max_margin(data, norm=norm)
+        start = gflow.init.admissible(gflow.init.gaussian(widths, seed=1), problem)
+        flow = gflow.gradient_flow(
+            problem, start, until=gflow.LogRisk(-1e8), save=20, progress=False
+        )
+        rows.append(
+            {
+                "depth": len(widths) - 1,
+                "norm": str(norm),
+                "certified_gap": best.relative_gap,
+                "missing": 1 - float(flow[variable][-1]) / best.margin,
+                "status": flow.attrs["status"],
+            }
+        )
+    return rows
+
+
+def digits(goal, patience):
+    """Ten digits: gflow, and how far others get in the same processor time or `patience`."""
+    data = gflow.datasets.digits_all()
+    solution, seconds = cpu(lambda: gflow.max_margin(data))
+    problem = gflow.Problem(data)
+    start = gflow.init.admissible(gflow.init.gaussian(WIDTHS, seed=0), problem)
+
+    def follow(**options):
+        until = options.pop("until", gflow.LogRisk(goal))
+        return gflow.gradient_flow(problem, start, until=until, save=2, progress=False, **options)
+
+    follow()
+    flow, own = cpu(follow)
+    rows = [_row("gflow", flow, own)]
+    for name, options in (
+        ("Dopri8, log-risk clock", {"solver": diffrax.Dopri8(), "clock": gflow.clocks.LogRisk()}),
+        ("Dopri8, log-time clock", {"solver": diffrax.Dopri8(), "clock": gflow.clocks.LogTime()}),
+    ):
+        record, taken = cpu(lambda options=options: follow(max_steps=patience, **options))
+        rows.append(_row(name, record, taken))
+    rows.append(_single_precision(problem, start, patience))
+    return {"max_margin_cpu_s": seconds, "max_margin_gap": solution.relative_gap, "rows": rows}
+
+
+def _row(name, record, seconds):
+    drift = record["imbalance_drift"].values
+    return {
+        "method": name,
+        "log_risk": float(record.log_risk[-1]),
+        "num_steps": int(record.num_steps[-1]),
+        "cpu_s": seconds,
+        "drift": float(drift.max()),
+        "status": record.attrs["status"],
+    }
+
+
+def _single_precision(problem, start, steps):
+    """Descent of float32, as a training script has it: where its loss ends."""
+    import jax.numpy as jnp
+
+    inputs = jnp.asarray(problem.data.inputs, jnp.float32)
+    labels = jnp.asarray(problem.data.classes)
+    weights = tuple(jnp.asarray(w, jnp.float32) for w in start)
+    optimizer = optax.sgd(1.0)
+
+    def loss(weights):
+        outputs = inputs
+        for matrix in weights:
+            outputs = outputs @ matrix.T
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+    @jax.jit
+    def descend(weights, state):
+        def step(carry, _):
+            weights, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(weights), state)
+            return (optax.apply_updates(weights, updates), state), None
+
+        return jax.lax.scan(step, (weights, state), length=1000)[0]
+
+    began, state = time.process_time(), optimizer.init(weights)
+    for _ in range(max(1, steps // 1000)):
+        weights, state = descend(weights, state)
+    return {
+        "method": "descent, float32",
+        "log_risk": float(np.log(loss(weights))),
+        "num_steps": max(1, steps // 1000) * 1000,
+        "cpu_s": time.process_time() - began,
+    }
+
+
+def figure(cases):
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(3.4, 2.5), layout="constrained")
+    for depth in sorted({row["depth"] for row in cases}):
+        rows = [row for row in cases if row["depth"] == depth]
+        ax.semilogy(
+            [row["classes"] for row in rows],
+            [max(row["error"]) for row in rows],
+            "o-",
+            ms=3,
+            color=PALETTE[depth - 1],
+            label=f"{depth} layers" if depth > 1 else "1 layer",
+        )
+    ax.set_xlabel("classes", fontsize=8)
+    ax.set_ylabel(r"largest relative error of $\log\,t$", fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7)
+    return fig
+
+
+def main():
+    options = begin(parser(__doc__))
+    report = Report(__file__, options)
+    grid = [(3, 2)] if options.quick else [(k, d) for d in (1, 2, 3, 4) for k in (2, 3, 5, 10)]
+    cases = [closed_form(num, depth, 1e-10) for num, depth in grid]
+    for row in cases:
+        errors = " ".join(f"{e:.0e}" for e in row["error"])
+        print(
+            f"K = {row['classes']}, L = {row['depth']}: {errors}, {row['cpu_s']:.3f} s", flush=True
+        )
+    pair, limits = two_outputs(), norms()
+    print(pair, *limits, sep="\n", flush=True)
+    found = digits(-3.0 if options.quick else -1e4, 200 if options.quick else 5000)
+    for row in found["rows"]:
+        print(row, flush=True)
+    report.write(figure(cases), closed_form=cases, two_outputs=pair, limits=limits, digits=found)
+
+
+if __name__ == "__main__":
+    main()
