@@ -216,7 +216,7 @@ def _gaps(
         return np.where(np.isnan(proved), usual, proved)
 
     if (vectors := both("end_to_end")) is not None:
-        values, high, low = vectors
+        values, high, low = (each.reshape(len(each), -1) for each in vectors)
         size = _norm(high)
         own_part = own("end_to_end", size)
         gap, error = _norm(values - high), _norm(high - low) + own_part
