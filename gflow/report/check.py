@@ -23,6 +23,7 @@ from gflow.problem import init, settings
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
 from gflow.problem.network import Network, Weights
+from gflow.problem.regression import Regression
 from gflow.problem.risk import Problem
 
 if TYPE_CHECKING:
@@ -35,10 +36,8 @@ ROUND_OFF = 1e-16
 """An error of zero is told as this."""
 
 DATUM = np.array([0.8, -0.5, 0.3])
-FAR, MIDDLE, NEAR = -1000.0, -12.0, -3.0
-"""The log risks to which margin losses, square losses of one number and of several are followed: a
-square loss is a difference of numbers of order one, whose logarithm loses digits as it falls and
-ends where an entry of the residual changes sign."""
+FAR, NEAR = -1000.0, -40.0
+"""The log risks to which margin losses and square losses are followed."""
 
 HADAMARD = -100.0
 """The same of modes of several classes, whose equation SciPy integrates."""
@@ -188,40 +187,6 @@ def _at_time(oracle: Callable[..., Any], *, of: float = 1.0, **options: Any) -> 
     return truth
 
 
-class SquareLoss(AbstractLoss):
-    r"""$\frac12(s - q)^2$ for $q < s$, as a loss of a margin: the closed forms know it, too."""
-
-    target: float = 1.0
-
-    def log_value(self, margin: Any) -> Any:
-        return 2 * jnp.log(self.target - margin) - math.log(2)
-
-    def log_slope(self, margin: Any) -> Any:
-        return jnp.log(self.target - margin)
-
-    def log_curvature(self, margin: Any) -> Any:
-        return jnp.zeros_like(margin)
-
-    def inverse(self, log_value: Any) -> Any:
-        return self.target - jnp.exp((log_value + math.log(2)) / 2)
-
-    @property
-    def slope_bound(self) -> float:
-        return math.inf
-
-    @property
-    def smoothness(self) -> float:
-        return 1.0
-
-    @property
-    def exponential_tail(self) -> bool:
-        return False
-
-    @property
-    def name(self) -> str:
-        return "square"
-
-
 def _datum(loss: AbstractLoss, network: Network | None = None) -> Problem:
     return Problem(Dataset([DATUM], [1], name="one datum"), network, loss)
 
@@ -284,14 +249,13 @@ def _convolution(loss: AbstractLoss) -> Flow:
 
 def _square(weights: Weights, oracle: Callable[..., Any], target: float, **options: Any) -> Flow:
     """A square loss of one number."""
-    problem = Problem(Dataset([[1.0]], [1], name="one mode"), loss=SquareLoss(target))
-    truth = _at_time(oracle, target=target, **options)
-    return Flow(problem, weights, truth, end=MIDDLE)
+    problem = Problem(Regression([[1.0]], [target], name="one mode"))
+    return Flow(problem, weights, _at_time(oracle, target=target, **options), end=NEAR)
 
 
-def _square_mode() -> Flow:
-    weights = tuple(np.array([[0.05 ** (1 / 3)]]) for _ in range(3))
-    return _square(weights, exact.square_loss_mode, 1.7, start=0.05, depth=3)
+def _square_mode(depth: int) -> Flow:
+    weights = tuple(np.array([[0.05 ** (1 / depth)]]) for _ in range(depth))
+    return _square(weights, exact.square_loss_mode, 1.7, start=0.05, depth=depth)
 
 
 def _square_unbalanced() -> Flow:
@@ -300,22 +264,14 @@ def _square_unbalanced() -> Flow:
 
 
 def _riccati() -> Flow:
-    """Two matrices, one entry of their product a data point; the risk is the MEAN of four."""
+    """Two matrices; the risk is the MEAN over two points."""
     target = np.array([[1.0, 0.6], [0.7, 1.2]])
     first = np.array([[0.2, 0.1], [0.1, 0.3]])
     values, vectors = np.linalg.eigh(first @ first.T + 0.3 * np.eye(2))
     weights = (first, (vectors * np.sqrt(values)) @ vectors.T)
-
-    def product(first: Any, second: Any) -> Any:
-        return second @ first
-
-    def apply(weights: Any, x: Any) -> Any:
-        return 1 - jnp.dot(jnp.ravel(target - product(*weights)), x)
-
-    data = Dataset(np.eye(4), np.ones(4), name="four entries")
-    truth = _at_time(exact.two_layer_riccati, of=4, target=target, weights=weights)
-    problem = Problem(data, Network(apply), SquareLoss(1.0))
-    return Flow(problem, weights, truth, _of_layers(product), NEAR)
+    problem = Problem(Regression(np.eye(2), target.T, name="unit vectors"))
+    truth = _at_time(exact.two_layer_riccati, of=2, target=target, weights=weights)
+    return Flow(problem, weights, truth, end=NEAR)
 
 
 def _clock() -> Flow:
@@ -364,7 +320,9 @@ CASES: tuple[tuple[str, str, Callable[[], Flow]], ...] = (
     ("3 diagonal layers", "one_datum_diagonal", lambda: _diagonal(3)),
     ("2 convolutions, exponential", "one_datum_convolution", lambda: _convolution(Exponential())),
     ("2 convolutions, logistic", "one_datum_convolution", lambda: _convolution(Logistic())),
-    ("3 balanced layers, square loss", "square_loss_mode", _square_mode),
+    ("1 layer, square loss", "square_loss_mode", lambda: _square_mode(1)),
+    ("3 balanced layers, square loss", "square_loss_mode", lambda: _square_mode(3)),
+    ("5 balanced layers, square loss", "square_loss_mode", lambda: _square_mode(5)),
     ("2 unbalanced layers, square loss", "two_layer_square_loss", _square_unbalanced),
     ("2 matrices, square loss", "two_layer_riccati", _riccati),
     ("5 classes, 3 layers", "simplex_modes", lambda: _simplex(5, 3)),
