@@ -285,7 +285,8 @@ def _admissible(member: Member | Exception) -> bool:
     if isinstance(member, Exception):
         return True  # nothing is known; its status says why
     first = float(member.variables["log_risk"][1][0])
-    return first <= float(member.attrs.get("log_risk_at_zero", math.inf)) + ROUND_OFF
+    at_zero = member.attrs["log_risk_at_zero"]
+    return at_zero is None or first <= float(at_zero) + ROUND_OFF
 
 
 def _each(name: str, value: Any, count: int, kind: Any) -> list[Any]:

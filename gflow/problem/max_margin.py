@@ -277,6 +277,8 @@ def _certified(
 def _signed_inputs(data: Any) -> np.ndarray:
     of = getattr(data, "data", data)  # of a problem, and of an array its memory
     held = next((each for each in (data, of) if hasattr(each, "signed_inputs")), None)
+    if held is None and hasattr(of, "max_margin"):
+        of.max_margin()  # says why there is none
     given = data if held is None else held.signed_inputs
     expect_unmasked("data", given)
     z = np.asarray(given)
