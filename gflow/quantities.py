@@ -24,10 +24,19 @@ DIMENSIONS = {
 """The dimensions of records, each with the number of its first entry. Layers count from 1 at the
 input, the pair of layers (k, k+1) is number k."""
 
-Needs = Literal["layers", "reference", "homogeneity", "one output", "classes", "margins", "targets"]
+Needs = Literal[
+    "layers",
+    "reference",
+    "homogeneity",
+    "one output",
+    "classes",
+    "margins",
+    "targets",
+    "outputs",
+]
 """What a variable may ask of a problem: a network that is a product of matrices, the
-maximum-margin direction, a degree of homogeneity, labels -1 and +1, classes, either of these two,
-or targets."""
+maximum-margin direction, a degree of homogeneity, labels -1 and +1, classes, either of these two
+("margins"), targets, or classes or targets ("outputs")."""
 
 
 class Kind(enum.Enum):
@@ -265,7 +274,7 @@ QUANTITIES: dict[str, Quantity] = {
         "singular values of W_L ... W_1",
         kind=Kind.VECTOR,
         certified=True,
-        needs=("layers",),
+        needs=("layers", "outputs"),
     ),
     "singular_values": Quantity(
         ("point", "layer", "value"),
@@ -273,7 +282,7 @@ QUANTITIES: dict[str, Quantity] = {
         symbol=r"$\sigma_i(W_k)$",
         kind=Kind.VECTOR,
         certified=True,
-        needs=("layers",),
+        needs=("layers", "outputs"),
     ),
     "rank_residual": Quantity(
         LAYER,

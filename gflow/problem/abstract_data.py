@@ -32,8 +32,8 @@ class AbstractData(eqx.Module):
     def offers(self) -> frozenset[str]:
         """What may be asked of the data.
 
-        Some of "one output" (labels -1 and +1), "classes", "margins" (either of them) and
-        "targets".
+        Some of "one output" (labels -1 and +1), "classes", "margins" (either of them), "targets",
+        and "outputs" (classes or targets, of which networks have several outputs).
         """
 
     @property

@@ -126,7 +126,8 @@ class Dataset(AbstractData):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"margins", "one output" if self.num_classes is None else "classes"})
+        own = ("one output",) if self.num_classes is None else ("classes", "outputs")
+        return frozenset({"margins", *own})
 
     @property
     def kind(self) -> str:

@@ -59,7 +59,7 @@ class Regression(AbstractData):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"targets"})
+        return frozenset({"targets", "outputs"})
 
     @property
     def kind(self) -> str:

@@ -48,6 +48,7 @@ OF_DATA = {
     "one output": "one output",
     "classes": "several classes",
     "targets": "targets",
+    "outputs": "classes or targets",
 }
 """What may be asked of data, in words."""
 
@@ -154,7 +155,8 @@ class Problem(eqx.Module):
             where: what asks, in words.
             needs: some of "layers" (a network that is a product of matrices), "reference" (a
                 maximum-margin direction), "homogeneity" (of a known degree), "one output" (labels
-                -1 and +1), "classes", "margins" (either of these two) and "targets".
+                -1 and +1), "classes", "margins" (either of these two), "targets" and "outputs"
+                (classes or targets).
             weights: of the network.
 
         Raises:
