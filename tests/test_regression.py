@@ -170,6 +170,14 @@ def test_a_saved_record_comes_back(flow, tmp_path):
     assert gflow.load(tmp_path / "flow.nc").identical(flow)
 
 
+def test_members_of_an_ensemble_are_the_flows_by_themselves(flow):
+    starts = [START, gflow.init.gaussian((3, 4, 2), scale=0.5, seed=1)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *starts)
+    found = gflow.ensemble(PROBLEM, stacked, until=gflow.Time(5.0), save=5, **QUIET)
+    assert found.status.values.tolist() == ["reached"] * 2
+    np.testing.assert_allclose(found.end_to_end[0], flow.end_to_end, atol=ROUND_OFF)
+
+
 def test_a_network_that_computes_the_same_flows_the_same(flow):
     network = gflow.Network(lambda w, x: w[1] @ (w[0] @ x), homogeneity=2)
     problem = gflow.Problem(PROBLEM.data, network)
