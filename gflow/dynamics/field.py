@@ -95,6 +95,11 @@ SMALL_SYSTEM = 64
 solver's extra evaluations, and one compilation serves the whole run."""
 
 
+CLASS_SYSTEM = 150
+"""The same of several classes, whose margins are K - 1 times as many: ten classes in ten features,
+90 coordinates, four layers, to log R = -1e6: 0.24 s against 4.5."""
+
+
 class FlowField(AbstractField):
     """The field of gradient flow: ``diffrax.ODETerm(FlowField(problem, clock))`` is its term.
 
@@ -127,7 +132,8 @@ class FlowField(AbstractField):
 
     @property
     def dense(self) -> bool:
-        return self.problem.num_coordinates <= SMALL_SYSTEM
+        several = self.problem.data.num_classes is not None
+        return self.problem.num_coordinates <= (CLASS_SYSTEM if several else SMALL_SYSTEM)
 
     def faded(self, weights: Weights) -> None:
         return None

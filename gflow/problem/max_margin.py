@@ -26,6 +26,7 @@ from gflow.problem import settings
 from gflow.problem.arguments import expect_unmasked, numbers_of
 from gflow.problem.compensated import Pair
 from gflow.problem.margin_bounds import lower_bound, norm_of, upper_bound
+from gflow.problem.one_thread import one_thread
 
 if TYPE_CHECKING:
     from gflow.problem.margin_classes import Contrasted
@@ -131,6 +132,7 @@ class MaxMargin(eqx.Module):
 
 
 @settings.own()
+@one_thread()
 def max_margin(
     data: HasSignedInputs | Float[np.ndarray, "points dim"], *, norm: float | str = 2
 ) -> MaxMargin:

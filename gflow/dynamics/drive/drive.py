@@ -29,6 +29,7 @@ from gflow.dynamics.stops import AbstractRule
 from gflow.problem import settings
 from gflow.problem.arguments import file_path, flag
 from gflow.problem.network import Weights
+from gflow.problem.one_thread import one_thread
 
 NARROW = 4096
 """Weights up to which members gain by going side by side: beyond, the products of one member's
@@ -157,11 +158,11 @@ class Drive:
             KeyboardInterrupt: by Ctrl-C; runs that are on their way have no end then.
         """
         waiting = [run for run in self.runs if run.end is None]
-        while waiting:
-            program = waiting[0].program
-            alike = [run for run in waiting if run.program == program]
-            self._follow(alike)
-            waiting = [run for run in self.runs if run.end is None]
+        with one_thread():
+            while waiting:
+                program = waiting[0].program
+                self._follow([run for run in waiting if run.program == program])
+                waiting = [run for run in self.runs if run.end is None]
 
     def _follow(self, alike: list[Run]) -> None:
         """Follow runs of one program until they end or go on by another."""

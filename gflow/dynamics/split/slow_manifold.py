@@ -24,9 +24,7 @@ Nothing is neglected but the loss's own deviation from its tail: this is the exa
 slow manifold is what the implicit solver finds by itself.
 """
 
-import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,10 +40,9 @@ from gflow.dynamics.split.walk import Walk
 from gflow.problem.data import labelled
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Weights
+from gflow.problem.one_thread import one_thread
 
 if TYPE_CHECKING:
-    from threadpoolctl import ThreadpoolController
-
     from gflow.problem.risk import Problem
 
 STEPS_A_LOOK = 16
@@ -168,7 +165,7 @@ class SlowManifold(eqx.Module):
             raise ValueError(f"`log_risk` is {log_risk}; expected at least {-LARGEST:g}.")
         if goal <= state.minus_log_risk or (ahead is not None and ahead(state) >= 0):
             return Walked(state, arrived=True)
-        with _one_blas_thread():
+        with one_thread():
             walk, before = Walk(state, self.rtol, longest), state
             for tried in range(1, tries + 1):
                 if not walk.step(np.log(goal)):
@@ -208,21 +205,6 @@ class Walked(NamedTuple):
     spent: bool = False
     """All tries were used."""
     tried: int = 0
-
-
-@functools.cache
-def _thread_pools() -> "ThreadpoolController | None":
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
-        return None
-    return ThreadpoolController()
-
-
-def _one_blas_thread() -> contextlib.AbstractContextManager:
-    """BLAS in this thread only: on small matrices its pool costs twenty times what it saves."""
-    pools = _thread_pools()
-    return contextlib.nullcontext() if pools is None else pools.limit(limits=1, user_api="blas")
 
 
 class ManifoldError(RuntimeError):
