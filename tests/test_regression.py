@@ -243,6 +243,16 @@ def test_a_plateau_costs_its_logarithm_and_ends_in_time(start):
     assert int(found.num_steps[-1]) < 60 - 1.3 * math.log(start)
 
 
+def test_a_plateau_whose_end_is_below_the_resolution_of_the_time_ends_with_that_word():
+    # It lasts u0^(-1/3)/s = 6e19 and is left in about 1.
+    problem, _ = one_mode(1.7, 1.0)
+    options = {"until": gflow.LogTime(46.0), "save": 2, **QUIET}
+    found = gflow.gradient_flow(problem, (np.full((1, 1), 1e-20),) * 3, **options)
+    assert found.attrs["status"] == "precision_lost"
+    assert "less time than float64 can tell" in found.attrs["message"]
+    assert float(found.log_time[-1]) == pytest.approx(math.log(1e20 / 1.7), rel=1e-8)
+
+
 def test_a_risk_that_float64_cannot_show_ends_with_that_word():
     problem, weights = one_mode(1.7, 0.05)
     found = gflow.gradient_flow(problem, weights, until=gflow.LogRisk(-200.0), save=3, **QUIET)

@@ -39,6 +39,7 @@ class Reason(enum.IntEnum):
     AT_REST = enum.auto()
     SPLIT_ENDS = enum.auto()
     ROUND_OFF = enum.auto()
+    TIME_IS_ROUND_OFF = enum.auto()
     OVERFLOW = enum.auto()
     UNCERTAIN_MARGINS = enum.auto()
     RISK_IS_ROUND_OFF = enum.auto()
@@ -118,6 +119,12 @@ _WORDS: dict[Reason, tuple[str, str]] = {
         "precision_lost",
         f"{_SHORTER}: the error estimate does not fall with the step, round-off exceeds the "
         "tolerance{why}; try a larger `rtol` than {rtol:.0e}",
+    ),
+    Reason.TIME_IS_ROUND_OFF: (
+        "precision_lost",
+        f"{_SHORTER}: the flow changes in less time than float64 can tell beside the time that has "
+        "passed, as after a long plateau of three layers or more, or round-off exceeds the "
+        "tolerance; start from larger weights, or try a larger `rtol` than {rtol:.0e}",
     ),
     Reason.OVERFLOW: (
         "precision_lost",

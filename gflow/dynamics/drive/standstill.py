@@ -53,6 +53,8 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
     above, slope = log_risk - level_at_zero(problem), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
+    if problem.loss.attained and not field.clock.centred:  # a saddle is no obstacle to such a clock
+        return Reason.TIME_IS_ROUND_OFF.end(**where, rtol=rtol)
     level = 4 * EPSILON * max(1.0, abs(log_risk))
     if above >= -level and slope <= SADDLE * first_slope:
         return Reason.SADDLE_AHEAD.end(**where, first=first_slope)
