@@ -266,6 +266,14 @@ def test_a_network_of_three_outputs_follows_the_same_flow(flow, start):
     np.testing.assert_allclose(same.final_weights_3, flow.final_weights_3, rtol=1e-7)
 
 
+def test_a_record_is_drawn_with_what_it_has(flow):
+    import matplotlib.pyplot as plt
+
+    axes = gflow.plot.summary(flow)
+    assert axes[0, 0].lines and axes[0, 1].lines  # risk and norms
+    plt.close("all")
+
+
 def test_members_and_descent_hold_the_same_observables(flow, start):
     starts = tuple(np.stack([w, 0.9 * w]) for w in start)
     many = gflow.ensemble(PROBLEM, starts, until=FIRST, save=5, progress=False)

@@ -165,6 +165,14 @@ def test_a_record_of_targets_holds_what_they_have(flow):
     assert "digits certain" in repr(flow)
 
 
+def test_a_record_is_drawn_with_what_it_has(flow):
+    import matplotlib.pyplot as plt
+
+    axes = gflow.plot.summary(flow)
+    assert axes[0, 0].lines and axes[0, 1].lines  # risk and norms
+    plt.close("all")
+
+
 def test_a_saved_record_comes_back(flow, tmp_path):
     gflow.save(flow, tmp_path / "flow.nc")
     assert gflow.load(tmp_path / "flow.nc").identical(flow)

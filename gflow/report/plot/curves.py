@@ -93,7 +93,7 @@ def draw_lines(
             label=label if len(shown) > 1 else "_",
         )
     if not has_curves(ax):
-        say(ax, "undefined: no direction is known to separate the data")
+        say(ax, "undefined for these data")
 
 
 def draw_families(
@@ -101,18 +101,21 @@ def draw_families(
     records: "Records",
     x: str,
     dim: str,
-    values: "Callable[[xr.Dataset], xr.DataArray]",
+    values: "Callable[[xr.Dataset], xr.DataArray | None]",
     name: Callable[[int], str],
     positive: bool = False,
 ) -> None:
-    """One curve for each entry of ``dim`` and record: colours by entry, dashes by record."""
+    """One curve for each entry of ``dim`` and record: colours by entry, dashes by record.
+
+    ``values`` of a record that has none is None.
+    """
     shown = labelled(records)
     styles = styles_of(shown.values())
     drawn: dict[int, None] = {}
     for record, style in zip(shown.values(), styles, strict=True):
-        if dim not in record.sizes:
+        table = values(record) if dim in record.sizes else None
+        if table is None:
             continue
-        table = values(record)
         for position, number in enumerate(record[dim].values.tolist()):
             color = color_of(number - 1)
             if curve(

@@ -79,11 +79,17 @@ def direction_error(records: "Records", x: str = "log_time", *, ax: "Axes | None
 
 @settings.own()
 def alignment(records: "Records", x: str = "log_time", *, ax: "Axes | None" = None) -> "Axes":
-    r"""The misalignment $1 - |\langle v_{k+1}, u_k\rangle|$ of every pair of neighbours."""
+    r"""The misalignment $1 - |\langle v_{k+1}, u_k\rangle|$ of every pair of neighbours.
+
+    Of several classes that of the leading subspaces.
+    """
     ax = axes_of(ax)
-    draw_families(
-        ax, records, x, "pair", lambda record: record["misalignment"], entry_name, positive=True
-    )
+
+    def values(record: "xr.Dataset") -> "xr.DataArray | None":
+        named = [n for n in ("misalignment", "subspace_misalignment") if n in record]
+        return record[named[0]] if named else None
+
+    draw_families(ax, records, x, "pair", values, entry_name, positive=True)
     if has_curves(ax):
         ax.set_yscale("log")
     return finish(ax, x, symbol("misalignment"))
@@ -103,8 +109,12 @@ def rank_one(
     """
     ax = axes_of(ax)
 
-    def values(record: "xr.Dataset") -> "xr.DataArray":
-        return record["rank_one_gap"] if gap else 1 - record["rank_one_gap"]
+    def values(record: "xr.Dataset") -> "xr.DataArray | None":
+        if "rank_one_gap" in record:
+            return record["rank_one_gap"] if gap else 1 - record["rank_one_gap"]
+        if gap or "spectral_norm" not in record:  # several outputs: the rank is not one
+            return None
+        return record["spectral_norm"] / record["frobenius_norm"]
 
     # The last layer, and any with one row or column, has rank one by its shape.
     draw_families(ax, records, x, "layer", values, entry_name, positive=gap)
