@@ -397,7 +397,7 @@ def test_repr_tells_the_verdict_and_the_proof():
         (np.ones((0, 3)), {}, r"`data` has shape \(0, 3\)"),
         (np.array([["a"]]), {}, r"type <U1; expected a `Dataset`"),
         (np.array([[1.0, np.nan]]), {}, r"`data\[0, 1\]` is nan; expected finite numbers"),
-        (np.ones((2, 2)), {"norm": 3}, r"`norm` is 3; expected 2, 1 or math.inf"),
+        (np.ones((2, 2)), {"norm": 3}, r"`norm` is 3; expected 2, 1, math.inf or"),
     ],
 )
 def test_what_is_no_problem_is_refused(z, options, message, unchecked):
