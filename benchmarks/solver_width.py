@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gflow
-from gflow.dynamics import stages
+from gflow.dynamics.radau import newton
 
 WIDTHS = (64, 256, 1024, 2048)
 GOAL, RTOL = -1e6, 1e-6
@@ -42,14 +42,11 @@ def evaluation(work, repeats):
         return jax.lax.fori_loop(0, count, turn, (state.weights[-1], first))
 
     def in_factors(s, state):
-        problem = work.field.problem
-        at_rest = stages.no_vectors(problem, state.weights)
-        offsets = problem.margins(state.weights)
-        offsets = offsets - offsets.min()
-        stage = stages.evaluate_stage(
-            work.field, state.weights, at_rest, s, at_rest.rights[0][:, 0], offsets
-        )
-        return stage.derivative
+        field, nothing = work.field, jnp.zeros((1, 0))
+        margins = field.problem.margins(state.weights)
+        offsets = (margins - margins.min())[None]
+        vectors = field.no_vectors(state.weights)
+        return newton.evaluate(field, state.weights, vectors, nothing, offsets, s[None]).derivatives
 
     def readings():
         for _ in range(3 * count):

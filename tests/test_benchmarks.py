@@ -1,6 +1,7 @@
 """The benchmarks run, and what the README says of them is what they found."""
 
 import importlib.util
+import ast
 import json
 import subprocess
 import sys
@@ -99,3 +100,11 @@ def test_every_benchmark_is_listed_with_a_question():
     for name, path in runner.scripts().items():
         assert f"`{name}.py`" in listed
         assert "?" in runner.question(path)
+
+
+def test_every_name_that_a_benchmark_takes_from_gflow_is_there():
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gflow"):
+                names = ", ".join(each.name for each in node.names)
+                exec(f"from {node.module} import {names}", {})
