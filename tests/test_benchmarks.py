@@ -1,7 +1,7 @@
 """The benchmarks run, and what the README says of them is what they found."""
 
-import importlib.util
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
