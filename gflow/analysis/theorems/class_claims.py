@@ -13,13 +13,13 @@ import numpy as np
 from gflow.analysis.theorems.claims import LYU_LI, PAPER, SOUDRY, Claim, claim
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.limit_claims import (
-    LAST_TIME,
     NEAR,
     TIME_LAW_FLOOR,
     last_with_time,
     limit_claim,
+    towards_one,
 )
-from gflow.analysis.theorems.trend import Trend, trend
+from gflow.analysis.theorems.trend import trend
 from gflow.problem.class_observables import class_slacks
 from gflow.quantities import quantity
 
@@ -192,12 +192,7 @@ def time_law(facts: Facts) -> Claim:
         TIME_LAW_FLOOR,
         2 * (2 + math.log(int(facts.record.attrs["num_points"]))) / max(float(facts.s[last]), 1.0),
     )
-    if facts.s[last] > LAST_TIME:
-        found = Trend(None, math.nan, math.nan, f"no saved point has s up to {LAST_TIME:g}")
-    elif abs(float(ratio[last]) - 1) <= floor:
-        found = Trend(True, math.nan, 0.0, f"it is within {floor:.2g} of one")
-    else:
-        found = trend(facts.log_s[: last + 1], (ratio - 1)[: last + 1])
+    found = towards_one(facts, ratio, last, floor)
     return limit_claim(
         "law of time",
         "R t L^2 s^2/|W|^2 -> 1, |W| the norm of all weights",

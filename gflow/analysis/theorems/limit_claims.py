@@ -154,6 +154,22 @@ def vanishes(facts: Facts, row: Vanishing) -> Claim:
     )
 
 
+def towards_one(facts: Facts, ratio: np.ndarray, last: int, floor: float) -> Trend:
+    """Whether the two sides of a law of time, in ratio, come together.
+
+    Args:
+        facts: of the record.
+        ratio: at each saved point.
+        last: the last point with a time.
+        floor: how far from one the ratio is at most where the law is met.
+    """
+    if facts.s[last] > LAST_TIME:
+        return Trend(None, math.nan, math.nan, f"no saved point has s up to {LAST_TIME:g}")
+    if abs(float(ratio[last]) - 1) <= floor:
+        return Trend(True, math.nan, 0.0, f"it is within {floor:.2g} of one")
+    return trend(facts.log_s[: last + 1], (ratio - 1)[: last + 1])
+
+
 def time_law(facts: Facts) -> Claim:
     """Risk, time and norm are tied by one law with all its constants."""
     depth = max(facts.depth, 1)
@@ -164,12 +180,7 @@ def time_law(facts: Facts) -> Claim:
         ratio = np.exp(facts.log_risk + log_slope + facts["log_time"])
     obstacles = [*facts.tail_obstacles, *time_obstacles(facts, last)]
     floor = max(TIME_LAW_FLOOR, 2 * (2 - 2 / depth) / max(float(facts.s[last]), 1.0))
-    if facts.s[last] > LAST_TIME:
-        found = Trend(None, math.nan, math.nan, f"no saved point has s up to {LAST_TIME:g}")
-    elif abs(float(ratio[last]) - 1) <= floor:
-        found = Trend(True, math.nan, 0.0, f"it is within {floor:.2g} of one")
-    else:
-        found = trend(facts.log_s[: last + 1], (ratio - 1)[: last + 1])
+    found = towards_one(facts, ratio, last, floor)
     return limit_claim(
         "law of time",
         "R L gamma^2 t |w|^(2 - 2/L) -> 1, the constants of R ~ 1/(t (log t)^(2 - 2/L))",
