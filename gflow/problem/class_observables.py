@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.array import Array, as_array
+from gflow.problem.conserved import Kept, drift, imbalance, kept
 from gflow.problem.data import labelled
 from gflow.problem.network import Weights, end_to_end, squared_norm
-from gflow.problem.observables import imbalance, imbalance_drift, kkt, smoothed_margin
+from gflow.problem.observables import kkt, smoothed_margin
 from gflow.problem.risk import Problem
 
 
@@ -79,7 +80,8 @@ def output_sum(weights: Weights) -> Array:
 class ClassReference(eqx.Module):
     """What observables are measured against: the start, and the class means of the data."""
 
-    imbalance: tuple[Array, ...]
+    conserved: tuple[Kept, ...]
+    """What is kept of the conserved matrices of the start."""
     output_sum: Array
     means: Array
     r"""$\bar x_c - \bar x$, shape (K, d)."""
@@ -94,7 +96,7 @@ class ClassReference(eqx.Module):
         counts = np.bincount(classes)
         means = np.stack([inputs[classes == c].mean(axis=0) for c in range(len(counts))])
         return cls(
-            imbalance=tuple(as_array(np.asarray(matrix)) for matrix in imbalance(weights)),
+            conserved=kept(weights),
             output_sum=as_array(np.asarray(output_sum(weights))),
             means=as_array(means - (counts / len(inputs)) @ means),
             within=as_array(inputs - means[classes]),
@@ -191,7 +193,7 @@ def of_classes(problem: Problem, weights: Weights, reference: ClassReference) ->
         "subspace_misalignment": jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype),
         "frobenius_norm": frobenius,
         "spectral_norm": jnp.stack([layer.values[0] for layer in layers]),
-        "imbalance_drift": imbalance_drift(weights, reference.imbalance),
+        "imbalance_drift": drift(weights, reference.conserved),
         "output_sum_drift": jnp.sqrt(jnp.sum(sums**2)) / frobenius[-1],
         "collapse_variability": neural.variability,
         "collapse_simplex": neural.simplex,
