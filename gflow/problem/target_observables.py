@@ -10,10 +10,10 @@ $$W^+ = Y^\top (X^+)^\top, \qquad \lVert W - W^+\rVert_F/\lVert W^+\rVert_F.$$
 import equinox as eqx
 import jax.numpy as jnp
 
+from gflow.problem.abstract_targets import AbstractTargets
 from gflow.problem.array import Array, as_array
 from gflow.problem.conserved import Kept, drift, kept
 from gflow.problem.network import Weights, end_to_end, squared_norm
-from gflow.problem.regression import Regression
 from gflow.problem.risk import Problem
 
 
@@ -26,7 +26,7 @@ class TargetReference(eqx.Module):
     """$W^+$, shape (K, d)."""
 
     @classmethod
-    def of(cls, data: Regression, weights: Weights) -> "TargetReference":
+    def of(cls, data: AbstractTargets, weights: Weights) -> "TargetReference":
         """The reference of a run."""
         return cls(kept(weights), as_array(data.least_squares()))
 
