@@ -53,6 +53,7 @@ from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.regression import Regression as Regression
 from gflow.problem.risk import Problem as Problem
+from gflow.problem.sensing import Sensing as Sensing
 from gflow.problem.soft_margin import (
     CrossEntropy as CrossEntropy,
     PairwiseExponential as PairwiseExponential,
