@@ -36,6 +36,25 @@ class AbstractTargets(AbstractData):
         It is met by some map, unless the rank binds and no closed form is known.
         """
 
+    @abstractmethod
+    def seen_through(self) -> np.ndarray:
+        r"""The matrix $B$, shape (r, d), through which the data see $W$, as $WB^\top$.
+
+        Its singular values are the strengths of the *modes*: what the data ask of each is
+        `mode_targets`, and a saddle of the risk has learnt the first of them and no other.
+        """
+
+    @abstractmethod
+    def mode_targets(self) -> np.ndarray:
+        """What the strengths of the modes tend to, falling, shape (min(K, r),)."""
+
+    def as_measurements(self) -> tuple[np.ndarray, np.ndarray] | None:
+        r"""Matrices $M_i$ and values with $\langle M_i, W\rangle = y_i$.
+
+        None where `least_squares` is of least norm in every unitarily invariant norm.
+        """
+        return None
+
     def max_margin(self) -> NoReturn:
         raise ValueError(
             "`data` have targets, which no direction separates; a maximum margin is of data with "

@@ -129,12 +129,33 @@ class Regression(AbstractTargets):
         rank with columns in the range of X: that of Eckart and Young (Izenman, Journal of
         Multivariate Analysis 5, 1975).
         """
-        x, y = self.inputs, self.targets.reshape(self.num_points, -1)
-        u, s, _ = np.linalg.svd(x, full_matrices=False)
-        u = u[:, s > s[0] * max(x.shape) * np.finfo(np.float64).eps]
+        y = self.targets.reshape(self.num_points, -1)
+        u = self._range[0]
         inside = u.T @ y
         beyond = np.linalg.svd(inside, compute_uv=False)[rank:]
         return float(np.sum((y - u @ inside) ** 2) + np.sum(beyond**2))
+
+    def seen_through(self) -> np.ndarray:
+        r"""$B = SV^\top/\sqrt n$ of $X = USV^\top$.
+
+        $XW^\top/\sqrt n$ and $WB^\top$ have the same singular values, and of inputs with
+        $X^\top X = nI$ they are those of W.
+        """
+        _, s, vt = self._range
+        return s[:, None] * vt / np.sqrt(self.num_points)
+
+    def mode_targets(self) -> np.ndarray:
+        r"""The singular values of $U^\top Y/\sqrt n$: of the targets as far as inputs reach."""
+        y = self.targets.reshape(self.num_points, -1)
+        inside = self._range[0].T @ y / np.sqrt(self.num_points)
+        return np.linalg.svd(inside, compute_uv=False)
+
+    @property
+    def _range(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The singular value decomposition of X, without what is round-off."""
+        u, s, vt = np.linalg.svd(self.inputs, full_matrices=False)
+        there = s > s[0] * max(self.inputs.shape) * np.finfo(np.float64).eps
+        return u[:, there], s[there], vt[there]
 
     def __repr__(self) -> str:
         if not isinstance(self.inputs, np.ndarray):  # inside a transformation

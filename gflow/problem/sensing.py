@@ -123,6 +123,17 @@ class Sensing(AbstractTargets):
         u = u[:, s > s[0] * max(self._flat.shape) * np.finfo(np.float64).eps]
         return float(np.sum((self.values - u @ (u.T @ self.values)) ** 2))
 
+    def seen_through(self) -> np.ndarray:
+        """The identity."""
+        return np.eye(self.dim)
+
+    def mode_targets(self) -> np.ndarray:
+        """The singular values of `least_squares`: a scale, for which matrix is found is open."""
+        return np.linalg.svd(self.least_squares(), compute_uv=False)
+
+    def as_measurements(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.matrices, self.values
+
     @property
     def _flat(self) -> np.ndarray:
         return self.matrices.reshape(self.num_points, -1)

@@ -23,8 +23,9 @@ from gflow.problem.design import others_of
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, widths
+from gflow.problem.nuclear import least_nuclear
 from gflow.problem.risk import Problem, level_at_zero
-from gflow.problem.target_observables import TargetReference, of_targets
+from gflow.problem.target_observables import TargetReference, of_targets, padded_targets
 from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Recorder:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
         if self.layers is not None:
-            found = self._of_data() if "margins" in self.problem.data.offers else {}
+            found = self._of_data()
             for name, value in found.items():
                 row = QUANTITIES[name]
                 constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
@@ -177,7 +178,12 @@ class Recorder:
         }
 
     def _of_data(self) -> dict[str, np.ndarray]:
-        """The best direction and the points on the margin: all that the asymptotic laws need."""
+        """The best direction and the points on the margin: all that the asymptotic laws need.
+
+        Of targets what the modes tend to.
+        """
+        if "targets" in self.problem.data.offers:
+            return {"mode_targets": padded_targets(self.problem.data)}  # pyright: ignore[reportArgumentType]
         data, solution = labelled(self.problem.data), self.problem.data.max_margin()
         if not solution.separable:
             return {"max_margin_direction": np.full_like(solution.direction, np.nan)}
@@ -228,8 +234,8 @@ def _facts(problem: Problem) -> dict[str, Any]:
 @once_per_object
 def _facts_of_layers(problem: Problem) -> dict[str, Any]:
     """What it says beside these of a problem whose network is a product of matrices."""
-    if "margins" not in problem.data.offers:
-        return {}
+    if "targets" in problem.data.offers:
+        return _facts_of_targets(problem)
     data, solution = labelled(problem.data), problem.data.max_margin()
     radius = float(problem.loss.pull_radius(data.num_points))
     return {
@@ -239,6 +245,14 @@ def _facts_of_layers(problem: Problem) -> dict[str, Any]:
         "pull_radius": None if math.isnan(radius) else radius,
         "next_margin_gap": _next_gap(data, solution),
     }
+
+
+def _facts_of_targets(problem: Problem) -> dict[str, Any]:
+    """The least nuclear norm, and its proof, where it is not that of the solution of least norm."""
+    least = least_nuclear(problem.data)  # pyright: ignore[reportArgumentType]
+    if least is None:
+        return {}
+    return {"least_nuclear_norm": least.norm, "nuclear_norm_bound": least.lower}
 
 
 def _next_gap(data: Dataset, solution: MaxMargin) -> float | None:
