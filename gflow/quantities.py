@@ -445,6 +445,13 @@ QUANTITIES: dict[str, Quantity] = {
         of_data=True,
         needs=("layers", "targets"),
     ),
+    "least_norm_solution": Quantity(
+        ("coordinate",),
+        "W+, the least-squares solution of least norm",
+        of_classes=("output", "coordinate"),
+        of_data=True,
+        needs=("layers", "targets"),
+    ),
     "max_margin_direction": Quantity(
         ("coordinate",),
         "maximum-margin direction through the origin, of classes in the Frobenius norm",

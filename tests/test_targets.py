@@ -1,12 +1,14 @@
 """Data with targets: files, measurements of a matrix, completion, and what is refused."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 import gflow
 from gflow.__main__ import main
+from gflow.problem.nuclear import least_nuclear
 
 RNG = np.random.default_rng(3)
 QUIET = {"progress": False}
@@ -169,3 +171,110 @@ def test_a_start_for_targets_is_admissible_as_it_is():
     large = tuple(10 * w for w in SMALL)
     for one, other in zip(gflow.init.admissible(large, problem), large, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+# ---------------------------------------------------------------------------------------------
+# Saddles, modes and references
+# ---------------------------------------------------------------------------------------------
+
+STRENGTHS = np.array([5.0, 3.0, 1.2])
+TINY = 1e-15
+
+
+@pytest.fixture(scope="module")
+def staircase():
+    """Three modes of an aligned start of 1e-15, rotated; saved in time."""
+    left, right = (np.linalg.qr(RNG.normal(size=(3, 3)))[0] for _ in range(2))
+    target = (left * STRENGTHS) @ right.T
+    problem = gflow.Problem(gflow.Regression(math.sqrt(3) * np.eye(3), math.sqrt(3) * target.T))
+    weights = gflow.init.balanced((3, 3, 3), TINY * left @ right.T)
+    options = {"save": 60, "solver": gflow.GaussNewton(), "progress": False}
+    extra = {
+        "strengths": gflow.observables.mode_strengths(left, right),
+        "to_target": gflow.observables.distance_to(target),
+        "kernel": gflow.observables.kernel_movement(weights),
+    }
+    flow = gflow.gradient_flow(
+        problem, weights, until=gflow.Time(20.0), observables=extra, **options
+    )
+    return problem, weights, flow, options
+
+
+def test_plateaus_lie_between_the_times_of_the_closed_form(staircase):
+    *_, flow, _ = staircase
+    table = gflow.saddles(flow)
+    assert [row.rank for row in table] == [0, 1, 2, 3]
+    wanted = np.log(gflow.exact.saddle_times(STRENGTHS, TINY, depth=2))
+    np.testing.assert_allclose([row.log_passed for row in table][:3], wanted, atol=1e-7)
+    levels = [math.log(np.sum(STRENGTHS[rank:] ** 2) / 2) for rank in range(3)]
+    np.testing.assert_allclose([row.log_risk for row in table][:3], levels, atol=0.02)
+    for before, after in pairwise(table):
+        assert before.log_left < before.log_passed < after.log_reached
+    assert table[1].effective_rank == pytest.approx(1, abs=0.05)
+    assert "3 saddles passed" in str(table)
+
+
+def test_a_run_lands_on_each_saddle_at_its_time(staircase, unchecked):
+    problem, weights, _, options = staircase
+    found = gflow.gradient_flow(
+        problem, weights, until=gflow.Saddle(3), **{**options, "save": [1, 2]}
+    )
+    assert found.attrs["status"] == "reached"
+    wanted = gflow.exact.saddle_times(STRENGTHS, TINY, depth=2)
+    np.testing.assert_allclose(np.exp(found.log_time.values[1:]), wanted, rtol=1e-9)
+    np.testing.assert_allclose(np.diag(found.mode_values.values[1:]), STRENGTHS / 2, rtol=1e-8)
+    with pytest.raises(ValueError, match=r"the data have 3 modes to learn; expected at most"):
+        gflow.gradient_flow(problem, weights, until=gflow.Saddle(4))
+    with pytest.raises(ValueError, match=r"Saddle\(0\.5\).*whole number from 1 on"):
+        gflow.Saddle(0.5)
+    labelled, start = gflow.Problem(gflow.datasets.two_point()), gflow.init.gaussian((2, 3, 1))
+    with pytest.raises(ValueError, match=r"Saddle\(1\), which is of targets; the data have labels"):
+        gflow.gradient_flow(labelled, start, until=gflow.Saddle(1))
+
+
+def test_observables_on_request_are_what_they_say(staircase):
+    *_, flow, _ = staircase
+    times = np.exp(flow.log_time.values[1:])
+    for column, s in zip(flow.strengths.values[1:].T, STRENGTHS, strict=True):
+        wanted = gflow.exact.square_loss_mode(times, target=s, start=TINY, depth=2)
+        np.testing.assert_allclose(column, wanted.end_to_end, atol=1e-8)
+    assert float(flow.kernel[0]) == 0 and float(flow.kernel[-1]) > 1e10
+    np.testing.assert_allclose(
+        flow.to_target[1:], flow.solution_distance[1:], rtol=1e-8, atol=1e-13
+    )
+    last = flow.isel(point=-1)
+    share = STRENGTHS / STRENGTHS.sum()
+    entropy = -np.sum(share * np.log(share))
+    assert float(last.effective_rank) == pytest.approx(math.exp(entropy), rel=1e-6)
+    assert float(last.nuclear_norm) == pytest.approx(STRENGTHS.sum(), rel=1e-6)
+    assert float(flow.gram_misalignment.max()) < 1e-12
+    claims = gflow.verify(flow)
+    assert claims.summary == "5 of 5 applicable claims hold; 1 not applicable"
+    assert claims["exponential convergence"].value == pytest.approx(4 * 1.2, rel=0.02)  # 2s twice
+
+
+def test_the_least_nuclear_norm_is_certified_and_met_by_the_fit():
+    # Rank one with every entry's square seen: the diagonal alone has many fits of the same norm.
+    factor = np.array([1.0, -0.5, 2.0, 0.7])
+    matrix = np.outer(factor, factor)
+    mask = ~np.eye(4, dtype=bool)
+    mask[0, 0] = True
+    found = least_nuclear(gflow.datasets.completion(matrix, mask))
+    assert found.lower <= found.norm * (1 + 1e-14)
+    assert found.norm - found.lower < 1e-9 * found.norm
+    np.testing.assert_allclose(found.matrix[mask], matrix[mask], atol=1e-12)
+    assert found.norm <= np.linalg.norm(matrix, "nuc") * (1 + 1e-9)
+    assert least_nuclear(gflow.Regression(np.eye(2), np.eye(2))) is None
+
+
+def test_a_completion_from_a_small_start_ends_near_a_fit_of_low_rank():
+    problem = gflow.Problem(gflow.datasets.completion(HALF))
+    start = gflow.init.gaussian((3, 3, 3), scale=0.01, seed=0)
+    options = {"save": 20, "solver": gflow.GaussNewton(), "progress": False}
+    flow = gflow.gradient_flow(problem, start, until=gflow.LogTime(8.0), **options)
+    assert float(flow.effective_rank.min()) < 1.1  # on the plateau of rank one
+    bound = flow.attrs["nuclear_norm_bound"]
+    assert bound <= float(flow.nuclear_norm[-1]) < 1.05 * bound
+    assert all(claim.holds is not False for claim in gflow.verify(flow))
+    w = np.asarray(flow.end_to_end[-1])
+    np.testing.assert_allclose(w[~np.isnan(HALF)], HALF[~np.isnan(HALF)], atol=1e-12)

@@ -62,9 +62,9 @@ class Plateaus(Table[Plateau]):
 
 @settings.own()
 def saddles(record: "xr.Dataset") -> Plateaus:
-    """The plateaus of a flow or descent of the square loss.
+    r"""The plateaus of a flow or descent of the square loss.
 
-    Between saved points ``log_passed`` is interpolated as two layers learn, $\\log(u/(s - u))$
+    Between saved points ``log_passed`` is interpolated as two layers learn, $\log(u/(s - u))$
     linear in t, and the other times linearly in log t: save enough points of a time, or stop at
     ``Saddle(n)``, which lands on ``log_passed`` itself.
 
@@ -153,3 +153,14 @@ def _crossing(log_time: np.ndarray, log_risk: np.ndarray, goal: float, at: int) 
             share = (before - goal) / (before - after)
             return float(log_time[k - 1] + share * (log_time[k] - log_time[k - 1]))
     return float(log_time[at])
+
+
+def around(record: "xr.Dataset", count: int) -> list[tuple[float, float]]:
+    """The times of the saved points before and after each of the first modes is half learnt."""
+    strengths, targets = record["mode_values"].values, record["mode_targets"].values
+    times = np.exp(record["log_time"].values)
+    found = []
+    for n in range(count):
+        after = int(np.argmax(strengths[:, n] >= targets[n] / 2))
+        found.append((float(times[max(after - 1, 0)]), float(times[after])))
+    return found

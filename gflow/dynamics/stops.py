@@ -17,6 +17,7 @@ import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
+from gflow.problem.abstract_targets import targets_of
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
 from gflow.problem.logarithms import log_expm1
 from gflow.problem.network import Array, Weights, as_array, end_to_end
@@ -295,7 +296,7 @@ class Saddle(AbstractRule):
 
     value: float
     modes: Modes | None
-    variable = "modes_learnt"
+    variable: ClassVar[str] = "modes_learnt"
 
     def __init__(self, value: int):
         if not whole(value) or value < 1:
@@ -303,14 +304,14 @@ class Saddle(AbstractRule):
         self.value, self.modes = float(value), None
 
     def on(self, problem: Problem) -> "Saddle":
-        targets = padded_targets(problem.data)  # pyright: ignore[reportArgumentType]
+        targets = padded_targets(targets_of(problem.data))
         rank = int(np.count_nonzero(targets))
         if self.value > rank:
             raise ValueError(
                 f"`until` holds {self!r}, and the data have {rank} mode{'s' * (rank != 1)} to "
                 f"learn; expected at most Saddle({rank})."
             )
-        modes = Modes.of(problem.data)  # pyright: ignore[reportArgumentType]
+        modes = Modes.of(targets_of(problem.data))
         return eqx.tree_at(lambda rule: rule.modes, self, modes, is_leaf=lambda leaf: leaf is None)
 
     def measure(self, problem: Problem, weights: Weights) -> Array:

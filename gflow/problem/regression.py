@@ -144,6 +144,13 @@ class Regression(AbstractTargets):
         _, s, vt = self._range
         return s[:, None] * vt / np.sqrt(self.num_points)
 
+    @property
+    def is_regression(self) -> bool:
+        return True
+
+    def gram(self) -> np.ndarray:
+        return np.kron(np.eye(self.num_outputs), self.inputs.T @ self.inputs) / self.num_points
+
     def mode_targets(self) -> np.ndarray:
         r"""The singular values of $U^\top Y/\sqrt n$: of the targets as far as inputs reach."""
         y = self.targets.reshape(self.num_points, -1)

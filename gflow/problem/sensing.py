@@ -127,6 +127,13 @@ class Sensing(AbstractTargets):
         """The identity."""
         return np.eye(self.dim)
 
+    @property
+    def is_regression(self) -> bool:
+        return False
+
+    def gram(self) -> np.ndarray:
+        return self._flat.T @ self._flat / self.num_points
+
     def mode_targets(self) -> np.ndarray:
         """The singular values of `least_squares`: a scale, for which matrix is found is open."""
         return np.linalg.svd(self.least_squares(), compute_uv=False)

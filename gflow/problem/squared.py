@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.abstract_data import AbstractData
-from gflow.problem.abstract_targets import AbstractTargets
+from gflow.problem.abstract_targets import targets_of
 from gflow.problem.array import Array, as_array
 from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms
 
@@ -112,8 +112,7 @@ class Squared(AbstractJointLoss):
 
     def least_log_risk_of(self, data: AbstractData, rank: int) -> float:
         r"""A bound of $\log R$ from below for linear maps of a rank (``abstract_targets.py``)."""
-        assert isinstance(data, AbstractTargets)  # seen to by `on`
-        total = data.least_sum_of_squares(rank)
+        total = targets_of(data).least_sum_of_squares(rank)
         return math.log(total / (2 * data.num_points)) if total > 0 else -math.inf
 
     @property

@@ -235,7 +235,7 @@ def kernel_movement(start: Weights) -> Observable:
     def kernel(problem: Problem, weights: Weights) -> Array:
         jacobian = jax.jacrev(problem.margins)(weights)
         rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)]
-        return sum((row @ row.T for row in rows[1:]), rows[0] @ rows[0].T)
+        return jnp.sum(jnp.stack([row @ row.T for row in rows]), axis=0)
 
     def movement(problem: Problem, weights: Weights) -> Array:
         first = kernel(problem, jax.tree.map(jnp.asarray, start))

@@ -129,8 +129,8 @@ def _mode_path(first: float, depth: int, sign: float) -> tuple[Path, Path]:
     r"""Of $x = \log(u/|s - u|)$: $\log(s/u)$, and $\log t + \log L + k\log s$."""
     power = 1.0 - 2.0 / depth  # k - 1
 
-    def log_shrink(x):  # log(1 +- e^{-x}), which is log(s/u)
-        return quadrature.softplus(-x) if sign > 0 else np.log(-np.expm1(-x))
+    def log_shrink(x: np.ndarray) -> np.ndarray:  # log(1 +- e^{-x}), which is log(s/u)
+        return np.logaddexp(0.0, -x) if sign > 0 else np.log(-np.expm1(-x))
 
     def log_time_of(x):
         slope = power * np.exp(-x - log_shrink(x))

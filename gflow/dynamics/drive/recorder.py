@@ -16,6 +16,7 @@ from gflow.dynamics.drive import extras
 from gflow.dynamics.drive.extras import Observable as Observable
 from gflow.names import merged
 from gflow.problem import observables as obs
+from gflow.problem.abstract_targets import slowest_rate, targets_of
 from gflow.problem.arguments import flag
 from gflow.problem.class_observables import ClassReference, of_classes
 from gflow.problem.data import Dataset, labelled
@@ -183,7 +184,12 @@ class Recorder:
         Of targets what the modes tend to.
         """
         if "targets" in self.problem.data.offers:
-            return {"mode_targets": padded_targets(self.problem.data)}  # pyright: ignore[reportArgumentType]
+            data = targets_of(self.problem.data)
+            solution = data.least_squares()
+            return {
+                "mode_targets": padded_targets(data),
+                "least_norm_solution": solution if data.num_outputs > 1 else solution[0],
+            }
         data, solution = labelled(self.problem.data), self.problem.data.max_margin()
         if not solution.separable:
             return {"max_margin_direction": np.full_like(solution.direction, np.nan)}
@@ -210,6 +216,9 @@ class Recorder:
         facts = {**_facts(self.problem), "start_sha256": digest.hexdigest()}
         if self.layers is not None:
             facts |= {**_facts_of_layers(self.problem), "widths": widths(self.layers)}
+            if "targets" in self.problem.data.offers:
+                last = tuple(map(np.asarray, self.last))
+                facts["slowest_rate"] = slowest_rate(targets_of(self.problem.data), last)
         return facts
 
 
@@ -248,11 +257,21 @@ def _facts_of_layers(problem: Problem) -> dict[str, Any]:
 
 
 def _facts_of_targets(problem: Problem) -> dict[str, Any]:
-    """The least nuclear norm, and its proof, where it is not that of the solution of least norm."""
-    least = least_nuclear(problem.data)  # pyright: ignore[reportArgumentType]
-    if least is None:
-        return {}
-    return {"least_nuclear_norm": least.norm, "nuclear_norm_bound": least.lower}
+    """What claims about targets need to know of the data.
+
+    The least nuclear norm, and its proof, where it is not that of the solution of least norm.
+    """
+    data = targets_of(problem.data)
+    least_norm, least = least_nuclear(data), problem.loss.least_log_risk_of(data, data.dim)
+    lost = problem.loss.least_log_risk
+    return {
+        "log_risk_of_zero": level_at_zero(problem),
+        "round_off_log_risk": lost,
+        "least_log_risk": least if least > lost else None,
+        "whitened": data.whitened,
+        "least_nuclear_norm": None if least_norm is None else least_norm.norm,
+        "nuclear_norm_bound": None if least_norm is None else least_norm.lower,
+    }
 
 
 def _next_gap(data: Dataset, solution: MaxMargin) -> float | None:
@@ -271,7 +290,7 @@ def reference_of(problem: Problem, weights: Weights) -> References:
     """What the observables of a network that is a product of matrices are measured against."""
     data = problem.data
     if "targets" in data.offers:
-        return TargetReference.of(data, weights)  # pyright: ignore[reportArgumentType]
+        return TargetReference.of(targets_of(data), weights)
     if "classes" in data.offers:
         return ClassReference.of(problem, weights)
     return obs.Reference.of(data.max_margin(), problem, weights)
