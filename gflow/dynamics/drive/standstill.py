@@ -22,6 +22,9 @@ SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
 on which side the flow would leave it is beyond the tolerances."""
 
+RESIDUAL = 20.0
+"""Log risks above that of round-off at which residuals do not vanish."""
+
 LARGE_TERMS = 1e4
 """Margins whose terms are so many times larger have lost digits worth telling."""
 
@@ -54,6 +57,9 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     above, slope = log_risk - level_at_zero(problem), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
     if problem.loss.attained and not field.clock.centred:  # a saddle is no obstacle to such a clock
+        rests = slope <= SADDLE * first_slope and log_risk > problem.loss.least_log_risk + RESIDUAL
+        if rests:
+            return Reason.RESTS_ON_RESIDUALS.end(**where, first=first_slope)
         return Reason.TIME_IS_ROUND_OFF.end(**where, rtol=rtol)
     level = 4 * EPSILON * max(1.0, abs(log_risk))
     if above >= -level and slope <= SADDLE * first_slope:
