@@ -265,9 +265,7 @@ def deep_plateaus():
                     "log10_product": power,
                     "status": flow.attrs["status"],
                     "steps": int(flow.num_steps[-1]),
-                    "off": float(abs(math.exp(flow.log_time[-1]) / wanted - 1))
-                    if reached
-                    else None,
+                    "off": None if off is None else float(off),
                 }
             )
             print(rows[-1], flush=True)
