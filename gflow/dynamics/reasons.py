@@ -129,9 +129,10 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     ),
     Reason.RESTS_ON_RESIDUALS: (
         "stalled",
-        f"{_SHORTER} after {{first:.2g}} at the start: the flow stands still where residuals do not "
-        "vanish, at a saddle or at the least risk that the layers' widths allow. The steps of the "
-        "implicit solver are of the size of the time there; an earlier time shows the approach",
+        f"{_SHORTER} after {{first:.2g}} at the start: the flow stands still where residuals do "
+        "not vanish, near a saddle or at the least risk that the widths of the layers allow, and "
+        "the implicit solver's steps are no longer than elsewhere; an earlier time shows the "
+        "approach",
     ),
     Reason.OVERFLOW: (
         "precision_lost",

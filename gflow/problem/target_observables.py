@@ -193,11 +193,7 @@ def mode_strengths(left: Any, right: Any) -> Observable:
             "(d, modes), a mode a column."
         )
 
-    def strengths(problem: Problem, weights: Weights) -> Array:
-        w = jnp.reshape(end_to_end(_layers(problem, weights)), (u.shape[0], v.shape[0]))
-        return jnp.sum(jnp.asarray(u, w.dtype) * (w @ jnp.asarray(v, w.dtype)), axis=0)
-
-    return strengths
+    return _Strengths(as_array(u), as_array(v))
 
 
 def distance_to(matrix: Any) -> Observable:
@@ -215,11 +211,7 @@ def distance_to(matrix: Any) -> Observable:
             f"`matrix` has shape {reference.shape}; expected (K, d), finite and not zero."
         )
 
-    def distance(problem: Problem, weights: Weights) -> Array:
-        w = jnp.reshape(end_to_end(_layers(problem, weights)), reference.shape)
-        return _distance(w, jnp.asarray(reference, w.dtype))
-
-    return distance
+    return _DistanceTo(as_array(reference))
 
 
 def kernel_movement(start: Weights) -> Observable:
@@ -231,17 +223,40 @@ def kernel_movement(start: Weights) -> Observable:
     Args:
         start: the weights of $K_0$.
     """
+    return _KernelMovement(jax.tree.map(as_array, start))
 
-    def kernel(problem: Problem, weights: Weights) -> Array:
-        jacobian = jax.jacrev(problem.margins)(weights)
+
+# Modules, whose arrays are no constants of a program: another basis or start compiles nothing.
+
+
+class _Strengths(eqx.Module):
+    left: Array
+    right: Array
+
+    def __call__(self, problem: Problem, weights: Weights) -> Array:
+        shape = self.left.shape[0], self.right.shape[0]
+        w = jnp.reshape(end_to_end(_layers(problem, weights)), shape)
+        return jnp.sum(self.left * (w @ self.right), axis=0)
+
+
+class _DistanceTo(eqx.Module):
+    matrix: Array
+
+    def __call__(self, problem: Problem, weights: Weights) -> Array:
+        w = jnp.reshape(end_to_end(_layers(problem, weights)), self.matrix.shape)
+        return _distance(w, self.matrix)
+
+
+class _KernelMovement(eqx.Module):
+    start: Weights
+
+    def __call__(self, problem: Problem, weights: Weights) -> Array:
+        return _distance(self.kernel(problem, weights), self.kernel(problem, self.start))
+
+    def kernel(self, problem: Problem, weights: Weights) -> Array:
+        jacobian = jax.jacrev(problem.margins)(jax.tree.map(jnp.asarray, weights))
         rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)]
         return jnp.sum(jnp.stack([row @ row.T for row in rows]), axis=0)
-
-    def movement(problem: Problem, weights: Weights) -> Array:
-        first = kernel(problem, jax.tree.map(jnp.asarray, start))
-        return _distance(kernel(problem, weights), first)
-
-    return movement
 
 
 def _layers(problem: Problem, weights: Weights) -> Weights:
