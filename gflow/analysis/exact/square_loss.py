@@ -5,7 +5,7 @@ target leaves float64 and is returned as a log risk.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike as _ArrayLike, Float, Real
@@ -122,15 +122,15 @@ def saddle_times(
         return np.exp(np.array(found))
 
 
-Path = Callable[[np.ndarray], np.ndarray]
+Path = Callable[[Any], Any]
 
 
 def _mode_path(first: float, depth: int, sign: float) -> tuple[Path, Path]:
     r"""Of $x = \log(u/|s - u|)$: $\log(s/u)$, and $\log t + \log L + k\log s$."""
     power = 1.0 - 2.0 / depth  # k - 1
 
-    def log_shrink(x: np.ndarray) -> np.ndarray:  # log(1 +- e^{-x}), which is log(s/u)
-        return np.logaddexp(0.0, -x) if sign > 0 else np.log(-np.expm1(-x))
+    def log_shrink(x):  # log(1 +- e^{-x}), which is log(s/u)
+        return quadrature.softplus(-x) if sign > 0 else np.log(-np.expm1(-x))
 
     def log_time_of(x):
         slope = power * np.exp(-x - log_shrink(x))
