@@ -2,6 +2,7 @@
 
 import math
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -325,3 +326,24 @@ def test_mini_batches_keep_points_and_targets_together():
     near = (START[0], START[1] + 1e-9)
     descent = gflow.gradient_descent(fitted, near, optax.sgd(0.05), **options)
     np.testing.assert_allclose(descent.final_weights_2, START[1], atol=2e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Descent against flows
+# ---------------------------------------------------------------------------------------------
+
+NARROW = gflow.init.gaussian((3, 2, 2), scale=0.5, seed=0)
+
+
+def test_descent_follows_the_flow_and_the_modified_flows_at_their_orders():
+    measured = gflow.ladder(PROBLEM, NARROW, [0.02, 0.04], 1.0)
+    np.testing.assert_allclose(measured.order, [1, 2, 3], atol=0.03)
+
+
+def test_implicit_steps_follow_a_modified_flow_of_several_outputs():
+    options = {"until": gflow.Time(2.0), "save": 2, "modified": gflow.ModifiedEquation(0.05)}
+    ends = [
+        gflow.gradient_flow(PROBLEM, NARROW, solver=solver, **options, **QUIET).end_to_end[-1]
+        for solver in (diffrax.Dopri8(), gflow.GaussNewton())
+    ]
+    np.testing.assert_allclose(ends[1], ends[0], atol=INTEGRATED)

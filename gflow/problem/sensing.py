@@ -38,7 +38,7 @@ class Sensing(AbstractTargets):
     >>> data = Sensing([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 0.0]]], [2.0, 0.5])
     >>> data.num_points, data.num_outputs, data.dim
     (2, 2, 2)
-    >>> data.least_squares().tolist()
+    >>> data.least_squares().round(12).tolist()
     [[1.0, 0.5], [0.0, 1.0]]
     """
 

@@ -323,7 +323,7 @@ CASES: tuple[tuple[str, str, Callable[[], Flow]], ...] = (
     ("1 layer, square loss", "square_loss_mode", lambda: _square_mode(1)),
     ("3 balanced layers, square loss", "square_loss_mode", lambda: _square_mode(3)),
     ("5 balanced layers, square loss", "square_loss_mode", lambda: _square_mode(5)),
-    ("2 layers from 1e-100, square loss", "square_loss_mode", lambda: _square_mode(2, 1e-100)),
+    ("2 layers from 1e-15, square loss", "square_loss_mode", lambda: _square_mode(2, 1e-15)),
     ("2 unbalanced layers, square loss", "two_layer_square_loss", _square_unbalanced),
     ("2 matrices, square loss", "two_layer_riccati", _riccati),
     ("5 classes, 3 layers", "simplex_modes", lambda: _simplex(5, 3)),

@@ -103,7 +103,7 @@ def saddle_times(
         ValueError: for numbers out of range.
 
     >>> saddle_times([2.0, 1.0], 1e-15, depth=2).round(6).tolist()
-    [8.807984, 17.269388]
+    [8.807981, 17.269388]
     """
     s = np.atleast_1d(numbers_of("targets", targets))
     u = np.broadcast_to(numbers_of("starts", starts), s.shape)
