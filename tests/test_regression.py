@@ -262,6 +262,25 @@ def test_a_plateau_whose_end_is_below_the_resolution_of_the_time_ends_with_that_
     assert float(found.log_time[-1]) == pytest.approx(math.log(1e20 / 1.7), rel=1e-8)
 
 
+def test_the_length_of_the_path_leads_over_a_plateau_of_any_length():
+    # The same, and one of 1e67: its escape, at the time of the closed form, costs the logarithm.
+    problem, _ = one_mode(1.7, 1.0)
+    for power in (-60, -200):
+        layer = 10.0 ** (power / 3)
+        options = {"clock": gflow.clocks.PathLength(layer), "save": 2, **QUIET}
+        found = gflow.gradient_flow(
+            problem, (np.full((1, 1), layer),) * 3, until=gflow.Saddle(1), **options
+        )
+        assert found.attrs["status"] == "reached"
+        wanted = gflow.exact.saddle_times([1.7], 10.0**power, depth=3)[0]
+        assert float(found.log_time[-1]) == pytest.approx(math.log(wanted), abs=1e-8)
+        assert int(found.num_steps[-1]) < 20 + 1.7 * abs(power)
+    with pytest.raises(ValueError, match=r"`scale` is 0"):
+        gflow.clocks.PathLength(0)
+    with pytest.raises(ValueError, match=r"`certify` is true, and `clock` is PathLength"):
+        gflow.gradient_flow(problem, START, until=gflow.Time(1.0), certify=True, **options)
+
+
 def test_a_risk_that_float64_cannot_show_ends_with_that_word():
     problem, weights = one_mode(1.7, 0.05)
     found = gflow.gradient_flow(problem, weights, until=gflow.LogRisk(-200.0), save=3, **QUIET)

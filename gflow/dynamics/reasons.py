@@ -125,7 +125,9 @@ _WORDS: dict[Reason, tuple[str, str]] = {
         "precision_lost",
         f"{_SHORTER}: the flow changes in less time than float64 can tell beside the time that has "
         "passed, as after a long plateau of three layers or more, or round-off exceeds the "
-        "tolerance; start from larger weights, or try a larger `rtol` than {rtol:.0e}",
+        "tolerance; over a first saddle `clock=gflow.clocks.PathLength(scale)` knows the way, "
+        "with the size of the start as `scale`, else start from larger weights, or try a larger "
+        "`rtol` than {rtol:.0e}",
     ),
     Reason.RESTS_ON_RESIDUALS: (
         "stalled",

@@ -56,7 +56,7 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
     above, slope = log_risk - level_at_zero(problem), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
-    if problem.loss.attained and not field.clock.centred:  # a saddle is no obstacle to such a clock
+    if problem.loss.attained and field.clock.knows_time:  # a saddle is no obstacle to such a clock
         rests = slope <= SADDLE * first_slope and log_risk > problem.loss.least_log_risk + RESIDUAL
         if rests:
             return Reason.RESTS_ON_RESIDUALS.end(**where, first=first_slope)
@@ -91,7 +91,7 @@ def end_of_risk(
     """
     if not problem.loss.attained:
         return wall(problem)
-    if not (clock.centred or all(rule.of_risk for rule in rules)):
+    if clock.knows_time and not all(rule.of_risk for rule in rules):
         return None
     lost, layers = problem.loss.least_log_risk, problem.network.layers(weights)
     rank = 0 if layers is None else min(min(np.shape(matrix)) for matrix in layers)
