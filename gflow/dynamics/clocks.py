@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.arguments import positive
+from gflow.problem.module import Module
 from gflow.problem.network import Array, as_array
 
 Numbers = Any
 """A number or an array of NumPy's: the same comes back."""
 
 
-class AbstractClock(eqx.Module):
+class AbstractClock(Module):
     """A strictly increasing function of physical time along the flow."""
 
     name: ClassVar[str]

@@ -20,6 +20,7 @@ from gflow.problem import observables
 from gflow.problem.abstract_targets import targets_of
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
 from gflow.problem.logarithms import log_expm1
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Weights, as_array, end_to_end
 from gflow.problem.risk import Problem
 from gflow.problem.target_observables import Modes, padded_targets
@@ -42,7 +43,7 @@ class Coordinates(NamedTuple):
     """The variables that rules watch beside these, by name."""
 
 
-class AbstractRule(eqx.Module):
+class AbstractRule(Module):
     """One stopping condition; join several with ``|``: whichever comes first."""
 
     value: eqx.AbstractVar[float]
@@ -327,7 +328,7 @@ class Saddle(AbstractRule):
         return np.asarray(value, dtype=np.float64)
 
 
-class AnyOf(eqx.Module):
+class AnyOf(Module):
     """Several rules, of which the first that is met stops the run. Built with ``|``.
 
     The first rule written is the leading one: saved points are spaced in its coordinate.

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from gflow.problem.abstract_targets import AbstractTargets
 from gflow.problem.arguments import numbers_of
 from gflow.problem.array import Array, as_array
 from gflow.problem.conserved import Kept, drift, kept
+from gflow.problem.module import Module
 from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.nuclear import least_nuclear
 from gflow.problem.risk import Problem
@@ -35,7 +35,7 @@ BEYOND = 0.01
 """Part of `modes_learnt` that a mode adds between half of its target and all of it."""
 
 
-class TargetReference(eqx.Module):
+class TargetReference(Module):
     """What observables are measured against: the start, and solutions that are known."""
 
     conserved: tuple[Kept, ...]
@@ -58,7 +58,7 @@ class TargetReference(eqx.Module):
         )
 
 
-class Modes(eqx.Module):
+class Modes(Module):
     """What is needed to see the modes of an end-to-end matrix."""
 
     through: Array
@@ -229,7 +229,7 @@ def kernel_movement(start: Weights) -> Observable:
 # Modules, whose arrays are no constants of a program: another basis or start compiles nothing.
 
 
-class _Strengths(eqx.Module):
+class _Strengths(Module):
     left: Array
     right: Array
 
@@ -239,7 +239,7 @@ class _Strengths(eqx.Module):
         return jnp.sum(self.left * (w @ self.right), axis=0)
 
 
-class _DistanceTo(eqx.Module):
+class _DistanceTo(Module):
     matrix: Array
 
     def __call__(self, problem: Problem, weights: Weights) -> Array:
@@ -247,7 +247,7 @@ class _DistanceTo(eqx.Module):
         return _distance(w, self.matrix)
 
 
-class _KernelMovement(eqx.Module):
+class _KernelMovement(Module):
     start: Weights
 
     def __call__(self, problem: Problem, weights: Weights) -> Array:
