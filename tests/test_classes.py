@@ -16,6 +16,7 @@ from gflow.problem.terms import Diagonal
 
 ROUND_OFF = 1e-12
 INTEGRATORS = 1e-8  # what two integrators at rtol 1e-9 agree to
+SOME = np.array([2, 5, 4, 23])  # margins, by their numbers
 FIRST, SECOND = gflow.LogRisk(-30.0), gflow.clocks.LogRisk()
 
 
@@ -120,31 +121,33 @@ def test_terms_are_the_derivatives_of_the_log_risk():
         def found(q, loss=loss):
             terms, level = loss.terms(q), loss.terms(q, jnp.asarray(300.0))
             gram, applied = terms.curvature.gram(None), terms.curvature.apply(v)
+            among = terms.curvature.among(SOME)
             log_risk = jax.grad(lambda q: loss.terms(q).log_risk)(q)
             hessian = jax.hessian(lambda q: jnp.exp(loss.terms(q).log_risk))(q)
             far = loss.terms(q + 300.0).log_risk, loss.risk_slopes(q)
-            return terms, gram, applied, log_risk, hessian, level.log_risk, *far
+            return terms, gram, among, applied, log_risk, hessian, level.log_risk, *far
 
-        terms, gram, applied, gradient, hessian, level, far, risk_slopes = found(q)
+        terms, gram, among, applied, gradient, hessian, level, far, risk_slopes = found(q)
         risk = np.mean(direct(q.reshape(-1, 2)))
         np.testing.assert_allclose(terms.log_risk, np.log(risk), rtol=1e-14)
         np.testing.assert_allclose(terms.slopes, -gradient, rtol=1e-12)
         np.testing.assert_allclose(risk_slopes, risk * np.asarray(terms.slopes), rtol=1e-12)
         np.testing.assert_allclose(gram, hessian / risk, atol=1e-13)
+        np.testing.assert_allclose(among, np.asarray(gram)[SOME][:, SOME], atol=1e-15)
         np.testing.assert_allclose(applied, gram @ v, atol=1e-13)
         np.testing.assert_allclose(level, far, rtol=1e-13)
 
 
-@pytest.mark.parametrize("points", [12, 3])
-def test_the_design_is_its_matrix(points):
+@pytest.mark.parametrize(("points", "dim"), [(12, 5), (12, 7), (3, 5)])
+def test_the_design_is_its_matrix(points, dim):
     rng = np.random.default_rng(2)
-    inputs, classes = rng.normal(size=(points, 5)), np.arange(points) % 3
+    inputs, classes = rng.normal(size=(points, dim)), np.arange(points) % 3
     data = gflow.Dataset(inputs, classes, num_classes=3)
     design = ClassDesign.of(data.inputs, data.classes, 3)
     a = np.asarray(design.matrix)
-    w = rng.normal(size=(3, 5))
+    w = rng.normal(size=(3, dim))
     np.testing.assert_allclose(a @ (contrasts(3) @ w).ravel(), data.margins_of(inputs @ w.T))
-    s, c = rng.normal(size=(2, 2 * points)), rng.normal(size=(2, 10))
+    s, c = rng.normal(size=(2, 2 * points)), rng.normal(size=(2, 2 * dim))
     np.testing.assert_allclose(design.spread(c), c @ a.T, atol=ROUND_OFF)
     np.testing.assert_allclose(design.gather(s), s @ a, atol=ROUND_OFF)
     blocks = rng.normal(size=(points, 2, 2))
@@ -152,11 +155,16 @@ def test_the_design_is_its_matrix(points):
     dense = jax.scipy.linalg.block_diag(*blocks)
     np.testing.assert_allclose(design.gram_of_blocks(blocks), a.T @ dense @ a, atol=ROUND_OFF)
     np.testing.assert_allclose(design.gram_of_diagonal(s[0]), a.T * s[0] @ a, atol=ROUND_OFF)
+    some = np.array([4, 0, 2 * points - 1])
+    np.testing.assert_allclose(design.rows_at(some), a[some], atol=ROUND_OFF)
     first, reduced = design.axes()
-    assert len(first) == min(points, 5)
+    assert len(first) == min(points, dim)
     # The same cotangents for every contrast; A in their terms times them is A.
-    both = np.concatenate([first, np.roll(first, 5, axis=1)])
+    both = np.concatenate([first, np.roll(first, dim, axis=1)])
     np.testing.assert_allclose(np.asarray(reduced.matrix) @ both, a, atol=ROUND_OFF)
+    np.testing.assert_allclose(
+        reduced.rows_at(some), np.asarray(reduced.matrix)[some], atol=ROUND_OFF
+    )
     gram = reduced.gram_of_blocks(blocks)
     np.testing.assert_allclose(both.T @ gram @ both, a.T @ dense @ a, atol=ROUND_OFF)
 
