@@ -28,7 +28,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array as Margins
-from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms
+from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms, sum_of_exponentials
 
 # ---------------------------------------------------------------------------------------------
 # The interface
@@ -145,7 +145,8 @@ class AbstractLoss(AbstractJointLoss):
 # more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
 def exponential_advance(offsets: Margins, change: Margins) -> tuple[Margins, Margins]:
     """``AbstractJointLoss.advance`` where the risk is a sum of exponentials of margins."""
-    share = jax.nn.log_softmax(-offsets)
+    found = sum_of_exponentials(-offsets)
+    share = -offsets - found.top - found.log_total
     limit = jnp.maximum(share + 1 + jnp.log(jnp.maximum(-change, 1.0)), -5.0)
     return -jnp.minimum(share - change, limit), share - change > limit
 
@@ -176,6 +177,13 @@ class Exponential(AbstractLoss):
     def log_curvature(self, margin: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$\log\ell''(q) = -q$."""
         return -floating(margin)
+
+    def terms(self, offsets: Margins, level: Margins | None = None) -> LossTerms:
+        r"""$\log R$, and $e^{-q_i}/\sum_je^{-q_j}$ for slopes and curvature, at any level."""
+        found = sum_of_exponentials(-offsets)
+        base = jnp.zeros(()) if level is None else level
+        log_risk = found.log_total + (found.top - base) - np.log(offsets.shape[0])
+        return LossTerms(log_risk, found.shares, Diagonal(found.shares))
 
     def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         r"""$q = -\log\ell$."""

@@ -103,6 +103,25 @@ class Shares(AbstractCurvature):
         return jnp.diag(t * p) + jnp.where(together, outer, 0.0)
 
 
+class Sum(NamedTuple):
+    r"""A sum of exponentials $\sum_i e^{x_i}$, of the numbers $x$, shape (points,)."""
+
+    top: Array
+    """The largest of them, which the next two are relative to."""
+    log_total: Array
+    r"""$\log\sum_i e^{x_i - \text{top}}$, at least zero."""
+    shares: Array
+    r"""$e^{x_i}/\sum_j e^{x_j}$, shape (points,)."""
+
+
+def sum_of_exponentials(logarithms: Array) -> Sum:
+    """The sum, from one pass of exponentials, which a solver's iteration spends its time on."""
+    top = jax.lax.stop_gradient(jnp.max(logarithms))
+    each = jnp.exp(logarithms - top)
+    total = jnp.sum(each)
+    return Sum(top, jnp.log(total), each / total)
+
+
 class LossTerms(NamedTuple):
     """A risk at given margins: what its value, its gradient and its curvature are made of."""
 
@@ -164,7 +183,7 @@ class AbstractJointLoss(eqx.Module):
             offsets: shape (points,).
             distance: margins less offsets, shape (points,).
         """
-        return jnp.sum(jax.nn.softmax(-offsets) * distance)
+        return jnp.sum(sum_of_exponentials(-offsets).shares * distance)
 
     def chosen(self, points: Array) -> "AbstractJointLoss":
         """The loss of some of the points, by their numbers; pure JAX."""
