@@ -39,8 +39,8 @@ FEW = 0.5
 """Margins up to this part of the order serve in the place of the coordinates."""
 
 NEGLIGIBLE = 1e-4
-"""Slopes of margins that are left out, relative to the largest. To log R = -1e4 all digits take 1018
-corrections with 1e-4, 1020 with 1e-6 and with all margins, 1049 with 1e-3."""
+"""Slopes of margins that are left out, relative to the largest. To log R = -1e4 ten digits take
+1018 corrections with 1e-4, 1020 with 1e-6 and with all margins, 1049 with 1e-3."""
 
 
 class Spectral(NamedTuple):
