@@ -3,8 +3,8 @@
 Two to ten classes, one to five layers, up to 300 points in 2 to 16 dimensions, cross-entropy and
 the pairwise exponential loss, Gaussian and orthogonal starts: clusters about random centres, or
 points that random linear maps classify with a gap. Each flow goes to log R = -1e4, is judged by
-`gflow.verify`, and its margin is held against a certified optimum in the norm of its depth. Problems
-of one shape share their programs.
+`gflow.verify`, and its margin is held against a certified optimum in the norm of its depth.
+Problems of one shape share their programs.
 
     python benchmarks/class_problems.py [--problems 100] [--first 0] [--quick] [--out FOLDER]
 """

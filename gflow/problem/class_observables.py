@@ -225,10 +225,15 @@ def class_slacks(start: Weights, singular_values: np.ndarray) -> tuple[np.ndarra
     Returns:
         Of the second (points, layers), of the first (points, layers - 1).
     """
-    norms = np.array([float(np.linalg.norm(matrix, 2)) for matrix in imbalance(start)])
+    norms = imbalance_norms(start)
     num = start[-1].shape[0]
     first = float(np.sum(np.sum(start[-1], axis=0) ** 2)) / num
     bounds = first + np.append(np.cumsum(norms[::-1])[::-1], 0.0)
     squares = singular_values**2
     apart = np.max(np.abs(np.diff(squares, axis=1)), axis=2)
     return bounds - squares[:, :, num - 1], norms - apart
+
+
+def imbalance_norms(start: Weights) -> np.ndarray:
+    r"""$\lVert D_k\rVert_2$ of the conserved matrices, shape (layers - 1,)."""
+    return np.array([float(np.linalg.norm(matrix, 2)) for matrix in imbalance(start)])
