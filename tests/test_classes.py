@@ -1,5 +1,7 @@
 """Several classes: data, losses, networks of K outputs and what a record of them holds."""
 
+import re
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -232,6 +234,33 @@ def test_lemma_2_for_several_outputs_holds_at_every_saved_point(flow, start):
         flow.rank_slack[:, -1], sums - flow.singular_values[:, -1, 2] ** 2, rtol=1e-12
     )
     assert float(flow.rank_slack[-1, -1]) < sums
+
+
+def test_claims_say_where_a_direction_does_not_grow_or_has_not_settled(flow):
+    claims = gflow.verify(flow)
+    assert claims["Lemma 2: subspaces"].holds
+    maximal = claims["margin is maximal in its norm"]
+    least, most = map(float, re.findall(r"[\d.]+", maximal.bound_text))
+    assert least <= gflow.max_margin(PROBLEM.data, norm="nuclear").margin <= most
+    assert float(flow.schatten_margin.max()) <= most
+    # An angle that Davis and Kahan's theorem does not allow.
+    turned = flow.assign(subspace_misalignment=flow.subspace_misalignment * 0 + 0.9)
+    assert gflow.verify(turned)["Lemma 2: subspaces"].holds is False
+    # The second of two directions rests: of it nothing is said.
+    values = flow.singular_values.copy()
+    values[:, :, 1] = 1.0
+    aligned = gflow.verify(turned.assign(singular_values=values))["subspaces align"]
+    assert aligned.holds is None and "rank below 2" in aligned.why
+    # The law of time misses one by as much as weights and slope are apart.
+    late = flow.isel(point=slice(2, None))
+    s = -late.log_risk
+    log_time = np.log(0.4 / 9) + s - 2 * np.log(s / late.norm)
+    late = late.assign(log_time=log_time)
+    apart = np.sqrt(2 * (1 - np.sqrt(0.4))) * late.norm / late.min_margin ** (1 / 3)
+    law = gflow.verify(late.assign(kkt_residual=apart))["law of time"]
+    assert law.value == pytest.approx(0.4) and law.holds is None
+    assert "cos^2 of weights and slope is 0.4" in law.why
+    assert gflow.verify(late.assign(kkt_residual=0 * apart))["law of time"].holds is False
 
 
 def test_two_outputs_are_the_flow_of_one(monkeypatch):

@@ -251,8 +251,8 @@ def _brackets(facts: Facts) -> tuple[float, float]:
     r"""Between what the largest margin lies in the quasi-norm of three or more layers.
 
     With $p = 2/L < 1$ and rank r, $\lVert W\rVert_* \le \lVert W\rVert_p \le
-    r^{L/2 - 1}\lVert W\rVert_*$: at most the nuclear norm's bound, by the shares of any saved point;
-    at least what the record has, and $r^{1-L/2}$ of its largest margin in the nuclear norm.
+    r^{L/2 - 1}\lVert W\rVert_*$: at most the nuclear norm's bound, by the shares of any saved
+    point; at least what the record has, and $r^{1-L/2}$ of its largest margin in the nuclear norm.
     """
     shrink = float(_rank(facts)) ** (1 - facts.depth / 2)
     least = np.nanmax([facts["schatten_margin"], shrink * facts["nuclear_margin"]])
