@@ -218,7 +218,7 @@ def begun(followed: Member, method: Any, s: Any, state: Any) -> Lane:
 def marched(followed: Member, method: Any, lane: Lane, trips: int) -> Lane:
     """The lane after at most so many attempts."""
     nothing = jax.tree.map(lambda _: None, followed)
-    return march(followed, nothing, method, lane, np.int64(trips), np.int64(1), 1)[0]
+    return march(followed, nothing, method, lane, np.int64(trips), np.int64(1), 1, few=False)[0]
 
 
 class Observer:

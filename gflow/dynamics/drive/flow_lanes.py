@@ -17,6 +17,7 @@ from gflow.dynamics.march.lane import Lane, Member, Saved
 from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.network import as_array
+from gflow.programs import FEW
 
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun
@@ -91,6 +92,7 @@ class FlowLanes(AbstractLanes):
         self.many = width > 1
         self.method, self.watches = alike[0].method, alike[0].watches_stiffness
         self.rows = rows_for(alike[0].weights, width)
+        self.few = not self.many and alike[0].problem.data.num_margins <= FEW
         columns = list(zip(*(jax.tree.leaves(run.member) for run in alike), strict=True))
         self.own = [
             _is_array(column[0])
@@ -151,6 +153,7 @@ class FlowLanes(AbstractLanes):
             self.rows,
             self.watches,
             self.many,
+            few=self.few,
         )
         self.lane = lane
         names = ("reason", "num_steps", "num_rejected")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.risk import Problem, level_at_zero
 from gflow.problem.target_observables import TargetReference, of_targets
+from gflow.programs import FEW, by_size
 from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ class Recorder:
         size = jax.tree.leaves(weights)[0].shape[0]
         chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
         count = as_array(np.int64(len(rows)))
-        found = _observe(self.problem, weights, chosen, count, self.reference)
+        few = self.problem.data.num_margins <= FEW
+        found = _observe(self.problem, weights, chosen, count, self.reference, few=few)
         return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
 
     @property
@@ -263,7 +264,7 @@ def reference_of(problem: Problem, weights: Weights) -> References:
     return obs.Reference.of(data.max_margin(), problem, weights)
 
 
-@eqx.filter_jit
+@by_size
 def _observe(
     problem: Problem,
     weights: Weights,

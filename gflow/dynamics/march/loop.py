@@ -29,6 +29,7 @@ from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
 from gflow.problem.network import Array, Weights, squared_norm
+from gflow.programs import ONCE, by_size, compiled
 
 SHARE = 4, 5
 """Steps end in a trip where at least so many in so many running lanes have solved theirs."""
@@ -40,10 +41,6 @@ and its error has not fallen by the second; at first order it would fall as much
 STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
 """A run is stiff when step times spectral radius has exceeded the first in so many looks in a row,
 one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
-
-
-ONCE = {"xla_backend_optimization_level": 0}
-"""For a program that is called once a run: it is compiled in less time, and runs in more."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,7 +104,7 @@ def lanes_at(
     return (jax.vmap(one) if many else one)(member, s, state, before)
 
 
-start = eqx.filter_jit(lanes_at, compiler_options=ONCE)  # pyright: ignore[reportCallIssue]
+start = compiled(lanes_at, ONCE)
 """:func:`lanes_at`, compiled."""
 
 
@@ -129,7 +126,7 @@ def choose(which: Array, new: Lane, old: Lane) -> Lane:
     return _chosen(which, new, old)
 
 
-@eqx.filter_jit
+@by_size
 def march(
     member: Member,
     shared: Member,
