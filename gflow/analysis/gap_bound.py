@@ -27,6 +27,7 @@ from gflow.dynamics.field import FlowField, FlowState
 from gflow.problem import settings
 from gflow.problem.arguments import numbers_of
 from gflow.problem.curvature import ends_of_spectrum, relative_hessian
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Weights, squared_norm
 from gflow.problem.risk import Problem
 
@@ -47,7 +48,7 @@ class _State(NamedTuple):
     r"""$\frac12\int\lVert H\nabla R\rVert\,dt$."""
 
 
-class _Field(eqx.Module):
+class _Field(Module):
     """The flow in the clock $s = log(1 + t)$ with growth and bound as states of their own."""
 
     flow: FlowField

@@ -13,17 +13,17 @@ import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.problem.module import Module
 from gflow.problem.network import Array, as_array
 
 Numbers = Any
 """A number or an array of NumPy's: the same comes back."""
 
 
-class AbstractClock(eqx.Module):
+class AbstractClock(Module):
     """A strictly increasing function of physical time along the flow."""
 
     name: ClassVar[str]

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gflow.dynamics.clocks import AbstractClock
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Factors, Weights
 from gflow.problem.risk import Problem
 
@@ -34,7 +35,7 @@ class FlowState(NamedTuple):
     scaled_time: Array
 
 
-class AbstractField(eqx.Module):
+class AbstractField(Module):
     """A field that lowers the risk of a problem, in a clock."""
 
     problem: eqx.AbstractVar[Problem]

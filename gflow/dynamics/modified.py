@@ -37,6 +37,7 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField
 from gflow.problem.arguments import is_number, shown
 from gflow.problem.curvature import Slope, relative_gradient
+from gflow.problem.module import Module
 from gflow.problem.network import (
     AbstractNetwork,
     Array,
@@ -56,7 +57,7 @@ ENDS = 1e-2
 to the end of its meaning: the terms of the expansion cancel."""
 
 
-class ModifiedEquation(eqx.Module):
+class ModifiedEquation(Module):
     r"""The modified equation of descent with learning rate $\eta$ = ``step``.
 
     For ``gradient_flow(..., modified=ModifiedEquation(0.1))``. The expansion means something as

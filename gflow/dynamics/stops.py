@@ -19,6 +19,7 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
 from gflow.problem.logarithms import log_expm1
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.risk import Problem
 from gflow.quantities import quantity
@@ -40,7 +41,7 @@ class Coordinates(NamedTuple):
     """The variables that rules watch beside these, by name."""
 
 
-class AbstractRule(eqx.Module):
+class AbstractRule(Module):
     """One stopping condition; join several with ``|``: whichever comes first."""
 
     value: eqx.AbstractVar[float]
@@ -275,7 +276,7 @@ class KKT(AbstractVanishing):
         return observables.kkt_residual(problem, weights)
 
 
-class AnyOf(eqx.Module):
+class AnyOf(Module):
     """Several rules, of which the first that is met stops the run. Built with ``|``.
 
     The first rule written is the leading one: saved points are spaced in its coordinate.

@@ -14,12 +14,13 @@ import numpy as np
 
 from gflow.problem.array import Array
 from gflow.problem.design import AbstractDesign
+from gflow.problem.module import Module
 
 if TYPE_CHECKING:
     from gflow.problem.max_margin import MaxMargin
 
 
-class AbstractData(eqx.Module):
+class AbstractData(Module):
     """Points $x_i$, one row of ``inputs`` each, with an answer for each."""
 
     inputs: eqx.AbstractVar[Any]

@@ -15,13 +15,13 @@ singular values, and spreads within classes those of differences of inputs.
 from itertools import pairwise
 from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.array import Array, as_array
 from gflow.problem.conserved import Kept, drift, imbalance, kept
 from gflow.problem.data import labelled
+from gflow.problem.module import Module
 from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.observables import kkt, smoothed_margin
 from gflow.problem.risk import Problem
@@ -78,7 +78,7 @@ def output_sum(weights: Weights) -> Array:
     return jnp.sum(jnp.asarray(weights[-1]), axis=0)
 
 
-class ClassReference(eqx.Module):
+class ClassReference(Module):
     """What observables are measured against: the start, and the class means of the data."""
 
     conserved: tuple[Kept, ...]

@@ -7,12 +7,12 @@ to a few fixed vectors: products of layers with thin blocks, in time proportiona
 from collections.abc import Sequence
 from itertools import pairwise
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem import settings
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.singular import EXACT, both_ways, norm_of, spectral_norm
 
@@ -42,7 +42,7 @@ def imbalance_drift(weights: Weights, start: Sequence[Array]) -> Array:
     return drift(weights, tuple(Kept(None, matrix) for matrix in start))
 
 
-class Kept(eqx.Module):
+class Kept(Module):
     """What is kept of a conserved matrix at the start, to see its change."""
 
     probes: Array | None

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.array import Array, as_array
+from gflow.problem.module import Module
 
 
-class AbstractDesign(eqx.Module):
+class AbstractDesign(Module):
     """The matrix $A$ of shape (margins, m)."""
 
     @property

@@ -26,6 +26,7 @@ from gflow.problem import settings
 from gflow.problem.arguments import expect_unmasked, numbers_of
 from gflow.problem.compensated import Pair
 from gflow.problem.margin_bounds import lower_bound, norm_of, upper_bound
+from gflow.problem.module import Module
 from gflow.problem.one_thread import one_thread
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class HasSignedInputs(Protocol):
         ...
 
 
-class MaxMargin(eqx.Module):
+class MaxMargin(Module):
     r"""The solution of a max-margin problem, or the proof that there is none.
 
     The bounds hold for the data as given. They refer to $w$ and $p$ with 32 digits; rounding them

@@ -26,6 +26,7 @@ from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.array import Array as Array, as_array as as_array
 from gflow.problem.design import AbstractDesign
+from gflow.problem.module import Module
 
 FEW_POINTS = 8
 """Points on which the degree of a network is tried."""
@@ -47,7 +48,7 @@ class Factors(NamedTuple):
     rights: list[Array]
 
 
-class AbstractNetwork(eqx.Module):
+class AbstractNetwork(Module):
     """A network, seen through the margins of a data set."""
 
     @abstractmethod

@@ -12,7 +12,6 @@ singular value $\sigma_k = \lVert W_k\rVert_2$.
 
 from itertools import pairwise
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +32,7 @@ from gflow.problem.curvature import (
 )
 from gflow.problem.data import labelled
 from gflow.problem.max_margin import MaxMargin
+from gflow.problem.module import Module
 from gflow.problem.network import (
     Array,
     Weights,
@@ -82,7 +82,7 @@ def gradient_alignment(problem: Problem, weights: Weights) -> Array:
     )
 
 
-class Reference(eqx.Module):
+class Reference(Module):
     """What observables are measured against: the maximum-margin solution and the start."""
 
     direction: Array

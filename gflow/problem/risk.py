@@ -27,7 +27,7 @@ from gflow.problem.arguments import expect, shown
 from gflow.problem.design import AbstractDesign
 from gflow.problem.losses import Logistic
 from gflow.problem.memo import once_per_object
-from gflow.problem.methods import plain_method
+from gflow.problem.module import Module
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
 from gflow.problem.soft_margin import CrossEntropy
 from gflow.problem.squared import Squared
@@ -55,7 +55,7 @@ OF_DATA = {
 OTHER = " Choose another rule, as LogRisk or Time."
 
 
-class Problem(eqx.Module):
+class Problem(Module):
     """What is to be learnt: ``Problem(data, network=DeepLinear(), loss=Logistic())``.
 
     For several classes the loss is ``CrossEntropy()`` by default, for targets ``Squared()``.
@@ -120,7 +120,6 @@ class Problem(eqx.Module):
             design = jax.tree.map(lambda x: jax.device_put(np.asarray(x), rows), self.design)
         return eqx.tree_at(lambda p: p.design, self, design)
 
-    @plain_method
     def margins(self, weights: Weights) -> Array:
         """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,).
 
@@ -129,18 +128,15 @@ class Problem(eqx.Module):
         """
         return self.spread(self.network.coordinates(weights, self.data))
 
-    @plain_method
     def log_risk(self, weights: Weights) -> Array:
         r"""$\log R(W)$, natural logarithm of the mean loss."""
         return self.loss.terms(self.margins(weights)).log_risk
 
-    @plain_method
     def log_risk_and_gradient(self, weights: Weights) -> tuple[Array, Weights]:
         r"""$\log R$ and $g = \nabla \log R$, the latter shaped as the weights."""
         log_risk, gradient, _ = self.log_risk_gradient_and_norm(weights)
         return log_risk, gradient
 
-    @plain_method
     def log_risk_gradient_and_norm(self, weights: Weights) -> tuple[Array, Weights, Array]:
         r"""$\log R$, $g = \nabla\log R$ and $\lVert g\rVert^2$."""
         coordinates, pull = self.network.pullback(weights, self.data)
@@ -182,7 +178,6 @@ class Problem(eqx.Module):
                 "another rule."
             )
 
-    @plain_method
     def log_risk_at_zero(self) -> Array:
         r"""$\log R(0) = \log\ell(0)$, the level of the paper's assumption on the start."""
         return self.loss.log_risk_at_zero(self.data.num_points)
@@ -200,12 +195,10 @@ class Problem(eqx.Module):
         margins, coordinates = self.design.shape
         return min(margins, coordinates)
 
-    @plain_method
     def spread(self, coordinates: Array) -> Array:
         """$A c$: from the network's coordinates to the margins, along the last axis."""
         return coordinates if self.design is None else self.design.spread(coordinates)
 
-    @plain_method
     def gather(self, slopes: Array) -> Array:
         r"""$A^\top s$: from covectors on the margins to those on the coordinates, likewise."""
         return slopes if self.design is None else self.design.gather(slopes)

@@ -7,17 +7,17 @@ from the least-squares solution of least norm,
 $$W^+ = Y^\top (X^+)^\top, \qquad \lVert W - W^+\rVert_F/\lVert W^+\rVert_F.$$
 """
 
-import equinox as eqx
 import jax.numpy as jnp
 
 from gflow.problem.array import Array, as_array
 from gflow.problem.conserved import Kept, drift, kept
+from gflow.problem.module import Module
 from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.regression import Regression
 from gflow.problem.risk import Problem
 
 
-class TargetReference(eqx.Module):
+class TargetReference(Module):
     """What observables are measured against: the start, and the solution of least norm."""
 
     conserved: tuple[Kept, ...]

@@ -10,16 +10,16 @@ own: nothing here asks which loss it is.
 import abc
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array
 from gflow.problem.design import AbstractDesign
+from gflow.problem.module import Module
 
 
-class AbstractCurvature(eqx.Module):
+class AbstractCurvature(Module):
     r"""The symmetric positive semi-definite matrix $H = \nabla^2_qR/R$, shape (points, points)."""
 
     @property
@@ -131,7 +131,7 @@ class LossTerms(NamedTuple):
     curvature: AbstractCurvature
 
 
-class AbstractJointLoss(eqx.Module):
+class AbstractJointLoss(Module):
     r"""A risk as a function of all margins together.
 
     Most losses are means of a function of one margin and extend ``gflow.AbstractLoss`` instead,

@@ -26,6 +26,7 @@ import optax
 
 from gflow.dynamics.descending.step_meter import Elapsed, StepMeter
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Weights, inner_product
 from gflow.problem.risk import Problem
 
@@ -33,7 +34,7 @@ BOUND_SLACK = 1e-9
 """Rounding allowed for in the bound on log R: the rule may be asked too often, never too late."""
 
 
-class Carry(eqx.Module):
+class Carry(Module):
     """Everything descent needs to go on; a pytree of arrays."""
 
     weights: Weights
@@ -45,7 +46,7 @@ class Carry(eqx.Module):
     """The order in which this epoch visits the points, for mini-batches."""
 
 
-class Sampler(eqx.Module):
+class Sampler(Module):
     """Mini-batches without replacement: each epoch cuts a fresh random order into batches.
 
     Points left over at the end of an epoch are left out of it. The batches are a function of the
@@ -79,7 +80,7 @@ class Sampler(eqx.Module):
         return eqx.tree_at(lambda p: (p.data, p.loss), problem, parts)
 
 
-class Descent(eqx.Module):
+class Descent(Module):
     """One step of descent: the problem, the optimiser, and how both are sampled and measured."""
 
     problem: Problem
@@ -184,7 +185,7 @@ class Evaluation(NamedTuple):
         }
 
 
-class Watch(eqx.Module):
+class Watch(Module):
     """The stopping rules, split by what they cost."""
 
     cheap: tuple[AbstractRule, ...] = ()

@@ -3,7 +3,6 @@ r"""The step sizes under which the paper proves its theorems for descent."""
 import math
 from typing import Any, ClassVar, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import optax
 from gflow.dynamics.descending.optimizers import transformation
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, between, expect, shown, whole
+from gflow.problem.module import Module
 from gflow.problem.network import Array, inner_product
 from gflow.problem.risk import Problem
 
@@ -100,7 +100,7 @@ class PaperStepsState(NamedTuple):
     step_size: Array
 
 
-class PaperSteps(eqx.Module):
+class PaperSteps(Module):
     """The rule behind `paper_steps`."""
 
     slope: np.ndarray

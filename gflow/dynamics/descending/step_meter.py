@@ -23,13 +23,14 @@ import numpy as np
 import optax
 
 from gflow.dynamics.descending.optimizers import with_extra_arguments
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Weights, inner_product
 
 SINGLE = float(np.finfo(np.float32).eps)
 """A negative step that is smaller than the time so far by this factor is a zero with round-off."""
 
 
-class Elapsed(eqx.Module):
+class Elapsed(Module):
     """The time of descent so far."""
 
     num_steps: Array
@@ -62,7 +63,7 @@ class Elapsed(eqx.Module):
         )
 
 
-class StepMeter(eqx.Module):
+class StepMeter(Module):
     """Reads the step size of an optimiser's updates."""
 
     optimizer: optax.GradientTransformationExtraArgs

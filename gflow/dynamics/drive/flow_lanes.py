@@ -121,7 +121,7 @@ class FlowLanes(AbstractLanes):
             if lane is None:
                 self.lane = start(member, shared, self.method, *self.seats[0].standing())
             else:
-                self.lane = begin_again(member, shared, self.method, lane)
+                self.lane = begin_again(member, shared, self.method, lane, few=self.few)
             return
         spare = self.seats[places[0]].standing()
         standing = [run.standing() if k in places else spare for k, run in enumerate(self.seats)]
@@ -131,7 +131,7 @@ class FlowLanes(AbstractLanes):
         if resumed:
             for k, lane in resumed.items():
                 self.put(k, lane)
-            begun = begin_again(member, shared, self.method, self.lane, many=True)
+            begun = begin_again(member, shared, self.method, self.lane, many=True, few=False)
             which = as_array(np.isin(np.arange(len(self.seats)), list(resumed)))
             self.lane = choose(which, begun, self.lane)
 
@@ -199,12 +199,13 @@ class FlowLanes(AbstractLanes):
                 lane = dataclasses.replace(lane, reason=as_array(np.int64(Reason.RUNNING)))
             if anew[0]:
                 lane = at_no_goal(lane)
-                lane = begin_again(*self._members(), self.method, lane, many=False)
+                lane = begin_again(*self._members(), self.method, lane, few=self.few)
         else:
             idle = np.where(again, np.int64(Reason.RUNNING), np.int64(Reason.ARRIVED))
             lane = dataclasses.replace(lane, reason=as_array(idle))
             if anew.any():
-                fresh = begin_again(*self._members(), self.method, at_no_goal(lane), many=True)
+                free = at_no_goal(lane)
+                fresh = begin_again(*self._members(), self.method, free, many=True, few=False)
                 lane = choose(as_array(anew), fresh, lane)
         for run in self.seats:
             if run is not None:

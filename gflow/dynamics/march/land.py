@@ -21,7 +21,8 @@ def land(
     """Shorten the last accepted step so that it ends where ``rule`` reaches ``goal``.
 
     The step's length is found by the Illinois variant of regula falsi, each trial a true step of
-    the solver from where the last one began. The next attempt is to be begun again.
+    the solver from where the last one began. No attempt is on its way then: its
+    length is zero.
     """
     s0, state0, memory0 = lane.previous
 
@@ -64,7 +65,7 @@ def land(
         unfinished, refine, (bracket, jnp.array(0), lane.state, lane.memory)
     )
     return eqx.tree_at(
-        lambda at: (at.s, at.state, at.memory, at.next_step),
+        lambda at: (at.s, at.state, at.memory, at.step, at.next_step),
         lane,
-        (s, state, memory, jnp.maximum(lane.next_step, lane.s - s0)),
+        (s, state, memory, jnp.zeros_like(s), jnp.maximum(lane.next_step, lane.s - s0)),
     )

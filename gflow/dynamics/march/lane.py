@@ -5,7 +5,6 @@ All are pytrees of one member; of many, every array has the lanes on a leading a
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -13,10 +12,11 @@ from jaxtyping import PyTree
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.stops import AbstractRule
+from gflow.problem.module import Module
 from gflow.problem.network import Array
 
 
-class Goals(eqx.Module):
+class Goals(Module):
     """Where a member stops next. Absent ones are infinite, or the largest integer."""
 
     clock: Array
@@ -35,7 +35,7 @@ class Goals(eqx.Module):
     """Steps to try in all."""
 
 
-class Member(eqx.Module):
+class Member(Module):
     """What a lane follows, and how exactly."""
 
     field: AbstractField
@@ -52,7 +52,7 @@ class Member(eqx.Module):
         return self.goals
 
 
-class Lane(eqx.Module):
+class Lane(Module):
     """Where a member stands: everything it needs to go on, a pytree of arrays."""
 
     s: Array

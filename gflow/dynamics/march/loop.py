@@ -108,14 +108,20 @@ start = compiled(lanes_at, ONCE)
 """:func:`lanes_at`, compiled."""
 
 
-@eqx.filter_jit
+@by_size
 def begin_again(
     member: Member, shared: Member, method: AbstractMethod, lane: Lane, many: bool = False
 ) -> Lane:
-    """Lanes whose goals have changed, at the beginning of their next attempt."""
+    """Lanes whose goals have changed, at the beginning of their next attempt.
+
+    An attempt that keeps its length goes on, to the last bit as if nothing had changed.
+    """
 
     def one(own: Member, lane: Lane) -> Lane:
-        return _begin(eqx.combine(own, shared), method, lane)
+        begun = _begin(eqx.combine(own, shared), method, lane)
+        same = begun.step == lane.step
+        attempt = jax.tree.map(lambda a, b: jnp.where(same, a, b), lane.attempt, begun.attempt)
+        return eqx.tree_at(lambda at: at.attempt, begun, attempt)
 
     return (jax.vmap(one) if many else one)(member, lane)
 

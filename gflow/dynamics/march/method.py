@@ -4,12 +4,12 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.control import ROUND_OFF
+from gflow.problem.module import Module
 from gflow.problem.network import Array
 
 
@@ -22,7 +22,7 @@ class Step(NamedTuple):
     """What the next step is told of this one, a pytree of arrays."""
 
 
-class AbstractMethod(eqx.Module):
+class AbstractMethod(Module):
     """A one-step method whose attempts may take many iterations.
 
     An *attempt* at the step from s to s + h is begun from a memory, worked on until it is solved,

@@ -2,12 +2,12 @@
 
 import abc
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.field import FlowState
+from gflow.problem.module import Module
 from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
 
@@ -21,7 +21,7 @@ TINY = float(np.finfo(np.float64).tiny)
 """The least absolute tolerance: what is smaller XLA takes for zero."""
 
 
-class AbstractTolerance(eqx.Module):
+class AbstractTolerance(Module):
     """An error norm: a step of norm at most one is accepted.
 
     Attributes:
@@ -74,7 +74,7 @@ class Tolerance(AbstractTolerance):
         return self
 
 
-class Residuals(eqx.Module):
+class Residuals(Module):
     r"""How well u can be known where the risk is a mean of squares that tend to zero.
 
     Of a risk at which residuals are round-off, $R_*$, they are known to $(R_*/R)^{1/2}$ of

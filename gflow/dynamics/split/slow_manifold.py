@@ -39,6 +39,7 @@ from gflow.dynamics.split.state import SplitState, split
 from gflow.dynamics.split.walk import Walk
 from gflow.problem.data import labelled
 from gflow.problem.memo import once_per_object
+from gflow.problem.module import Module
 from gflow.problem.network import Weights
 from gflow.problem.one_thread import one_thread
 
@@ -53,7 +54,7 @@ LARGEST = 1e140
 r"""Squares of $s^{2-2/L}$ must stay in the range of float64."""
 
 
-class SlowManifold(eqx.Module):
+class SlowManifold(Module):
     """Gradient flow of a deep linear network from where it has separated the data, to any horizon.
 
     Plain NumPy: nothing is compiled, a step of a small network takes a millisecond. Needs
