@@ -1,5 +1,7 @@
 """Several classes: data, losses, networks of K outputs and what a record of them holds."""
 
+import re
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from gflow.problem.terms import Diagonal
 
 ROUND_OFF = 1e-12
 INTEGRATORS = 1e-8  # what two integrators at rtol 1e-9 agree to
+SOME = np.array([2, 5, 4, 23])  # margins, by their numbers
 FIRST, SECOND = gflow.LogRisk(-30.0), gflow.clocks.LogRisk()
 
 
@@ -120,31 +123,33 @@ def test_terms_are_the_derivatives_of_the_log_risk():
         def found(q, loss=loss):
             terms, level = loss.terms(q), loss.terms(q, jnp.asarray(300.0))
             gram, applied = terms.curvature.gram(None), terms.curvature.apply(v)
+            among = terms.curvature.among(SOME)
             log_risk = jax.grad(lambda q: loss.terms(q).log_risk)(q)
             hessian = jax.hessian(lambda q: jnp.exp(loss.terms(q).log_risk))(q)
             far = loss.terms(q + 300.0).log_risk, loss.risk_slopes(q)
-            return terms, gram, applied, log_risk, hessian, level.log_risk, *far
+            return terms, gram, among, applied, log_risk, hessian, level.log_risk, *far
 
-        terms, gram, applied, gradient, hessian, level, far, risk_slopes = found(q)
+        terms, gram, among, applied, gradient, hessian, level, far, risk_slopes = found(q)
         risk = np.mean(direct(q.reshape(-1, 2)))
         np.testing.assert_allclose(terms.log_risk, np.log(risk), rtol=1e-14)
         np.testing.assert_allclose(terms.slopes, -gradient, rtol=1e-12)
         np.testing.assert_allclose(risk_slopes, risk * np.asarray(terms.slopes), rtol=1e-12)
         np.testing.assert_allclose(gram, hessian / risk, atol=1e-13)
+        np.testing.assert_allclose(among, np.asarray(gram)[SOME][:, SOME], atol=1e-15)
         np.testing.assert_allclose(applied, gram @ v, atol=1e-13)
         np.testing.assert_allclose(level, far, rtol=1e-13)
 
 
-@pytest.mark.parametrize("points", [12, 3])
-def test_the_design_is_its_matrix(points):
+@pytest.mark.parametrize(("points", "dim"), [(12, 5), (12, 7), (3, 5)])
+def test_the_design_is_its_matrix(points, dim):
     rng = np.random.default_rng(2)
-    inputs, classes = rng.normal(size=(points, 5)), np.arange(points) % 3
+    inputs, classes = rng.normal(size=(points, dim)), np.arange(points) % 3
     data = gflow.Dataset(inputs, classes, num_classes=3)
     design = ClassDesign.of(data.inputs, data.classes, 3)
     a = np.asarray(design.matrix)
-    w = rng.normal(size=(3, 5))
+    w = rng.normal(size=(3, dim))
     np.testing.assert_allclose(a @ (contrasts(3) @ w).ravel(), data.margins_of(inputs @ w.T))
-    s, c = rng.normal(size=(2, 2 * points)), rng.normal(size=(2, 10))
+    s, c = rng.normal(size=(2, 2 * points)), rng.normal(size=(2, 2 * dim))
     np.testing.assert_allclose(design.spread(c), c @ a.T, atol=ROUND_OFF)
     np.testing.assert_allclose(design.gather(s), s @ a, atol=ROUND_OFF)
     blocks = rng.normal(size=(points, 2, 2))
@@ -152,11 +157,16 @@ def test_the_design_is_its_matrix(points):
     dense = jax.scipy.linalg.block_diag(*blocks)
     np.testing.assert_allclose(design.gram_of_blocks(blocks), a.T @ dense @ a, atol=ROUND_OFF)
     np.testing.assert_allclose(design.gram_of_diagonal(s[0]), a.T * s[0] @ a, atol=ROUND_OFF)
+    some = np.array([4, 0, 2 * points - 1])
+    np.testing.assert_allclose(design.rows_at(some), a[some], atol=ROUND_OFF)
     first, reduced = design.axes()
-    assert len(first) == min(points, 5)
+    assert len(first) == min(points, dim)
     # The same cotangents for every contrast; A in their terms times them is A.
-    both = np.concatenate([first, np.roll(first, 5, axis=1)])
+    both = np.concatenate([first, np.roll(first, dim, axis=1)])
     np.testing.assert_allclose(np.asarray(reduced.matrix) @ both, a, atol=ROUND_OFF)
+    np.testing.assert_allclose(
+        reduced.rows_at(some), np.asarray(reduced.matrix)[some], atol=ROUND_OFF
+    )
     gram = reduced.gram_of_blocks(blocks)
     np.testing.assert_allclose(both.T @ gram @ both, a.T @ dense @ a, atol=ROUND_OFF)
 
@@ -224,6 +234,34 @@ def test_lemma_2_for_several_outputs_holds_at_every_saved_point(flow, start):
         flow.rank_slack[:, -1], sums - flow.singular_values[:, -1, 2] ** 2, rtol=1e-12
     )
     assert float(flow.rank_slack[-1, -1]) < sums
+
+
+def test_claims_say_where_a_direction_does_not_grow_or_has_not_settled(flow):
+    claims = gflow.verify(flow)
+    assert claims["Lemma 2: subspaces"].holds
+    maximal = claims["margin is maximal in its norm"]
+    least, most = map(float, re.findall(r"[\d.]+", maximal.bound_text))
+    assert least <= gflow.max_margin(PROBLEM.data, norm="nuclear").margin <= most
+    assert float(flow.schatten_margin.max()) <= most
+    # An angle that Davis and Kahan's theorem does not allow.
+    turned = flow.assign(subspace_misalignment=flow.subspace_misalignment * 0 + 0.9)
+    assert gflow.verify(turned)["Lemma 2: subspaces"].holds is False
+    # The second of two directions rests: of it nothing is said.
+    values = flow.singular_values.copy()
+    values[:, :, 1] = 1.0
+    aligned = gflow.verify(turned.assign(singular_values=values))["subspaces align"]
+    assert aligned.holds is None and "rank below 2" in aligned.why
+    # The law of time misses one by as much as weights and slope are apart.
+    late = flow.isel(point=slice(2, None))
+    s = -late.log_risk
+    ratio = np.linspace(0.5, 0.4, late.sizes["point"])  # and goes on to do so
+    log_time = np.log(ratio / 9) + s - 2 * np.log(s / late.norm)
+    late = late.assign(log_time=log_time)
+    apart = np.sqrt(2 * (1 - np.sqrt(0.4))) * late.norm / late.min_margin ** (1 / 3)
+    law = gflow.verify(late.assign(kkt_residual=apart))["law of time"]
+    assert law.value == pytest.approx(0.4) and law.holds is None
+    assert "cos^2 of weights and slope is 0.4" in law.why
+    assert gflow.verify(late.assign(kkt_residual=0 * apart))["law of time"].holds is False
 
 
 def test_two_outputs_are_the_flow_of_one(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 import gflow
 from gflow.dynamics.radau import newton
+from gflow.dynamics.radau.spectral import NEGLIGIBLE, Systems
 from gflow.dynamics.radau.tableau import radau
 
 # The error of a whole run at step tolerance 1e-8: the requirement is eight correct digits.
@@ -187,13 +188,53 @@ def test_a_network_written_as_a_function_takes_the_same_steps_as_its_deep_linear
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
 
 
-def test_sharing_one_jacobian_among_the_stages_changes_nothing(field, monkeypatch):
+@pytest.mark.parametrize("large", [newton.LARGE, 1])
+def test_sharing_one_jacobian_among_the_stages_changes_nothing(large, field, monkeypatch):
     weights = state(start()).weights
     separate, _, _ = walked(field, weights, 0.05, 4, gflow.GaussNewton())
     monkeypatch.setattr(newton, "DIRECT", 0)
+    monkeypatch.setattr(newton, "LARGE", large)
     shared, _, _ = jax.jit(lambda *a: walk(*a))(field, weights, 0.05, 4, gflow.GaussNewton())
     for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(separate), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("negligible", [0.0, 1.0])
+def test_large_systems_are_solved_in_all_coordinates_or_in_the_few_margins_that_matter(negligible):
+    rng, order, num = np.random.default_rng(0), 12, 30
+    slopes = np.full(num, NEGLIGIBLE * negligible)
+    slopes[[3, 7, 20, 21]] = [1.0, 0.5, -0.3, 0.1]
+    if negligible == 0.0:
+        slopes += 2 * NEGLIGIBLE  # too many of them
+    design = rng.normal(size=(num, order))
+    root = rng.normal(size=(order, 20))
+    gram, curvature = root @ root.T, np.diag(np.where(np.abs(slopes) > 1.5 * NEGLIGIBLE, 7.0, 0.0))
+    stiffness = design.T @ curvature @ design
+    h, rhs, tableau = jnp.asarray(0.3), rng.normal(size=(5, order)), radau(5)
+
+    @jax.jit
+    def solve(gram, slopes, rhs):
+        systems = Systems.of(
+            gram,
+            slopes,
+            True,
+            lambda: jnp.asarray(stiffness),
+            lambda chosen: (jnp.asarray(design)[chosen], 7.0 * jnp.eye(len(chosen))),
+        )
+        return (
+            systems,
+            systems.solve(tableau, h, gram, rhs),
+            systems.damped(jnp.asarray(0.2), rhs[0]),
+        )
+
+    systems, (y, forces), damped = solve(gram, slopes, rhs)
+    assert systems.few == (negligible == 1.0)
+    system = np.eye(5 * order) + h * np.kron(tableau.matrix, gram @ stiffness)
+    expected = np.linalg.solve(system, rhs.ravel()).reshape(5, order)
+    np.testing.assert_allclose(y, expected, atol=1e-11)
+    np.testing.assert_allclose(forces, expected @ stiffness, rtol=1e-9, atol=1e-9)
+    expected = stiffness @ np.linalg.solve(np.eye(order) + 0.2 * gram @ stiffness, rhs[0])
+    np.testing.assert_allclose(damped, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_order_of_convergence_is_2p_minus_1(field, long_run):

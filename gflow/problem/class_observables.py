@@ -25,6 +25,7 @@ from gflow.problem.module import Module
 from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.observables import kkt, smoothed_margin
 from gflow.problem.risk import Problem
+from gflow.problem.singular import leading
 
 
 class Spectrum(NamedTuple):
@@ -187,8 +188,8 @@ def of_classes(problem: Problem, weights: Weights, reference: ClassReference) ->
         "smoothed_margin": smoothed_margin(problem, weights),
         "kkt_residual": residual,
         "kkt_slackness": slackness,
-        "end_to_end_values": _leading(of_all, num),
-        "singular_values": jnp.stack([_leading(layer.values, num) for layer in layers]),
+        "end_to_end_values": leading(of_all, num),
+        "singular_values": jnp.stack([leading(layer.values, num) for layer in layers]),
         "rank_residual": jnp.stack([layer.tail for layer in layers]) / frobenius,
         "subspace_misalignment": jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype),
         "frobenius_norm": frobenius,
@@ -201,11 +202,6 @@ def of_classes(problem: Problem, weights: Weights, reference: ClassReference) ->
         "collapse_classifier": neural.classifier,
         "end_to_end": w,
     }
-
-
-def _leading(values: Array, count: int) -> Array:
-    """The first ``count``; of a smaller matrix the others are zero."""
-    return jnp.pad(values[:count], (0, max(0, count - values.shape[0])))
 
 
 def class_slacks(start: Weights, singular_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -225,10 +221,15 @@ def class_slacks(start: Weights, singular_values: np.ndarray) -> tuple[np.ndarra
     Returns:
         Of the second (points, layers), of the first (points, layers - 1).
     """
-    norms = np.array([float(np.linalg.norm(matrix, 2)) for matrix in imbalance(start)])
+    norms = imbalance_norms(start)
     num = start[-1].shape[0]
     first = float(np.sum(np.sum(start[-1], axis=0) ** 2)) / num
     bounds = first + np.append(np.cumsum(norms[::-1])[::-1], 0.0)
     squares = singular_values**2
     apart = np.max(np.abs(np.diff(squares, axis=1)), axis=2)
     return bounds - squares[:, :, num - 1], norms - apart
+
+
+def imbalance_norms(start: Weights) -> np.ndarray:
+    r"""$\lVert D_k\rVert_2$ of the conserved matrices, shape (layers - 1,)."""
+    return np.array([float(np.linalg.norm(matrix, 2)) for matrix in imbalance(start)])

@@ -66,6 +66,10 @@ class AbstractDesign(Module):
     def chosen(self, points: Array) -> "AbstractDesign":
         """That of some of the points, by their numbers."""
 
+    def rows_at(self, margins: Array) -> Array:
+        """Some rows of A, by their r numbers, shape (r, m)."""
+        return self.matrix[margins]
+
 
 class Rows(AbstractDesign):
     """Any matrix: for one output the signed inputs, for K the measured matrices, each flattened."""
@@ -109,7 +113,7 @@ class Rows(AbstractDesign):
 # Coordinates are a matrix C, (K - 1, d), flattened: the contrasts of the end-to-end matrix. With
 # D_i = (e_{y_i} - e_k)_{k != y_i} P^T, (K - 1, K - 1), the margins of point i are D_i C x_i, and
 #   A^T H A = sum_i (D_i^T H_i D_i) (x) (x_i x_i^T),
-# a block X^T diag(B_ab) X for each pair of contrasts: one matrix product for all a <= b.
+# symmetric in the contrasts and in the features: one matrix product for all pairs of either.
 class ClassDesign(AbstractDesign):
     """Several classes, for networks that are linear.
 
@@ -172,14 +176,16 @@ class ClassDesign(AbstractDesign):
         if self.inputs is None:
             spread = blocks.transpose(1, 2, 0)[:, :, :, None] * jnp.eye(points)[None, None]
             return spread.transpose(0, 2, 1, 3).reshape(m, m)
-        inputs = jnp.asarray(self.inputs)
-        first, second = np.triu_indices(q)
+        inputs, width = jnp.asarray(self.inputs), self._width
+        first, second, pair = _symmetric(q)
         pairs = blocks[:, first, second]
+        if width < q * (q + 1):  # one product for all: the smaller array is of pairs of features
+            one, other, place = _symmetric(width)
+            found = pairs.T @ (inputs[:, one] * inputs[:, other])
+            return found[pair[:, None, :, None], place[None, :, None, :]].reshape(m, m)
         scaled = (pairs[:, :, None] * inputs[:, None, :]).reshape(points, -1)
-        found = (scaled.T @ inputs).reshape(len(first), self._width, self._width)
-        place = np.zeros((q, q), dtype=np.intp)  # each is symmetric
-        place[first, second] = place[second, first] = np.arange(len(first))
-        return found[place].transpose(0, 2, 1, 3).reshape(m, m)
+        found = (scaled.T @ inputs).reshape(len(first), width, width)
+        return found[pair].transpose(0, 2, 1, 3).reshape(m, m)
 
     def axes(self) -> "tuple[Array, AbstractDesign | None]":
         q = self.differences.shape[2]
@@ -188,9 +194,25 @@ class ClassDesign(AbstractDesign):
         first = jnp.pad(columns, ((0, 0), (0, (q - 1) * columns.shape[1])))
         return first, ClassDesign(self.differences, None) if few else self
 
+    def rows_at(self, margins: Array) -> Array:
+        d = jnp.asarray(self.differences)
+        point = margins // d.shape[1]
+        left = d.reshape(-1, d.shape[2])[margins]
+        width = self._width
+        right = jnp.eye(width)[point] if self.inputs is None else jnp.asarray(self.inputs)[point]
+        return (left[:, :, None] * right[:, None, :]).reshape(len(margins), -1)
+
     def chosen(self, points: Array) -> "ClassDesign":
         inputs = None if self.inputs is None else jnp.asarray(self.inputs)[points]
         return ClassDesign(jnp.asarray(self.differences)[points], inputs)
+
+
+def _symmetric(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The entries a <= b of a symmetric matrix: rows, columns, and where each entry is found."""
+    first, second = np.triu_indices(size)
+    place = np.zeros((size, size), dtype=np.intp)
+    place[first, second] = place[second, first] = np.arange(len(first))
+    return first, second, place
 
 
 # With C = W, (K, d), and the outputs of point i next to each other, A = X (x) I up to the order of

@@ -98,6 +98,11 @@ def singulars(matrices: tuple[Array, ...]) -> list[Singular]:
     return [found[k] for k in range(len(matrices))]
 
 
+def leading(values: Array, count: int) -> Array:
+    """The first ``count`` singular values; of a smaller matrix the others are zero."""
+    return jnp.pad(values[:count], (0, max(0, count - values.shape[0])))
+
+
 def norm_of(apply: Multiply, adjoint: Multiply, shape: tuple[int, ...]) -> Array:
     r"""$\lVert A\rVert_2$ of a matrix given by its products, of itself and of its transpose.
 

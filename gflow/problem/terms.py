@@ -35,6 +35,10 @@ class AbstractCurvature(Module):
     def gram(self, design: AbstractDesign | None) -> Array:
         r"""$A^\top H A$, shape (m, m), for A of shape (points, m); H itself for None."""
 
+    @abc.abstractmethod
+    def among(self, chosen: Array) -> Array:
+        """The rows and columns of H of some of the margins, by their r numbers, shape (r, r)."""
+
 
 class Diagonal(AbstractCurvature):
     """A diagonal matrix: every point has a loss of its own."""
@@ -52,6 +56,9 @@ class Diagonal(AbstractCurvature):
         if design is None:
             return jnp.diag(self.entries)
         return design.gram_of_diagonal(self.entries)
+
+    def among(self, chosen: Array) -> Array:
+        return jnp.diag(self.entries[chosen])
 
 
 class Shares(AbstractCurvature):
@@ -87,6 +94,13 @@ class Shares(AbstractCurvature):
             blocks = (diagonal + outer)[:, :, None, :] * jnp.eye(len(p))[:, None, :, None]
             return blocks.reshape(p.size, p.size)
         return design.gram_of_blocks(diagonal + outer)
+
+    def among(self, chosen: Array) -> Array:
+        point = chosen // self.shares.shape[1]
+        p, t, c = self.shares.reshape(-1)[chosen], self.slopes[point], self.entries[point]
+        together = point[:, None] == point[None, :]
+        outer = ((c - t) * p)[:, None] * p[None, :]
+        return jnp.diag(t * p) + jnp.where(together, outer, 0.0)
 
 
 class Sum(NamedTuple):

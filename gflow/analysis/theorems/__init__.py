@@ -125,6 +125,7 @@ def _of_classes(facts: Facts) -> list[Claim]:
             class_claims.outputs_conserved(facts),
             class_claims.lemma_rank(facts),
             class_claims.lemma_values(facts),
+            class_claims.lemma_subspaces(facts),
         ]
     if "smoothed_margin" in facts.record:
         rows.append(bounds.smoothed_margin(facts))

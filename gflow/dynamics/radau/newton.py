@@ -75,7 +75,7 @@ import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.radau.batching import solve, solve_differentiably
-from gflow.dynamics.radau.spectral import LARGE, Spectral
+from gflow.dynamics.radau.spectral import LARGE, Systems
 from gflow.dynamics.radau.tableau import decay_rate, legendre_values, radau
 from gflow.problem.design import AbstractDesign
 from gflow.problem.network import Array, Factors, Weights, combined, move, shaped
@@ -154,7 +154,7 @@ class Attempt(NamedTuple):
     size: Array
     """Of the last correction, relative to the weights."""
     contraction: Array
-    stiffness: Array | Spectral
+    stiffness: Array | Systems
     """The last stage's :math:`\\varphi^2\\mu A^\\top H A`, shape (m, m); of a large system, of all
     stages, as it was last decomposed."""
 
@@ -221,8 +221,8 @@ def begin(
     )
 
 
-def _no_stiffness(gram: Array) -> Array | Spectral:
-    return Spectral.blank(gram) if len(gram) > LARGE else jnp.zeros_like(gram)
+def _no_stiffness(gram: Array) -> Array | Systems:
+    return Systems.blank(gram) if len(gram) > LARGE else jnp.zeros_like(gram)
 
 
 def start_frame(field: AbstractField, weights: Weights) -> Frame:
@@ -278,6 +278,20 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
             found = found - force[:, None] * force[None, :]
         return mu * found
 
+    def systems(slopes: Array, middle: tuple) -> Systems:
+        """Those of a stage; with all of the curvature if a part of it has not done."""
+        scale = growth[p // 2] ** 2 * middle[0]
+
+        def among(chosen: Array) -> tuple[Array, Array]:
+            rows = jnp.eye(m)[chosen] if design is None else design.rows_at(chosen)
+            found = middle[2].among(chosen)
+            if centred:
+                found = found - slopes[chosen][:, None] * slopes[chosen][None, :]
+            return rows, scale * found
+
+        whole = lambda: growth[p // 2] ** 2 * stiffness(*middle)  # noqa: E731
+        return Systems.of(frame.gram, slopes, attempt.count == 0, whole, among)
+
     mu, slopes, gap, curvature = at.rate, at.slopes, at.gap, at.curvature
     force = pull(slopes)
     seen = jnp.sum(force @ frame.gram * force, 1)
@@ -315,11 +329,11 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         # Decomposed once a step, and again where corrections do not shrink as fast as they should.
         last = jax.lax.cond(
             (attempt.count == 0) | ((attempt.count == PATIENCE) & (attempt.contraction > SLOW)),
-            lambda: Spectral.of(frame.gram, growth[p // 2] ** 2 * stiffness(*middle)),
+            lambda: systems(slopes[p // 2], middle),
             lambda: attempt.stiffness,
         )
-        y = growth[:, None] * last.solve(tableau, h, rhs)
-        z = pulled + (y / growth[:, None] ** 2) @ last.stiffness
+        y, forces = last.solve(tableau, h, frame.gram, rhs)
+        y, z = growth[:, None] * y, pulled + forces / growth[:, None]
     rights = [
         right - (growth * _ratio(jnp.linalg.norm(a), _norms(left)))[:, None, None] * back
         for left, right, a, back in zip(*at.derivatives, frame.lefts, frame.pull(z), strict=True)
@@ -378,7 +392,7 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
     ]
     third, second, final = jnp.sqrt(jnp.abs(sum(parts[1:], parts[0])))
     damping, projected = h * tableau.damping, tail[-1] @ last.projection
-    if isinstance(last.stiffness, Spectral):
+    if isinstance(last.stiffness, Systems):
         z = damping * last.stiffness.damped(damping, projected)
     else:
         stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
