@@ -13,6 +13,7 @@ from gflow.analysis import exact as exact
 from gflow.analysis.compare import compare as compare
 from gflow.analysis.gap_bound import gap_bound as gap_bound
 from gflow.analysis.ladder import ladder as ladder
+from gflow.analysis.saddles import Plateau as Plateau, Plateaus as Plateaus, saddles as saddles
 from gflow.analysis.theorems import Claim as Claim, Claims as Claims, verify as verify
 from gflow.dynamics import clocks as clocks
 from gflow.dynamics.descending.paper_steps import (
@@ -38,6 +39,7 @@ from gflow.dynamics.stops import (
     LogTime as LogTime,
     MarginGap as MarginGap,
     Misalignment as Misalignment,
+    Saddle as Saddle,
     Steps as Steps,
     Time as Time,
 )
@@ -53,6 +55,7 @@ from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.regression import Regression as Regression
 from gflow.problem.risk import Problem as Problem
+from gflow.problem.sensing import Sensing as Sensing
 from gflow.problem.soft_margin import (
     CrossEntropy as CrossEntropy,
     PairwiseExponential as PairwiseExponential,

@@ -143,10 +143,16 @@ def _run(options: argparse.Namespace) -> int:
     outcomes = reproduce.compute_and_write(
         [made],
         experiment.check_folder(folder),
-        title=f"{made.name}: the claims of Ji and Telgarsky (2019)",
+        title=f"{made.name}: {_whose_claims(made.data.offers)}",
         progress=False if options.no_progress else None,
     )
     return _exit_code(outcomes)
+
+
+def _whose_claims(offers: frozenset[str]) -> str:
+    if "targets" in offers:
+        return "claims about flows of the square loss"
+    return "the claims of Ji and Telgarsky (2019)"
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -342,6 +342,56 @@ QUANTITIES: dict[str, Quantity] = {
         compared=True,
         needs=("layers", "targets"),
     ),
+    "mode_values": Quantity(
+        ("point", "value"),
+        "strengths of the modes: singular values of W B^T, of regression those of X W^T/sqrt(n)",
+        kind=Kind.VECTOR,
+        certified=True,
+        needs=("layers", "targets"),
+    ),
+    "modes_learnt": Quantity(
+        POINT,
+        "how many modes, in their order, have half of what they tend to or more; in between with "
+        "the logarithm of the next, from 1/200 of that",
+        decades=False,
+        needs=("layers", "targets"),
+    ),
+    "effective_rank": Quantity(
+        POINT,
+        "exp of the entropy of the shares of the singular values of W_L ... W_1 (Roy, Vetterli)",
+        symbol=r"$\mathrm{erank}\,W$",
+        certified=True,
+        decades=False,
+        needs=("layers", "targets"),
+    ),
+    "layer_effective_rank": Quantity(
+        LAYER,
+        "the same of each layer",
+        decades=False,
+        needs=("layers", "targets"),
+    ),
+    "gram_misalignment": Quantity(
+        PAIR,
+        "1 - cos of the angle between W_k W_k^T and W_{k+1}^T W_{k+1}, free of cancellation",
+        kind=Kind.ANGLE_SQUARED,
+        zero=1e-14,
+        needs=("layers", "targets"),
+    ),
+    "nuclear_norm": Quantity(
+        POINT,
+        "sum of the singular values of W_L ... W_1",
+        symbol=r"$\|W\|_*$",
+        certified=True,
+        needs=("layers", "targets"),
+    ),
+    "nuclear_distance": Quantity(
+        POINT,
+        "|W - W*|_F / |W*|_F, W* of least nuclear norm among those that meet the measurements",
+        symbol=r"$\|W - W_*\|_F/\|W_*\|_F$",
+        kind=Kind.ANGLE,
+        zero=1e-9,
+        needs=("layers", "targets"),
+    ),
     # What a flow proves about itself.
     "imbalance_drift": Quantity(
         POINT, "largest change of a conserved matrix / largest |W_k|_F^2", needs=("layers",)
@@ -388,6 +438,20 @@ QUANTITIES: dict[str, Quantity] = {
         needs=("layers",),
     ),
     # The data.
+    "mode_targets": Quantity(
+        ("value",),
+        "what the strengths of the modes tend to; of measurements those of the matrix of least "
+        "norm, a scale",
+        of_data=True,
+        needs=("layers", "targets"),
+    ),
+    "least_norm_solution": Quantity(
+        ("coordinate",),
+        "W+, the least-squares solution of least norm",
+        of_classes=("output", "coordinate"),
+        of_data=True,
+        needs=("layers", "targets"),
+    ),
     "max_margin_direction": Quantity(
         ("coordinate",),
         "maximum-margin direction through the origin, of classes in the Frobenius norm",

@@ -13,9 +13,11 @@ import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.problem.arguments import positive
 from gflow.problem.module import Module
 from gflow.problem.network import Array, as_array
 
@@ -30,6 +32,8 @@ class AbstractClock(Module):
     centred: ClassVar[bool]
     r"""Whether the clock follows the risk: its stiffness is then that of $\log R$ (centred
     Gauss–Newton matrix), else that of $R$ itself."""
+    knows_time: ClassVar[bool] = False
+    """Whether the clock is a function of the time."""
 
     @abstractmethod
     def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
@@ -53,7 +57,7 @@ class AbstractClock(Module):
 
     def at_log_time(self, log_time: Numbers) -> Numbers | None:
         """The clock's value at a given time; None if the clock cannot know."""
-        return None if self.centred else self.read(math.nan, log_time)
+        return self.read(math.nan, log_time) if self.knows_time else None
 
 
 class Time(AbstractClock):
@@ -61,6 +65,7 @@ class Time(AbstractClock):
 
     name = "Time"
     centred = False
+    knows_time = True
 
     def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
         return jnp.exp(log_risk)
@@ -77,6 +82,7 @@ class LogTime(AbstractClock):
 
     name = "LogTime"
     centred = False
+    knows_time = True
 
     def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
         return jnp.exp(s + log_risk)
@@ -126,6 +132,46 @@ class LogRisk(AbstractClock):
 
     def log_risk_at(self, s: Array) -> Array:
         return -jnp.sinh(s)
+
+
+def _scale(value: Numbers) -> Array:
+    return as_array(np.float64(positive("scale", value)))
+
+
+class PathLength(AbstractClock):
+    r"""$s = \log(1 + \ell/\ell_0)$ of the length $\ell$ of the path of the weights.
+
+    $\mu = \ell_0e^s/\lVert g\rVert$, so that $\lVert dW/ds\rVert = \ell_0 + \ell$: weights that
+    grow from $10^{-50}$ to one do so in 115 units, whatever the time. With three layers or more a
+    plateau at the origin lasts like a power of one over the start and is left in a time that
+    float64 cannot tell beside it; here it is a piece of road like any other. The clock knows
+    neither time nor risk: it lands on rules by watching them, and the time is integrated.
+
+    It is for the way from the start over the first saddle. Behind it what is still small moves less
+    than round-off of the path, and a flow at rest has no path: go on in ``LogTime`` from the final
+    weights.
+
+    Args:
+        scale: $\ell_0$, the size of the weights at the start or less; where it is less, the first
+            steps find out.
+
+    Raises:
+        ValueError: when the scale is not positive.
+    """
+
+    scale: Array = eqx.field(converter=_scale, default=1e-100)  # no constant of a program
+    name = "PathLength"
+    centred = False
+    knows_time = False
+
+    def rate(self, s: Array, log_risk: Array, squared_norm: Array) -> Array:
+        return self.scale * jnp.exp(s) / jnp.sqrt(squared_norm)
+
+    def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
+        return log_risk * 0.0
+
+    def at_log_time(self, log_time: Numbers) -> None:
+        return None
 
 
 AT_ONCE = 32

@@ -123,6 +123,11 @@ def gradient_flow(
     )
     check(problem, options)
     certify = bool(flag("certify", certify))
+    if certify and clock is not None and not (clock.knows_time or clock.centred):
+        raise ValueError(
+            f"`certify` is true, and `clock` is {clock.name}, in which two runs have no points in "
+            "common; expected a clock of time or of risk."
+        )
     with settings.own():
         run = flow_of(problem, weights, until, save, options)
         follow(run, progress=progress, path=checkpoint)
@@ -230,7 +235,7 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
     least = problem.loss.least_log_risk
     residuals = None
     if math.isfinite(least):
-        first = None if clock.centred else as_array(np.float64(level_at_zero(problem)))
+        first = as_array(np.float64(level_at_zero(problem))) if clock.knows_time else None
         residuals = Residuals(problem, as_array(np.float64(least)), first)
     tolerance: AbstractTolerance = Tolerance(
         as_array(np.float64(rtol)), as_array(np.float64(atol)), residuals

@@ -40,6 +40,7 @@ class Reason(enum.IntEnum):
     SPLIT_ENDS = enum.auto()
     ROUND_OFF = enum.auto()
     TIME_IS_ROUND_OFF = enum.auto()
+    RESTS_ON_RESIDUALS = enum.auto()
     OVERFLOW = enum.auto()
     UNCERTAIN_MARGINS = enum.auto()
     RISK_IS_ROUND_OFF = enum.auto()
@@ -124,7 +125,16 @@ _WORDS: dict[Reason, tuple[str, str]] = {
         "precision_lost",
         f"{_SHORTER}: the flow changes in less time than float64 can tell beside the time that has "
         "passed, as after a long plateau of three layers or more, or round-off exceeds the "
-        "tolerance; start from larger weights, or try a larger `rtol` than {rtol:.0e}",
+        "tolerance; over a first saddle `clock=gflow.clocks.PathLength(scale)` knows the way, "
+        "with the size of the start as `scale`, else start from larger weights, or try a larger "
+        "`rtol` than {rtol:.0e}",
+    ),
+    Reason.RESTS_ON_RESIDUALS: (
+        "stalled",
+        f"{_SHORTER} after {{first:.2g}} at the start: the flow stands still where residuals do "
+        "not vanish, near a saddle or at the least risk that the widths of the layers allow, and "
+        "the implicit solver's steps are no longer than elsewhere; an earlier time shows the "
+        "approach",
     ),
     Reason.OVERFLOW: (
         "precision_lost",

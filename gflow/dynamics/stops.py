@@ -17,11 +17,13 @@ import numpy as np
 
 from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
+from gflow.problem.abstract_targets import targets_of
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
 from gflow.problem.logarithms import log_expm1
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Weights, as_array
+from gflow.problem.network import Array, Weights, as_array, end_to_end
 from gflow.problem.risk import Problem
+from gflow.problem.target_observables import Modes, padded_targets
 from gflow.quantities import quantity
 
 LARGE = 10.0
@@ -46,7 +48,7 @@ class AbstractRule(Module):
 
     value: eqx.AbstractVar[float]
     variable: ClassVar[str | None] = None
-    """The variable of the record, tending to zero, that the rule watches, if it is one."""
+    """The variable of the record that the rule watches, if it is one."""
 
     def __or__(self, other: "AbstractRule | AnyOf") -> "AnyOf":
         return AnyOf((self,)) | other
@@ -276,6 +278,56 @@ class KKT(AbstractVanishing):
         return observables.kkt_residual(problem, weights)
 
 
+class Saddle(AbstractRule):
+    r"""Stop when the flow has passed its n-th saddle: when mode n has half of what it tends to.
+
+    From a small start a deep linear network learns the modes of the square loss one after the other
+    and stands still near a saddle before each; the first is the origin. Modes are the singular
+    values of the end-to-end matrix as the data see it (``mode_values``), and half of their targets
+    (``mode_targets``) is where Saxe's sigmoids are steepest. Of measurements, whose solution is not
+    known before, the matrix of least norm says what counts: see ``modes_learnt``.
+
+    With ``save=[1, 2, 3]`` a run lands on every saddle's end; an even grid (``save=100``) is one in
+    the logarithm of the mode that is growing, so that there are no points on plateaus.
+
+    References:
+        Saxe, McClelland and Ganguli, arXiv 1312.6120; Jacot, Ged, Simsek, Hongler and Gabriel,
+        "Saddle-to-saddle dynamics in deep linear networks", arXiv 2106.15933.
+    """
+
+    value: float
+    modes: Modes | None
+    variable: ClassVar[str] = "modes_learnt"
+
+    def __init__(self, value: int):
+        if not whole(value) or value < 1:
+            raise ValueError(f"`Saddle({shown(value)})`: expected a whole number from 1 on.")
+        self.value, self.modes = float(value), None
+
+    def on(self, problem: Problem) -> "Saddle":
+        targets = padded_targets(targets_of(problem.data))
+        rank = int(np.count_nonzero(targets))
+        if self.value > rank:
+            raise ValueError(
+                f"`until` holds {self!r}, and the data have {rank} mode{'s' * (rank != 1)} to "
+                f"learn; expected at most Saddle({rank})."
+            )
+        modes = Modes.of(targets_of(problem.data))
+        return eqx.tree_at(lambda rule: rule.modes, self, modes, is_leaf=lambda leaf: leaf is None)
+
+    def measure(self, problem: Problem, weights: Weights) -> Array:
+        assert self.modes is not None
+        matrix = end_to_end(problem.network.layers(weights))  # pyright: ignore
+        shape = self.modes.targets.shape[0], self.modes.through.shape[1]
+        return self.modes.learnt(self.modes.strengths(jnp.reshape(matrix, shape)))
+
+    def progress(self, at: Coordinates) -> Array:
+        return at.small[self.variable]
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return np.asarray(value, dtype=np.float64)
+
+
 class AnyOf(Module):
     """Several rules, of which the first that is met stops the run. Built with ``|``.
 
@@ -300,7 +352,8 @@ def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
         return rules
     raise ValueError(
         f"`until` is {until!r}; expected a stopping rule: gflow.LogRisk(v), Time(t), LogTime(v), "
-        "Steps(k), Misalignment(v), MarginGap(v) or KKT(v), joined with | if there are several."
+        "Steps(k), Misalignment(v), MarginGap(v), KKT(v) or Saddle(n), joined with | if there are "
+        "several."
     )
 
 

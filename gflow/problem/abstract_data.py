@@ -87,6 +87,19 @@ class AbstractData(Module):
     def chosen(self, points: Array) -> "AbstractData":
         """Some of the points, by their numbers; pure JAX."""
 
+    def prepared(self, bias: float | None, scale: bool) -> "AbstractData":
+        """The data with a constant feature ``bias``, if one is given, and in the unit ball.
+
+        Raises:
+            ValueError: when such data have neither.
+        """
+        if bias is None and not scale:
+            return self
+        raise ValueError(
+            f"`{'scale' if bias is None else 'bias'}` is not for data with {self.kind} of this "
+            "kind; leave it out."
+        )
+
     @property
     def num_outputs(self) -> int:
         """The outputs that a network needs."""

@@ -8,8 +8,6 @@ $m_{ik} = \langle W, z_{ik}\rangle = f_{y_i}(x_i) - f_k(x_i)$ of $f(x) = W x$. T
 """
 
 import weakref
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from gflow.problem.design import (
     differences_of,
     others_of,
 )
+from gflow.problem.files import arrays, by_suffix
 from gflow.problem.max_margin import MaxMargin, max_margin
 
 # The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
@@ -47,18 +46,6 @@ from gflow.problem.max_margin import MaxMargin, max_margin
 # solving would make every compiled function compile again. The arrays are read-only, so no entry
 # goes stale.
 _SOLUTIONS: dict[int, MaxMargin] = {}
-
-
-READERS = {
-    ".arff": ", as by scipy.io.arff.loadarff",
-    ".libsvm": ", as by sklearn.datasets.load_svmlight_file",
-    ".svm": ", as by sklearn.datasets.load_svmlight_file",
-    ".mat": ", as by scipy.io.loadmat",
-    ".npy": ", as by numpy.load",
-    ".xlsx": ", as by pandas.read_excel",
-    ".parquet": ", as by pandas.read_parquet",
-}
-"""What reads formats that are not read here."""
 
 
 class Dataset(AbstractData):
@@ -221,12 +208,11 @@ class Dataset(AbstractData):
 
     def with_bias(self, value: float = 1.0) -> "Dataset":
         """The same data with one more feature, last, that is `value` for every point."""
-        if not (is_number(value) and np.isfinite(value) and value != 0.0):
-            raise ValueError(
-                f"`value` is {shown(value)}; expected a finite number other than zero."
-            )
-        constant = np.full((self.num_points, 1), float(value))
-        return self._with(np.concatenate([self.inputs, constant], axis=1))
+        return self._with(with_constant(self.inputs, value))
+
+    def prepared(self, bias: float | None, scale: bool) -> "Dataset":
+        data = self if bias is None else self.with_bias(bias)
+        return data.scaled() if scale else data
 
     def _with(self, inputs: np.ndarray) -> "Dataset":
         return Dataset(inputs, self.labels, num_classes=self.num_classes, name=self.name)
@@ -260,19 +246,7 @@ class Dataset(AbstractData):
             path: the file.
             **options: keyword arguments of the reader.
         """
-        path = file_path("path", path)
-        suffix = path.suffix.lower()
-        if suffix == ".npz":
-            return cls.from_npz(path, **options)
-        if suffix == ".tsv":
-            return cls.from_csv(path, **{"delimiter": "\t", **options})
-        if suffix in (".csv", ".txt"):
-            return cls.from_csv(path, **options)
-        raise ValueError(
-            f"`path` is {str(path)!r} with the suffix {suffix!r}; expected .csv, .tsv, .txt or "
-            ".npz. For other formats read the arrays yourself and call Dataset(inputs, labels)"
-            f"{READERS.get(suffix, '')}."
-        )
+        return by_suffix(path, cls.from_csv, cls.from_npz, "Dataset(inputs, labels)", **options)
 
     @classmethod
     def from_csv(
@@ -363,23 +337,7 @@ class Dataset(AbstractData):
             ValueError: if it is not an NPZ file, lacks a key, or does not hold plain numbers.
         """
         path = file_path("path", path)
-        with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError(f"{path}: it is not an NPZ file, as numpy.savez writes them.")
-        with np.load(path, allow_pickle=False) as file:
-            for argument, key in (("inputs", inputs), ("labels", labels)):
-                if key not in file.files:
-                    raise ValueError(
-                        f"`{argument}` is {key!r}, which {path} does not have; it has "
-                        f"{', '.join(map(repr, file.files)) or 'no array'}."
-                    )
-            try:
-                values, signs = file[inputs], file[labels]
-            except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(
-                    f"{path}: an array cannot be read, {error}. Expected arrays of plain numbers, "
-                    "as numpy.savez(path, inputs=..., labels=...) writes them."
-                ) from error
+        values, signs = arrays(path, {"inputs": inputs, "labels": labels})
         if positive is not None or negative is not None:
             signs, chosen = _classes(path, labels, signs, positive, negative)
             values = values[chosen] if np.shape(values)[:1] == chosen.shape else values
@@ -411,6 +369,13 @@ def frozen(array: np.ndarray) -> np.ndarray:
     array = np.array(array, dtype=np.float64, order="C")
     array.flags.writeable = False
     return array
+
+
+def with_constant(inputs: np.ndarray, value: float) -> np.ndarray:
+    """Inputs with one more feature, last, that is ``value`` for every point."""
+    if not (is_number(value) and np.isfinite(value) and value != 0.0):
+        raise ValueError(f"`value` is {shown(value)}; expected a finite number other than zero.")
+    return np.concatenate([inputs, np.full((len(inputs), 1), float(value))], axis=1)
 
 
 def largest_norm(inputs: np.ndarray) -> float:

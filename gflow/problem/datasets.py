@@ -1,10 +1,12 @@
 r"""Data sets to study: generated ones of known margin, and the real ones in scikit-learn.
 
-Public as `gflow.datasets`. Every function returns a `Dataset`; the generated ones and the real ones
-are scaled so that $\lVert x_i\rVert \le 1$, except `one_datum`, which is as given.
+Public as `gflow.datasets`. Every function returns a `Dataset`, but `completion` a `Sensing`; the
+generated ones and the real ones are scaled so that $\lVert x_i\rVert \le 1$, except `one_datum` and
+`completion`, which are as given.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from gflow.problem import settings
 from gflow.problem.arguments import between, numbers_of, seed_of, shown, whole
 from gflow.problem.data import Dataset
+from gflow.problem.sensing import Sensing
 
 # -------------------------------------------------------------------------------------------------
 # Generated
@@ -103,6 +106,68 @@ def one_datum(z: Sequence[float] = (1.0, 0.9, 0.3)) -> Dataset:
     norm 2, $(1, 1, 1)$ for norm infinity and $(1, 0, 0)$ for norm 1.
     """
     return Dataset(numbers_of("z", z)[None, :], [1.0], name="one datum")
+
+
+@settings.own()
+def completion(
+    matrix: Sequence | np.ndarray, observed: Sequence | np.ndarray | None = None
+) -> Sensing:
+    r"""Some entries of a matrix, of which the others are to be found.
+
+    The measurements are $\langle e_ie_j^\top, W\rangle = W_{ij}$ for the entries that are observed,
+    row by row. What is not observed leaves no trace in the data; a flow from a small start chooses
+    it by itself.
+
+    Args:
+        matrix: shape (K, d); entries that are not observed may be anything, NaN included.
+        observed: true where an entry is, shape (K, d). By default wherever ``matrix`` is not NaN.
+
+    Raises:
+        ValueError: when nothing is observed, or an observed entry is no finite number.
+
+    Warns:
+        UserWarning: for rows and columns of which nothing is observed: nothing is known of them,
+            and a flow from a small start leaves them small.
+
+    >>> completion([[1.0, np.nan], [np.nan, 2.0]])
+    Sensing('completion (2 of 2 x 2)': 2 measurements of a matrix of shape (2, 2))
+    """
+    matrix = numbers_of("matrix", matrix)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(
+            f"`matrix` has shape {matrix.shape}; expected two dimensions, (outputs, inputs)."
+        )
+    mask = ~np.isnan(matrix) if observed is None else np.asarray(observed)
+    if mask.shape != matrix.shape or mask.dtype != np.bool_:
+        got = f"has shape {mask.shape} and the type {mask.dtype}"
+        raise ValueError(
+            f"`observed` {got}; expected true or false for every entry, shape {matrix.shape}."
+        )
+    rows, columns = np.nonzero(mask)
+    if not len(rows):
+        raise ValueError("`observed` has no entry that is true; expected one at least.")
+    bad = ~np.isfinite(matrix[mask])
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise ValueError(
+            f"`matrix[{rows[first]}, {columns[first]}]` is {matrix[mask][first]}, and it is "
+            "observed; expected a finite number."
+        )
+    for what, seen in (("row", mask.any(axis=1)), ("column", mask.any(axis=0))):
+        unseen = np.flatnonzero(~seen).tolist()
+        if unseen:
+            many = len(unseen) > 1
+            warnings.warn(
+                f"nothing is observed in {what}{'s' * many} {', '.join(map(str, unseen))} of "
+                f"`matrix`: the data say nothing of {'them' if many else 'it'}, and a flow from "
+                f"a small start leaves {'them' if many else 'it'} small.",
+                UserWarning,
+                stacklevel=3,
+            )
+    matrices = np.zeros((len(rows), *matrix.shape))
+    matrices[np.arange(len(rows)), rows, columns] = 1.0
+    name = f"completion ({len(rows)} of {matrix.shape[0]} x {matrix.shape[1]})"
+    return Sensing(matrices, matrix[mask], name=name)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -72,9 +72,10 @@ class AbstractDesign(Module):
 
 
 class Rows(AbstractDesign):
-    """Any matrix: for one output the signed inputs."""
+    """Any matrix: for one output the signed inputs, for K the measured matrices, each flattened."""
 
     rows: Array
+    num_outputs: int = eqx.field(static=True, default=1)
 
     @property
     def matrix(self) -> Array:
@@ -98,12 +99,15 @@ class Rows(AbstractDesign):
         return jnp.einsum("nia,nij,njb->ab", rows, blocks, rows, optimize="optimal")
 
     def axes(self) -> "tuple[Array, AbstractDesign | None]":
+        if self.num_outputs > 1:  # matrices have nothing in common that fewer axes could use
+            width = self.shape[1] // self.num_outputs
+            return jnp.pad(jnp.eye(width), ((0, 0), (0, self.shape[1] - width))), self
         if self.shape[0] < self.shape[1]:
             return jnp.asarray(self.rows), None
         return jnp.eye(self.shape[1]), self
 
     def chosen(self, points: Array) -> "Rows":
-        return Rows(jnp.asarray(self.rows)[points])
+        return Rows(jnp.asarray(self.rows)[points], self.num_outputs)
 
 
 # Coordinates are a matrix C, (K - 1, d), flattened: the contrasts of the end-to-end matrix. With

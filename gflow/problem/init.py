@@ -177,12 +177,15 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
     The last layer's sign is flipped when the product points uphill,
     $\langle\nabla R(0), w\rangle > 0$, and the last layer is then halved until the risk is
     at most that of zero; both leave the other layers alone. A start that already satisfies the
-    assumption is returned as it is.
+    assumption is returned as it is, and so is one for targets: a risk that has its infimum at
+    finite weights does not ask for it.
 
     Raises:
         ValueError: when the product is orthogonal to the gradient at zero, so no scaling helps.
     """
     expect("problem", problem, Problem, A_PROBLEM)
+    if problem.loss.attained:
+        return from_arrays(weights)
     *rest, last = from_arrays(weights)
     at_zero = level_at_zero(problem)
 

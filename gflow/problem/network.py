@@ -292,7 +292,7 @@ class Network(AbstractNetwork):
         except Exception as error:  # whatever it is, it is the network's
             raise ValueError(
                 f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given the "
-                f"weights and one point `x` of shape ({data.dim},), and is traced by JAX."
+                f"weights and one point `x` of shape {data.inputs.shape[1:]}, and is traced by JAX."
             ) from error
         expected = data.output_shape
         if getattr(out, "shape", None) != expected:

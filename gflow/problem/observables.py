@@ -43,6 +43,13 @@ from gflow.problem.network import (
 )
 from gflow.problem.risk import Problem
 from gflow.problem.singular import Singular as Singular, singular as singular, singulars
+from gflow.problem.target_observables import (
+    distance_to as distance_to,
+    effective_rank as effective_rank,
+    gram_misalignment as gram_misalignment,
+    kernel_movement as kernel_movement,
+    mode_strengths as mode_strengths,
+)
 
 
 def misalignment(before: Singular, after: Singular) -> Array:

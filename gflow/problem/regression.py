@@ -5,21 +5,30 @@ then those of the second, and so on: what a loss makes of their distance to the 
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from gflow.problem.abstract_data import AbstractData
-from gflow.problem.arguments import numbers_of, shown
+from gflow.problem import tables
+from gflow.problem.abstract_targets import AbstractTargets
+from gflow.problem.arguments import file_path, flag, numbers_of, shown
 from gflow.problem.array import Array, as_array
-from gflow.problem.data import check_finite, check_inputs, frozen, largest_norm
+from gflow.problem.data import (
+    check_finite,
+    check_inputs,
+    frozen,
+    largest_norm,
+    with_constant,
+)
 from gflow.problem.design import OutputDesign
+from gflow.problem.files import arrays, by_suffix
 
 
-class Regression(AbstractData):
+class Regression(AbstractTargets):
     r"""Points $x_i \in \mathbb{R}^d$ with targets $y_i \in \mathbb{R}^K$.
 
     A pytree whose leaves are the two arrays, which are NumPy, float64 and read-only. There is no
@@ -58,20 +67,12 @@ class Regression(AbstractData):
         self.name = str(name)
 
     @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"targets", "outputs"})
-
-    @property
     def kind(self) -> str:
         return "targets"
 
     @property
     def answers(self) -> np.ndarray:
         return self.targets
-
-    @property
-    def num_classes(self) -> None:
-        return None
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -96,15 +97,21 @@ class Regression(AbstractData):
     def design(self) -> OutputDesign:
         return OutputDesign(as_array(self.inputs), self.num_outputs)
 
-    def max_margin(self) -> NoReturn:
-        raise ValueError(
-            "`data` have targets, which no direction separates; a maximum margin is of data with "
-            "labels: gflow.Dataset(inputs, labels)."
-        )
-
     def chosen(self, points: Array) -> "Regression":
         leaves = tuple(jnp.asarray(leaf)[points] for leaf in (self.inputs, self.targets))
         return eqx.tree_at(lambda data: (data.inputs, data.targets), self, leaves)
+
+    def with_bias(self, value: float = 1.0) -> "Regression":
+        """The same data with one more feature, last, that is `value` for every point."""
+        return Regression(with_constant(self.inputs, value), self.targets, name=self.name)
+
+    def prepared(self, bias: float | None, scale: bool) -> "Regression":
+        if scale:
+            raise ValueError(
+                "`scale` is true, and the data have targets, whose flow it would change; expected "
+                "false. Divide the inputs yourself where that is meant."
+            )
+        return self if bias is None else self.with_bias(bias)
 
     def least_squares(self) -> np.ndarray:
         r"""The linear map $W$ of least norm among those of least squares, shape (K, d).
@@ -114,6 +121,49 @@ class Regression(AbstractData):
         targets = self.targets.reshape(self.num_points, -1)
         return np.linalg.lstsq(self.inputs, targets, rcond=None)[0].T
 
+    def least_sum_of_squares(self, rank: int) -> float:
+        r"""The least $\lVert XW^\top - Y\rVert_F^2$ of maps of a rank.
+
+        With the projection $Z = X X^+ Y$ of the targets $\lVert XW^\top - Y\rVert^2 =
+        \lVert XW^\top - Z\rVert^2 + \lVert Z - Y\rVert^2$, and $XW^\top$ may be any matrix of the
+        rank with columns in the range of X: that of Eckart and Young (Izenman, Journal of
+        Multivariate Analysis 5, 1975).
+        """
+        y = self.targets.reshape(self.num_points, -1)
+        u = self._range[0]
+        inside = u.T @ y
+        beyond = np.linalg.svd(inside, compute_uv=False)[rank:]
+        return float(np.sum((y - u @ inside) ** 2) + np.sum(beyond**2))
+
+    def seen_through(self) -> np.ndarray:
+        r"""$B = SV^\top/\sqrt n$ of $X = USV^\top$.
+
+        $XW^\top/\sqrt n$ and $WB^\top$ have the same singular values, and of inputs with
+        $X^\top X = nI$ they are those of W.
+        """
+        _, s, vt = self._range
+        return s[:, None] * vt / np.sqrt(self.num_points)
+
+    @property
+    def is_regression(self) -> bool:
+        return True
+
+    def gram(self) -> np.ndarray:
+        return np.kron(np.eye(self.num_outputs), self.inputs.T @ self.inputs) / self.num_points
+
+    def mode_targets(self) -> np.ndarray:
+        r"""The singular values of $U^\top Y/\sqrt n$: of the targets as far as inputs reach."""
+        y = self.targets.reshape(self.num_points, -1)
+        inside = self._range[0].T @ y / np.sqrt(self.num_points)
+        return np.linalg.svd(inside, compute_uv=False)
+
+    @property
+    def _range(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The singular value decomposition of X, without what is round-off."""
+        u, s, vt = np.linalg.svd(self.inputs, full_matrices=False)
+        there = s > s[0] * max(self.inputs.shape) * np.finfo(np.float64).eps
+        return u[:, there], s[there], vt[there]
+
     def __repr__(self) -> str:
         if not isinstance(self.inputs, np.ndarray):  # inside a transformation
             return f"Regression(name={self.name!r}, inputs={self.inputs}, targets={self.targets})"
@@ -122,6 +172,100 @@ class Regression(AbstractData):
             f"{self.num_outputs} target{'s' * (self.num_outputs > 1)}, "
             f"max |x| = {largest_norm(self.inputs):.4g})"
         )
+
+    # -- files ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_file(cls, path: str | Path, **options: Any) -> "Regression":
+        """Read a file by its suffix.
+
+        `.csv`, `.tsv` and `.txt` are text tables, see `from_csv`; `.npz` see `from_npz`.
+
+        Args:
+            path: the file.
+            **options: keyword arguments of the reader.
+        """
+        instead = "Regression(inputs, targets)"
+        return by_suffix(path, cls.from_csv, cls.from_npz, instead, **options)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | Path,
+        *,
+        target_columns: int | str | Sequence[int | str] = -1,
+        delimiter: str = ",",
+        header: bool | None = None,
+        name: str | None = None,
+    ) -> "Regression":
+        """Read a text table: one line a point, some columns targets, every other one a feature.
+
+        What is skipped, and how a header is told from a point, is said at `Dataset.from_csv`.
+
+        Args:
+            path: the file, in UTF-8.
+            target_columns: the column of the targets, by its name in the header or its position
+                (counted from 0; negative from the end); or several, for networks of so many
+                outputs, in the order given.
+            delimiter: what separates the columns.
+            header: whether the first line names the columns. By default it is looked at.
+            name: the name of the data; the name of the file without its suffix unless given.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is malformed, with the line and the column.
+        """
+        path = file_path("path", path)
+        header = flag("header", header, none=True)
+        one = isinstance(target_columns, int | str)
+        wanted = [target_columns] if one else list(target_columns)
+        if not wanted:
+            raise ValueError("`target_columns` is empty; expected one column at least.")
+        table = tables.read(path, delimiter, header=header, label_column=wanted[0])
+        columns = [tables.position(table, each, "target_columns") for each in wanted]
+        if len(set(columns)) < len(columns):
+            raise ValueError(
+                f"`target_columns` is {shown(target_columns)}, which names a column twice; "
+                "expected different ones."
+            )
+        told = header is not None
+        features = [
+            each for each in tables.features(table, min(columns), told=told) if each not in columns
+        ]
+        if not features:
+            raise ValueError(
+                f"{path}: every column is a target; expected at least one more. Is {delimiter!r} "
+                "the right `delimiter`?"
+            )
+        targets = tables.numbers(table, columns)
+        inputs = tables.numbers(table, features)
+        told_name = path.stem if name is None else name
+        return cls(inputs, targets[:, 0] if one else targets, name=told_name)
+
+    @classmethod
+    def from_npz(
+        cls,
+        path: str | Path,
+        *,
+        inputs: str = "inputs",
+        targets: str = "targets",
+        name: str | None = None,
+    ) -> "Regression":
+        """Read two arrays of an NPZ file.
+
+        Args:
+            path: the file.
+            inputs: the key of the (points, features) array.
+            targets: the key of the (points,) or (points, K) array.
+            name: the name of the data; the name of the file without its suffix unless given.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is not an NPZ file, lacks a key, or does not hold plain numbers.
+        """
+        path = file_path("path", path)
+        values, wanted = arrays(path, {"inputs": inputs, "targets": targets})
+        return cls(values, wanted, name=path.stem if name is None else name)
 
 
 def _check_targets(targets: np.ndarray, num_points: int) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.abstract_data import AbstractData
+from gflow.problem.abstract_targets import targets_of
 from gflow.problem.array import Array, as_array
 from gflow.problem.terms import AbstractJointLoss, Diagonal, LossTerms
 
@@ -110,20 +111,9 @@ class Squared(AbstractJointLoss):
         return 2 * (math.log(size) + math.log(LOST)) + math.log(mean)
 
     def least_log_risk_of(self, data: AbstractData, rank: int) -> float:
-        r"""The least $\log R$ of linear maps $x \mapsto Wx$ of a rank.
-
-        With the projection $Z = X X^+ Y$ of the targets $\lVert XW^\top - Y\rVert^2 =
-        \lVert XW^\top - Z\rVert^2 + \lVert Z - Y\rVert^2$, and $XW^\top$ may be any matrix of the
-        rank with columns in the range of X: that of Eckart and Young (Izenman, Journal of
-        Multivariate Analysis 5, 1975).
-        """
-        x, y = np.asarray(data.inputs), np.asarray(self._targets())
-        u, s, _ = np.linalg.svd(x, full_matrices=False)
-        u = u[:, s > s[0] * max(x.shape) * np.finfo(np.float64).eps]
-        inside = u.T @ y
-        beyond = np.linalg.svd(inside, compute_uv=False)[rank:]
-        total = float(np.sum((y - u @ inside) ** 2) + np.sum(beyond**2))
-        return math.log(total / (2 * len(y))) if total > 0 else -math.inf
+        r"""A bound of $\log R$ from below for linear maps of a rank (``abstract_targets.py``)."""
+        total = targets_of(data).least_sum_of_squares(rank)
+        return math.log(total / (2 * data.num_points)) if total > 0 else -math.inf
 
     @property
     def exponential_tail(self) -> bool:

@@ -148,30 +148,30 @@ def features(table: Table, label: int, *, told: bool) -> list[int]:
     return [j for j in range(len(table.rows[0])) if j not in without]
 
 
-def position(table: Table, column: int | str) -> int:
-    """The position of the label column, from its name or a position that may count from the end."""
+def position(table: Table, column: int | str, argument: str = "label_column") -> int:
+    """The position of a column, from its name or a position that may count from the end."""
     width = len(table.rows[0])
     if not isinstance(column, str) and not whole(column):
         raise ValueError(
-            f"`label_column` is {shown(column)}; expected a name in the header, or a position from "
+            f"`{argument}` is {shown(column)}; expected a name in the header, or a position from "
             f"{-width} to {width - 1}."
         )
     if isinstance(column, str):
         if table.header is None:
             raise ValueError(
-                f"`label_column` is {column!r} and {table.path} has no header line; expected a "
+                f"`{argument}` is {column!r} and {table.path} has no header line; expected a "
                 f"position from 0 to {width - 1}."
             )
         if table.header.count(column) != 1:
             problem = "occurs more than once" if column in table.header else "does not occur"
             raise ValueError(
-                f"`label_column` is {column!r}, which {problem} in the header of {table.path}; it "
+                f"`{argument}` is {column!r}, which {problem} in the header of {table.path}; it "
                 f"has {', '.join(map(repr, table.header))}."
             )
         return table.header.index(column)
     if not -width <= column < width:
         raise ValueError(
-            f"`label_column` is {column}; expected a position from {-width} to {width - 1}: "
+            f"`{argument}` is {column}; expected a position from {-width} to {width - 1}: "
             f"{table.path} has {width} columns."
         )
     return int(column) % width

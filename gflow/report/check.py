@@ -253,9 +253,9 @@ def _square(weights: Weights, oracle: Callable[..., Any], target: float, **optio
     return Flow(problem, weights, _at_time(oracle, target=target, **options), end=NEAR)
 
 
-def _square_mode(depth: int) -> Flow:
-    weights = tuple(np.array([[0.05 ** (1 / depth)]]) for _ in range(depth))
-    return _square(weights, exact.square_loss_mode, 1.7, start=0.05, depth=depth)
+def _square_mode(depth: int, start: float = 0.05) -> Flow:
+    weights = tuple(np.array([[start ** (1 / depth)]]) for _ in range(depth))
+    return _square(weights, exact.square_loss_mode, 1.7, start=start, depth=depth)
 
 
 def _square_unbalanced() -> Flow:
@@ -323,6 +323,7 @@ CASES: tuple[tuple[str, str, Callable[[], Flow]], ...] = (
     ("1 layer, square loss", "square_loss_mode", lambda: _square_mode(1)),
     ("3 balanced layers, square loss", "square_loss_mode", lambda: _square_mode(3)),
     ("5 balanced layers, square loss", "square_loss_mode", lambda: _square_mode(5)),
+    ("2 layers from 1e-15, square loss", "square_loss_mode", lambda: _square_mode(2, 1e-15)),
     ("2 unbalanced layers, square loss", "two_layer_square_loss", _square_unbalanced),
     ("2 matrices, square loss", "two_layer_riccati", _riccati),
     ("5 classes, 3 layers", "simplex_modes", lambda: _simplex(5, 3)),

@@ -20,9 +20,11 @@ import optax
 import gflow
 from gflow.dynamics import clocks, stops as rules
 from gflow.problem import datasets, init
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.data import Dataset
-from gflow.problem.losses import AbstractLoss
+from gflow.problem.regression import Regression
 from gflow.problem.risk import Problem
+from gflow.problem.terms import AbstractJointLoss
 from gflow.report.experiment import Experiment, Run, one_run
 from gflow.report.toml_table import REQUIRED, TomlTable, choose
 
@@ -51,11 +53,11 @@ def _makers(module: Any, first: str | None = None) -> dict[str, Callable[..., An
     }
 
 
-LOSSES: dict[str, type[AbstractLoss]] = _kinds(AbstractLoss, vars(gflow))
+LOSSES: dict[str, type[AbstractJointLoss]] = _kinds(AbstractJointLoss, vars(gflow))
 RULES: dict[str, Callable[[Any], rules.AbstractRule]] = _kinds(rules.AbstractRule, vars(gflow))
 CLOCKS: dict[str, Callable[[], clocks.AbstractClock]] = _kinds(clocks.AbstractClock, vars(clocks))
 STARTS: dict[str, Callable[..., init.LayerWeights]] = _makers(init, first="widths")
-MAKERS: dict[str, Callable[..., Dataset]] = {
+MAKERS: dict[str, Callable[..., AbstractData]] = {
     name: maker for name, maker in _makers(datasets).items() if maker is not datasets.load
 }
 """Data sets whose arguments a file may set, beside those that ``datasets.load`` knows by name."""
@@ -104,7 +106,7 @@ def build(
     *,
     folder: Path,
     name: str,
-    read_data: "Callable[[TomlTable, Path], Dataset] | None" = None,
+    read_data: "Callable[[TomlTable, Path], AbstractData] | None" = None,
 ) -> Experiment:
     """The experiment that a parsed configuration describes.
 
@@ -125,7 +127,7 @@ def build(
     network = tables["network"]
     shapes = [_widths(network, data)]
     if network.get("one_layer", bool, False):
-        shapes.append((data.dim, 1))
+        shapes.append((data.dim, data.num_outputs))
     network.done()
     starts = [_start(start, folder, shape, problem) for shape in shapes]
     start.done()
@@ -143,11 +145,14 @@ def build(
     return Experiment(name, problem, runs)
 
 
-def data_of(table: TomlTable, folder: Path) -> Dataset:
+TARGETS = ("target_columns", "targets")
+"""Keys of [data] that say that a file has targets."""
+
+
+def data_of(table: TomlTable, folder: Path) -> AbstractData:
     """The data that a table describes."""
     file = table.get("file", str, None)
     name = table.get("dataset", str, None)
-    scale = table.get("scale", bool, file is not None)
     bias = table.get("bias", float, None)
     if (file is None) == (name is None):
         raise ValueError(
@@ -155,12 +160,14 @@ def data_of(table: TomlTable, folder: Path) -> Dataset:
             "`dataset`, the name of one that gflow has."
         )
     if file is not None:
-        reader = Dataset.from_npz if file.endswith(".npz") else Dataset.from_csv
-        options = table.rest(_options(reader))
+        kind = Regression if any(key in table.values for key in TARGETS) else Dataset
+        scale = table.get("scale", bool, kind is Dataset)
+        options = table.rest(_options(kind.from_npz if file.endswith(".npz") else kind.from_csv))
         table.done()
         with named("[data]"):
-            data = Dataset.from_file(folder / file, **options)
+            data = kind.from_file(folder / file, **options)
     else:
+        scale = table.get("scale", bool, False)
         written = str(name).replace("-", "_")
         maker = MAKERS.get(written)
         options = {} if maker is None else table.rest(_options(maker))
@@ -169,40 +176,49 @@ def data_of(table: TomlTable, folder: Path) -> Dataset:
             data = datasets.load(str(name)) if maker is None else maker(**options)
         if "bias" in options:  # it is there already
             bias = None
-    if bias is not None:
-        with named("[data] bias"):
-            data = data.with_bias(bias)
-    return data.scaled() if scale else data
+    with named("[data]"):
+        return data.prepared(bias, scale)
 
 
-def _loss(table: TomlTable) -> AbstractLoss:
-    kind = choose("[loss] name", table.get("name", str, "logistic"), LOSSES)
-    options = table.rest(_options(kind))
+def _loss(table: TomlTable) -> AbstractJointLoss | None:
+    """The loss; None for that of the data."""
+    name = table.get("name", str, None)
+    if name is None:
+        table.done()
+        return None
+    kind = choose("[loss] name", name, LOSSES)
+    options = table.rest(tuple(key for key in _options(kind) if key not in FROM_DATA))
     table.done()
     with named("[loss]"):
         return kind(**options)
 
 
-def _widths(network: TomlTable, data: Dataset) -> tuple[int, ...]:
+FROM_DATA = ("targets",)
+"""What losses take from the data."""
+
+
+def _widths(network: TomlTable, data: AbstractData) -> tuple[int, ...]:
     depth, width = network.get("depth", int, None), network.get("width", int, None)
+    outputs = data.num_outputs
     if depth is not None and width is not None and "widths" not in network.values:
         if depth < 1 or width < 1:
             raise ValueError(
                 f"[network] depth is {depth} and width {width}; expected at least 1 of each."
             )
-        return (data.dim, *[width] * (depth - 1), 1)
+        return (data.dim, *[width] * (depth - 1), outputs)
     if depth is not None or width is not None:
         raise ValueError("[network] needs either `widths`, or both `depth` and `width`.")
     widths = network.get("widths", list, REQUIRED)
+    several = "the one output" if outputs == 1 else f"the {outputs} outputs"
     if not all(isinstance(width, int) and width > 0 for width in widths) or len(widths) < 2:
         raise ValueError(
             f"[network] widths is {widths}; expected positive whole numbers from the dimension of "
-            f"the inputs to one output, such as [{data.dim}, 10, 10, 10, 1]."
+            f"the inputs to {several}, such as [{data.dim}, 10, 10, 10, {outputs}]."
         )
-    if widths[0] != data.dim or widths[-1] != 1:
+    if widths[0] != data.dim or widths[-1] != outputs:
         raise ValueError(
             f"[network] widths is {widths}; the first must be {data.dim}, the number of features "
-            "of the data (a bias counts), and the last 1, the one output."
+            f"of the data (a bias counts), and the last {outputs}, {several}."
         )
     return tuple(widths)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gflow.problem.abstract_data import AbstractData
 from gflow.problem.data import Dataset, labelled
 from gflow.problem.network import widths
 from gflow.problem.risk import Problem
@@ -47,9 +48,9 @@ class Experiment:
     runs: Sequence[Run]
 
     @property
-    def data(self) -> Dataset:
+    def data(self) -> AbstractData:
         """The data of the problem."""
-        return labelled(self.problem.data)
+        return self.problem.data
 
 
 @dataclass
@@ -166,7 +167,10 @@ def write(outcome: Outcome, folder: Path) -> list[Path]:
 
 
 def draw(outcome: Outcome, folder: Path) -> list[Path]:
-    """The figures of an experiment: 1a for two-dimensional data, 1b, margins, and a summary."""
+    """The figures of an experiment.
+
+    1a for two-dimensional data, 1b, margins, and a summary; of targets risk and singular values.
+    """
     from gflow.report import plot
 
     figures: list[Path] = []
@@ -177,7 +181,12 @@ def draw(outcome: Outcome, folder: Path) -> list[Path]:
 
     records = outcome.records
     flows = {label: r for label, r in records.items() if r.attrs["kind"] == "flow"} or records
-    data = outcome.experiment.data
+    if "targets" in outcome.experiment.data.offers:
+        keep("risk.png", plot.risk(records, x="log_time"))
+        for label, record in flows.items():
+            keep(f"modes-{slug(label)}.png", plot.modes(record))
+        return figures
+    data = labelled(outcome.experiment.data)
     if data.num_classes is not None:
         last = next(iter(flows.values()))
         if data.dim == 2:
@@ -291,8 +300,13 @@ def run_rows(outcome: Outcome) -> list[list[str]]:
     return rows
 
 
-def certificate(data: Dataset) -> str:
-    """Whether the data are separable, and what proves it, in a sentence."""
+def certificate(problem: Problem) -> str:
+    """Whether the data are separable, and what proves it, in a sentence; of targets the fit."""
+    if "targets" in problem.data.offers:
+        least = problem.loss.least_log_risk_of(problem.data, problem.data.dim)
+        risk = "0: some map fits" if least < problem.loss.least_log_risk else f"{np.exp(least):.6g}"
+        return f"The least risk of linear maps is {risk}."
+    data = labelled(problem.data)
     solution = data.max_margin()
     of = "support vectors" if data.num_classes is None else "margins"
     if solution.separable:

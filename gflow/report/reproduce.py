@@ -189,7 +189,7 @@ def _section(outcome: ex.Outcome, figures: Sequence[Path]) -> str:
         "",
         f"`{experiment.data!r}`; loss `{experiment.problem.loss!r}`.",
         "",
-        ex.certificate(experiment.data),
+        ex.certificate(experiment.problem),
         "",
         "### Runs",
         "",

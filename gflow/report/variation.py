@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gflow.names import SETTINGS, is_taken
-from gflow.problem.data import Dataset
+from gflow.problem.abstract_data import AbstractData
 from gflow.report.config import build, data_of, parsed
 from gflow.report.toml_table import TomlTable
 
@@ -48,9 +48,9 @@ def read_sweep(path: str | Path) -> Variation:
         else "_".join(place)
         for place in values
     }
-    datasets: dict[str, Dataset] = {}
+    datasets: dict[str, AbstractData] = {}
 
-    def read_data(table: TomlTable, folder: Path) -> Dataset:
+    def read_data(table: TomlTable, folder: Path) -> AbstractData:
         known = json.dumps(table.values, sort_keys=True, default=str)
         if known not in datasets:
             datasets[known] = data_of(table, folder)

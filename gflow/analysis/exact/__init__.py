@@ -13,6 +13,7 @@ with errors of round-off only, and in logarithms wherever risk or time leaves th
 | `diagonal_network` | the same | any data and loss, given the accumulated slopes |
 | `one_datum_convolution` | two circular convolutions | one datum; exponential, logistic |
 | `square_loss_mode` | any depth, one mode | square loss |
+| `saddle_times` | any depth, modes | square loss: when each is half learnt |
 | `two_layer_square_loss` | two layers of width one, unbalanced | square loss |
 | `two_layer_riccati` | two layers, $\lambda$-balanced | square loss, whitened data |
 | `simplex_modes` | any depth, balanced | one point a class; cross-entropy, pairwise exponential |
@@ -42,6 +43,7 @@ from gflow.analysis.exact.one_datum import (
 from gflow.analysis.exact.riccati import two_layer_riccati as two_layer_riccati
 from gflow.analysis.exact.square_loss import (
     SquareLossFlow as SquareLossFlow,
+    saddle_times as saddle_times,
     square_loss_mode as square_loss_mode,
     two_layer_square_loss as two_layer_square_loss,
 )
@@ -65,6 +67,7 @@ __all__ = [
     "one_datum_diagonal",
     "one_datum_linear",
     "risk_clock",
+    "saddle_times",
     "simplex_modes",
     "square_loss_mode",
     "two_layer_one_datum",

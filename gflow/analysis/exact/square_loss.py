@@ -4,8 +4,8 @@ Square loss converges exponentially, so time is an ordinary number here, while t
 target leaves float64 and is returned as a log risk.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike as _ArrayLike, Float, Real
@@ -65,11 +65,69 @@ def square_loss_mode(time: Times, *, target: float, start: float, depth: int) ->
     depth = _path.depth_at_least(1, depth)
     if start == target:
         return SquareLossFlow(times, np.full(times.shape, -np.inf), np.full(times.shape, target))
-    power = 1.0 - 2.0 / depth  # k - 1
+    k = 2.0 - 2.0 / depth
     sign = 1.0 if start < target else -1.0
     first = float(np.log(start) - np.log(abs(target - start)))
     with np.errstate(divide="ignore"):
-        goal = np.log(times.ravel()) + np.log(depth) + (power + 1.0) * np.log(target)
+        goal = np.log(times.ravel()) + np.log(depth) + k * np.log(target)
+    log_shrink, log_time_of = _mode_path(first, depth, sign)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        upper = quadrature.upper_bracket(log_time_of, goal, first)
+        x = quadrature.invert(log_time_of, goal, first, upper).reshape(times.shape)
+        strength = target * np.exp(-log_shrink(x))
+        log_risk = 2.0 * (np.log(strength) - x) - np.log(2.0)  # |s - u| = u e^{-x}
+    return SquareLossFlow(times, log_risk, np.asarray(strength))
+
+
+@settings.own()
+def saddle_times(
+    targets: Real[_ArrayLike, " modes"] | Sequence[float],
+    starts: Real[_ArrayLike, " modes"] | Sequence[float] | float,
+    *,
+    depth: int,
+) -> Float[np.ndarray, " modes"]:
+    r"""When modes are half learnt, which ends a plateau each: $u = s/2$ in `square_loss_mode`.
+
+    For two layers $t = \frac{1}{2s}\log(s/u_0 - 1)$; for more about
+    $u_0^{-(1-2/L)}/((L-2)s)$.
+
+    Args:
+        targets: the singular values $s > 0$ to learn.
+        starts: their strengths at the start, positive and below $s/2$: one each, or one for all.
+        depth: $L \ge 1$.
+
+    Returns:
+        Times, in the order of ``targets``.
+
+    Raises:
+        ValueError: for numbers out of range.
+
+    >>> saddle_times([2.0, 1.0], 1e-15, depth=2).round(6).tolist()
+    [8.807981, 17.269388]
+    """
+    s = np.atleast_1d(numbers_of("targets", targets))
+    u = np.broadcast_to(numbers_of("starts", starts), s.shape)
+    depth = _path.depth_at_least(1, depth)
+    if s.ndim != 1 or not np.all((s > 0.0) & (u > 0.0) & (u < s / 2) & np.isfinite(s)):
+        raise ValueError(
+            f"`targets` is {targets} and `starts` {starts}; expected positive finite numbers, the "
+            "starts below half of the targets."
+        )
+    found = []
+    for target, start in zip(s, u, strict=True):
+        first = float(np.log(start) - np.log(target - start))
+        log_time = _mode_path(first, depth, 1.0)[1](np.zeros(1))[0]
+        found.append(log_time - np.log(depth) - (2.0 - 2.0 / depth) * np.log(target))
+    with np.errstate(over="ignore"):
+        return np.exp(np.array(found))
+
+
+Path = Callable[[Any], Any]
+
+
+def _mode_path(first: float, depth: int, sign: float) -> tuple[Path, Path]:
+    r"""Of $x = \log(u/|s - u|)$: $\log(s/u)$, and $\log t + \log L + k\log s$."""
+    power = 1.0 - 2.0 / depth  # k - 1
 
     def log_shrink(x):  # log(1 +- e^{-x}), which is log(s/u)
         return quadrature.softplus(-x) if sign > 0 else np.log(-np.expm1(-x))
@@ -83,12 +141,7 @@ def square_loss_mode(time: Times, *, target: float, start: float, depth: int) ->
         )
         return power * log_shrink(x) + integral
 
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        upper = quadrature.upper_bracket(log_time_of, goal, first)
-        x = quadrature.invert(log_time_of, goal, first, upper).reshape(times.shape)
-        strength = target * np.exp(-log_shrink(x))
-        log_risk = 2.0 * (np.log(strength) - x) - np.log(2.0)  # |s - u| = u e^{-x}
-    return SquareLossFlow(times, log_risk, np.asarray(strength))
+    return log_shrink, log_time_of
 
 
 @settings.own()

@@ -27,7 +27,7 @@ $d_0 … d_L$, $\gamma$ the maximum margin and $\bar u$ its direction:
    are rows of a flow only: descent does not conserve the matrices that fix the constants.
 
 Of several classes the statements are others: ``gflow.analysis.theorems.class_claims``; of targets
-they are those of any flow: the risk falls, by the energy identity, and the imbalance is conserved.
+``gflow.analysis.theorems.target_claims``.
 
 What Lemma 2 becomes for descent is derived in ``gflow.analysis.theorems.facts``.
 """
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gflow.analysis.theorems import bounds, class_claims, limit_claims, rates
+from gflow.analysis.theorems import bounds, class_claims, limit_claims, rates, target_claims
 from gflow.analysis.theorems.claims import Claim as Claim, Claims as Claims
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.sharp import sharp_laws
@@ -67,8 +67,7 @@ def verify(record: "xr.Dataset") -> Claims:
     facts = Facts(_checked(record))
     rows = [bounds.risk_decreases(facts), bounds.energy_identity(facts)]
     if facts.of_targets:
-        conserved = [bounds.imbalance(facts)] if facts.deep_linear else []
-        return Claims(rows + conserved, facts.title)
+        return Claims(rows + _of_targets(facts), facts.title)
     rows.append(limit_claims.risk_vanishes(facts))
     if facts.of_classes:
         return Claims(rows + _of_classes(facts), facts.title)
@@ -98,6 +97,18 @@ def verify(record: "xr.Dataset") -> Claims:
         if not facts.is_descent:
             rows += sharp_laws(facts)
     return Claims(rows, facts.title)
+
+
+def _of_targets(facts: Facts) -> list[Claim]:
+    """The claims about targets."""
+    if not facts.deep_linear:
+        return []
+    return [
+        bounds.imbalance(facts),
+        target_claims.convergence_rate(facts),
+        target_claims.saddle_times(facts),
+        target_claims.nuclear_norm(facts),
+    ]
 
 
 def _of_classes(facts: Facts) -> list[Claim]:

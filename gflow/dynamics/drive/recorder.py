@@ -15,6 +15,7 @@ from gflow.dynamics.drive import extras
 from gflow.dynamics.drive.extras import Observable as Observable
 from gflow.names import merged
 from gflow.problem import observables as obs
+from gflow.problem.abstract_targets import slowest_rate, targets_of
 from gflow.problem.arguments import flag
 from gflow.problem.class_observables import ClassReference, of_classes
 from gflow.problem.data import Dataset, labelled
@@ -22,8 +23,9 @@ from gflow.problem.design import others_of
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array, widths
+from gflow.problem.nuclear import least_nuclear
 from gflow.problem.risk import Problem, level_at_zero
-from gflow.problem.target_observables import TargetReference, of_targets
+from gflow.problem.target_observables import TargetReference, of_targets, padded_targets
 from gflow.programs import FEW, by_size
 from gflow.quantities import QUANTITIES
 
@@ -166,7 +168,7 @@ class Recorder:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
         if self.layers is not None:
-            found = self._of_data() if "margins" in self.problem.data.offers else {}
+            found = self._of_data()
             for name, value in found.items():
                 row = QUANTITIES[name]
                 constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
@@ -178,7 +180,17 @@ class Recorder:
         }
 
     def _of_data(self) -> dict[str, np.ndarray]:
-        """The best direction and the points on the margin: all that the asymptotic laws need."""
+        """The best direction and the points on the margin: all that the asymptotic laws need.
+
+        Of targets what the modes tend to.
+        """
+        if "targets" in self.problem.data.offers:
+            data = targets_of(self.problem.data)
+            solution = data.least_squares()
+            return {
+                "mode_targets": padded_targets(data),
+                "least_norm_solution": solution if data.num_outputs > 1 else solution[0],
+            }
         data, solution = labelled(self.problem.data), self.problem.data.max_margin()
         if not solution.separable:
             return {"max_margin_direction": np.full_like(solution.direction, np.nan)}
@@ -205,6 +217,9 @@ class Recorder:
         facts = {**_facts(self.problem), "start_sha256": digest.hexdigest()}
         if self.layers is not None:
             facts |= {**_facts_of_layers(self.problem), "widths": widths(self.layers)}
+            if "targets" in self.problem.data.offers:
+                last = tuple(map(np.asarray, self.last))
+                facts["slowest_rate"] = slowest_rate(targets_of(self.problem.data), last)
         return facts
 
 
@@ -229,8 +244,8 @@ def _facts(problem: Problem) -> dict[str, Any]:
 @once_per_object
 def _facts_of_layers(problem: Problem) -> dict[str, Any]:
     """What it says beside these of a problem whose network is a product of matrices."""
-    if "margins" not in problem.data.offers:
-        return {}
+    if "targets" in problem.data.offers:
+        return _facts_of_targets(problem)
     data, solution = labelled(problem.data), problem.data.max_margin()
     radius = float(problem.loss.pull_radius(data.num_points))
     return {
@@ -239,6 +254,24 @@ def _facts_of_layers(problem: Problem) -> dict[str, Any]:
         "margin_upper_bound": solution.margin_upper,
         "pull_radius": None if math.isnan(radius) else radius,
         "next_margin_gap": _next_gap(data, solution),
+    }
+
+
+def _facts_of_targets(problem: Problem) -> dict[str, Any]:
+    """What claims about targets need to know of the data.
+
+    The least nuclear norm, and its proof, where it is not that of the solution of least norm.
+    """
+    data = targets_of(problem.data)
+    least_norm, least = least_nuclear(data), problem.loss.least_log_risk_of(data, data.dim)
+    lost = problem.loss.least_log_risk
+    return {
+        "log_risk_of_zero": level_at_zero(problem),
+        "round_off_log_risk": lost,
+        "least_log_risk": least if least > lost else None,
+        "whitened": data.whitened,
+        "least_nuclear_norm": None if least_norm is None else least_norm.norm,
+        "nuclear_norm_bound": None if least_norm is None else least_norm.lower,
     }
 
 
@@ -258,7 +291,7 @@ def reference_of(problem: Problem, weights: Weights) -> References:
     """What the observables of a network that is a product of matrices are measured against."""
     data = problem.data
     if "targets" in data.offers:
-        return TargetReference.of(data, weights)  # pyright: ignore[reportArgumentType]
+        return TargetReference.of(targets_of(data), weights)
     if "classes" in data.offers:
         return ClassReference.of(problem, weights)
     return obs.Reference.of(data.max_margin(), problem, weights)

@@ -22,6 +22,9 @@ SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
 on which side the flow would leave it is beyond the tolerances."""
 
+RESIDUAL = 20.0
+"""Log risks above that of round-off at which residuals do not vanish."""
+
 LARGE_TERMS = 1e4
 """Margins whose terms are so many times larger have lost digits worth telling."""
 
@@ -53,7 +56,10 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
     above, slope = log_risk - level_at_zero(problem), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
-    if problem.loss.attained and not field.clock.centred:  # a saddle is no obstacle to such a clock
+    if problem.loss.attained and field.clock.knows_time:  # a saddle is no obstacle to such a clock
+        rests = slope <= SADDLE * first_slope and log_risk > problem.loss.least_log_risk + RESIDUAL
+        if rests:
+            return Reason.RESTS_ON_RESIDUALS.end(**where, first=first_slope)
         return Reason.TIME_IS_ROUND_OFF.end(**where, rtol=rtol)
     level = 4 * EPSILON * max(1.0, abs(log_risk))
     if above >= -level and slope <= SADDLE * first_slope:
@@ -85,7 +91,7 @@ def end_of_risk(
     """
     if not problem.loss.attained:
         return wall(problem)
-    if not (clock.centred or all(rule.of_risk for rule in rules)):
+    if clock.knows_time and not all(rule.of_risk for rule in rules):
         return None
     lost, layers = problem.loss.least_log_risk, problem.network.layers(weights)
     rank = 0 if layers is None else min(min(np.shape(matrix)) for matrix in layers)

@@ -230,8 +230,8 @@ def start_frame(field: AbstractField, weights: Weights) -> Frame:
     problem = field.problem
     nothing = jnp.zeros((1, 0), jnp.result_type(*jax.tree.leaves(weights)))
     coordinates, pull = field.along(weights, field.no_vectors(weights), nothing)
-    basis, _ = _axes(problem, coordinates.shape[1])
-    lefts = [left[0] for left in pull(basis[:1]).lefts]  # the same for every vector
+    lefts = [left[0] for left in pull(jnp.zeros_like(coordinates)).lefts]  # of every vector
+    basis, _ = _axes(problem, coordinates.shape[1], lefts[0].shape[0])
     columns = [right[:, 0, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
     parts = [jnp.kron(a @ a.T, b @ b.T) for a, b in zip(lefts, columns, strict=True)]
     sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
@@ -239,13 +239,16 @@ def start_frame(field: AbstractField, weights: Weights) -> Frame:
     return Frame(lefts, columns, sum(parts[1:], parts[0]), sizes, log_risk)
 
 
-def _axes(problem: Problem, num_coordinates: int) -> tuple[Array, AbstractDesign | None]:
+def _axes(problem: Problem, num_coordinates: int, rank: int) -> tuple[Array, AbstractDesign | None]:
     """The cotangents that G is kept for, of each row of coordinates the same, and A in their terms.
 
     With fewer margins than coordinates the margins serve as coordinates, and A is the identity.
+    Vectors of a lower rank than there are rows are whole arrays, which rows do not share.
     """
     if problem.design is None:
         return jnp.eye(num_coordinates), None
+    if problem.data.rows is not None and rank < len(problem.data.rows):
+        return jnp.eye(num_coordinates), problem.design
     return problem.design.axes()
 
 
@@ -263,7 +266,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     m = frame.gram.shape[0]
     centred = field.clock.centred and not loss.quadratic
     matrix, direct = h * tableau.matrix, p * m <= DIRECT
-    _, design = _axes(field.problem, m)
+    _, design = _axes(field.problem, m, frame.lefts[0].shape[0])
 
     def pull(v: Array) -> Array:
         return v if design is None else design.gather(v)

@@ -1,4 +1,4 @@
-"""What a layer is made of: its singular values through time."""
+"""What layers and their product are made of: singular values through time."""
 
 from typing import TYPE_CHECKING
 
@@ -56,3 +56,36 @@ def singular_values(
             )
     ax.set_yscale("log")
     return finish(ax, x, r"$\sigma_j(W_k)$")
+
+
+@settings.own()
+def modes(
+    record: "xr.Dataset",
+    x: str = "log_time",
+    *,
+    sources: "np.ndarray | None" = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    r"""The singular values of $W_L \cdots W_1$: how modes are learnt one after the other.
+
+    Args:
+        record: one record of several outputs.
+        x: "log_time", "log_risk" or "num_steps".
+        sources: values to which they tend, such as those of the target, as dotted lines.
+        ax: where to draw.
+
+    Raises:
+        ValueError: when the record has no such values.
+    """
+    if "end_to_end_values" not in record:
+        raise ValueError(
+            "`record` has no singular values of the end-to-end matrix; expected one of a deep "
+            "linear network on targets or classes."
+        )
+    ax = axes_of(ax)
+    for j, values in enumerate(record["end_to_end_values"].values.T):
+        style = {"color": color_of(j), "linewidth": 1.2, "label": f"{j + 1}"}
+        curve(ax, x_values(record, x), values, positive=False, **style)
+    for value in np.ravel([] if sources is None else sources):
+        ax.axhline(value, color="0.5", linewidth=0.6, linestyle=":")
+    return finish(ax, x, r"$\sigma_j(W_L \cdots W_1)$")
