@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +216,26 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("\ufeff" + GOOD, encoding="utf-8")
     assert config.read(path).name == "c"
+
+
+def test_a_file_with_a_column_of_classes_runs_with_cross_entropy(tmp_path, capsys):
+    rows = ["x,y,kind"]
+    for i in range(15):
+        angle = 2.1 * (i % 3) + 0.05 * (i - 7)
+        rows.append(f"{math.cos(angle):.3f},{math.sin(angle):.3f},{['oak', 'elm', 'ash'][i % 3]}")
+    (tmp_path / "trees.csv").write_text("\n".join(rows) + "\n")
+    text = """
+        data = { file = "trees.csv", classes = true }
+        network = { widths = [2, 3] }
+        flow = { save = 12, until = { log_risk = -30 } }
+    """
+    (tmp_path / "trees.toml").write_text(text)
+    out = tmp_path / "out"
+    assert main(["run", str(tmp_path / "trees.toml"), "--out", str(out), "--no-progress"]) == 0
+    assert "3 classes" in (said := capsys.readouterr().out) and "layers become rank K - 1" in said
+    record = gflow.load(next(out.glob("*.nc")))
+    assert record.attrs["loss"].startswith("CrossEntropy") and record.attrs["num_classes"] == 3
+    assert record.log_risk[-1] == pytest.approx(-30)
+    (tmp_path / "one.toml").write_text(text.replace("[2, 3]", "[2, 1]"))
+    assert main(["run", str(tmp_path / "one.toml"), "--out", str(out)]) == BAD_INPUT
+    assert "the last 3, the 3 outputs" in capsys.readouterr().err

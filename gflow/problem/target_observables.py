@@ -27,6 +27,7 @@ from gflow.problem.module import Module
 from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.nuclear import least_nuclear
 from gflow.problem.risk import Problem
+from gflow.problem.singular import leading
 
 FAINT = 200.0
 """A mode counts as begun from this part of its target on, in `modes_learnt`."""
@@ -130,11 +131,6 @@ def of_targets(problem: Problem, weights: Weights, reference: TargetReference) -
     if reference.nuclear is not None:
         found["nuclear_distance"] = _distance(matrix, reference.nuclear)
     return found
-
-
-def leading(values: Array, count: int) -> Array:
-    """The first ``count`` singular values; of a smaller matrix the others are zero."""
-    return jnp.pad(values[:count], (0, max(0, count - values.shape[0])))
 
 
 def effective_rank(values: Array) -> Array:
