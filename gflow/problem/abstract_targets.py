@@ -29,8 +29,16 @@ class AbstractTargets(AbstractData):
         return frozenset({"targets", "outputs"})
 
     @property
+    def kind(self) -> str:
+        return "targets"
+
+    @property
     def num_classes(self) -> None:
         return None
+
+    @property
+    def rows(self) -> np.ndarray | None:
+        return None if self.num_outputs == 1 else np.eye(self.num_outputs)
 
     @abstractmethod
     def least_squares(self) -> np.ndarray:
@@ -85,6 +93,13 @@ class AbstractTargets(AbstractData):
             "`data` have targets, which no direction separates; a maximum margin is of data with "
             "labels: gflow.Dataset(inputs, labels)."
         )
+
+
+def without_round_off(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The singular value decomposition U, S, V^T of what is not round-off of a matrix."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    there = s > s[0] * max(matrix.shape) * np.finfo(np.float64).eps
+    return u[:, there], s[there], vt[there]
 
 
 def slowest_rate(data: AbstractTargets, weights: Sequence[np.ndarray]) -> float | None:

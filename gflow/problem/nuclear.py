@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gflow.problem.abstract_targets import AbstractTargets
+from gflow.problem.abstract_targets import AbstractTargets, without_round_off
 from gflow.problem.memo import once_per_object
 
 GAP = 1e-10
@@ -52,10 +52,8 @@ def search(matrices: np.ndarray, values: np.ndarray) -> Nuclear:
         values: $y$, shape (n,); where no matrix meets them their projection is met.
     """
     shape = matrices.shape[1:]
-    u, s, vt = np.linalg.svd(matrices.reshape(len(matrices), -1), full_matrices=False)
-    there = s > s[0] * max(matrices.shape[0], np.prod(shape)) * np.finfo(np.float64).eps
-    # In orthonormal measurements Q the values are b: Q W = b.
-    q, b = vt[there], (u[:, there].T @ values) / s[there]
+    u, s, q = without_round_off(matrices.reshape(len(matrices), -1))
+    b = (u.T @ values) / s  # in orthonormal measurements Q the values are b: Q W = b
     scale = float(np.linalg.norm(b))
     if scale == 0.0:
         return Nuclear(np.zeros(shape), 0.0, 0.0)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from gflow.problem import tables
-from gflow.problem.abstract_targets import AbstractTargets
+from gflow.problem.abstract_targets import AbstractTargets, without_round_off
 from gflow.problem.arguments import file_path, flag, numbers_of, shown
 from gflow.problem.array import Array, as_array
 from gflow.problem.data import (
@@ -26,6 +26,7 @@ from gflow.problem.data import (
 )
 from gflow.problem.design import OutputDesign
 from gflow.problem.files import arrays, by_suffix
+from gflow.problem.memo import once_per_object
 
 
 class Regression(AbstractTargets):
@@ -67,10 +68,6 @@ class Regression(AbstractTargets):
         self.name = str(name)
 
     @property
-    def kind(self) -> str:
-        return "targets"
-
-    @property
     def answers(self) -> np.ndarray:
         return self.targets
 
@@ -82,10 +79,6 @@ class Regression(AbstractTargets):
     def rows_in_words(self) -> str:
         several = f"{self.num_outputs} rows, an output for each column of the targets"
         return several if self.num_outputs > 1 else "one row, for the one target of a point"
-
-    @property
-    def rows(self) -> np.ndarray | None:
-        return None if self.num_outputs == 1 else np.eye(self.num_outputs)
 
     @property
     def num_margins(self) -> int:
@@ -160,9 +153,7 @@ class Regression(AbstractTargets):
     @property
     def _range(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The singular value decomposition of X, without what is round-off."""
-        u, s, vt = np.linalg.svd(self.inputs, full_matrices=False)
-        there = s > s[0] * max(self.inputs.shape) * np.finfo(np.float64).eps
-        return u[:, there], s[there], vt[there]
+        return _range_of(self)
 
     def __repr__(self) -> str:
         if not isinstance(self.inputs, np.ndarray):  # inside a transformation
@@ -266,6 +257,11 @@ class Regression(AbstractTargets):
         path = file_path("path", path)
         values, wanted = arrays(path, {"inputs": inputs, "targets": targets})
         return cls(values, wanted, name=path.stem if name is None else name)
+
+
+@once_per_object  # a run asks for it half a dozen times
+def _range_of(data: Regression) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return without_round_off(data.inputs)
 
 
 def _check_targets(targets: np.ndarray, num_points: int) -> None:

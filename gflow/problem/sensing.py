@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from gflow.problem.abstract_targets import AbstractTargets
+from gflow.problem.abstract_targets import AbstractTargets, without_round_off
 from gflow.problem.arguments import numbers_of, shown
 from gflow.problem.array import Array, as_array
 from gflow.problem.data import check_finite, frozen
@@ -67,10 +67,6 @@ class Sensing(AbstractTargets):
         return self.matrices
 
     @property
-    def kind(self) -> str:
-        return "targets"
-
-    @property
     def answers(self) -> np.ndarray:
         return self.values
 
@@ -90,10 +86,6 @@ class Sensing(AbstractTargets):
     def rows_in_words(self) -> str:
         rows = self.num_outputs
         return f"{rows} row{'s' * (rows > 1)}, as the matrices of the measurements have"
-
-    @property
-    def rows(self) -> np.ndarray | None:
-        return None if self.num_outputs == 1 else np.eye(self.num_outputs)
 
     @property
     def num_margins(self) -> int:
@@ -119,8 +111,7 @@ class Sensing(AbstractTargets):
 
         What a binding rank adds is not known: to find it is hard in general.
         """
-        u, s, _ = np.linalg.svd(self._flat, full_matrices=False)
-        u = u[:, s > s[0] * max(self._flat.shape) * np.finfo(np.float64).eps]
+        u = without_round_off(self._flat)[0]
         return float(np.sum((self.values - u @ (u.T @ self.values)) ** 2))
 
     def seen_through(self) -> np.ndarray:
