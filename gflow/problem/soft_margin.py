@@ -20,12 +20,11 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import logsumexp
 
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic, exponential_advance
-from gflow.problem.terms import AbstractJointLoss, LossTerms, Shares
+from gflow.problem.terms import AbstractJointLoss, LossTerms, Shares, sum_of_exponentials
 
 
 class SoftMargin(AbstractJointLoss):
@@ -70,10 +69,13 @@ class SoftMargin(AbstractJointLoss):
             )
         return jnp.reshape(margins, (-1, self.num_classes - 1))
 
+    def _soft(self, margins: Array) -> tuple[Array, Array]:
+        """The soft margin of each point, and the shares of its margins in it."""
+        found = jax.vmap(sum_of_exponentials)(-self._rows(margins))
+        return -(found.top + found.log_total), found.shares
+
     def terms(self, offsets: Array, level: Array | None = None) -> LossTerms:
-        rows = self._rows(offsets)
-        soft = -logsumexp(-rows, axis=1)
-        shares = jax.nn.softmax(-rows, axis=1)
+        soft, shares = self._soft(offsets)
         if level is None:  # what large margins have in common costs their differences digits
             level = jax.lax.stop_gradient(jnp.maximum(jnp.min(soft), 0.0))
             soft = soft - level
@@ -85,10 +87,9 @@ class SoftMargin(AbstractJointLoss):
         )
 
     def risk_slopes(self, margins: Array) -> Array:
-        rows = self._rows(margins)
-        soft = -logsumexp(-rows, axis=1)
-        slopes = self.of_one.slope(soft) / rows.shape[0]
-        return (slopes[:, None] * jax.nn.softmax(-rows, axis=1)).reshape(margins.shape)
+        soft, shares = self._soft(margins)
+        slopes = self.of_one.slope(soft) / len(soft)
+        return (slopes[:, None] * shares).reshape(margins.shape)
 
     def log_risk_at_zero(self, num_points: int) -> Array:
         assert self.num_classes is not None
