@@ -121,7 +121,7 @@ class FlowLanes(AbstractLanes):
             if lane is None:
                 self.lane = start(member, shared, self.method, *self.seats[0].standing())
             else:
-                self.lane = begin_again(member, shared, self.method, lane, few=self.few)
+                self.lane = self._begun_again(lane)
             return
         spare = self.seats[places[0]].standing()
         standing = [run.standing() if k in places else spare for k, run in enumerate(self.seats)]
@@ -131,7 +131,7 @@ class FlowLanes(AbstractLanes):
         if resumed:
             for k, lane in resumed.items():
                 self.put(k, lane)
-            begun = begin_again(member, shared, self.method, self.lane, many=True, few=False)
+            begun = self._begun_again(self.lane)
             which = as_array(np.isin(np.arange(len(self.seats)), list(resumed)))
             self.lane = choose(which, begun, self.lane)
 
@@ -198,19 +198,20 @@ class FlowLanes(AbstractLanes):
             if again[0]:
                 lane = dataclasses.replace(lane, reason=as_array(np.int64(Reason.RUNNING)))
             if anew[0]:
-                lane = at_no_goal(lane)
-                lane = begin_again(*self._members(), self.method, lane, few=self.few)
+                lane = self._begun_again(at_no_goal(lane))
         else:
             idle = np.where(again, np.int64(Reason.RUNNING), np.int64(Reason.ARRIVED))
             lane = dataclasses.replace(lane, reason=as_array(idle))
             if anew.any():
-                free = at_no_goal(lane)
-                fresh = begin_again(*self._members(), self.method, free, many=True, few=False)
+                fresh = self._begun_again(at_no_goal(lane))
                 lane = choose(as_array(anew), fresh, lane)
         for run in self.seats:
             if run is not None:
                 run.anew = False
         self.lane = lane
+
+    def _begun_again(self, lane: Lane) -> Lane:
+        return begin_again(*self._members(), self.method, lane, self.many, few=self.few)
 
     def _stack(self) -> None:
         """Bring together what the runs in the lanes follow: their own, stacked, and shared."""

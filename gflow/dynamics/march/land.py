@@ -21,8 +21,7 @@ def land(
     """Shorten the last accepted step so that it ends where ``rule`` reaches ``goal``.
 
     The step's length is found by the Illinois variant of regula falsi, each trial a true step of
-    the solver from where the last one began. No attempt is on its way then: its
-    length is zero.
+    the solver from where the last one began. No attempt is on its way then: its length is zero.
     """
     s0, state0, memory0 = lane.previous
 
