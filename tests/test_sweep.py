@@ -138,8 +138,8 @@ def test_a_function_is_called_where_its_group_is_followed():
         def submit(self, function, *args):
             raise KeyboardInterrupt
 
+    given = HOW | {"group_size": 1000}
     with pytest.raises(KeyboardInterrupt):
-        given = HOW | {"group_size": 1000}
         gflow.sweep(counted, {"seed": range(100_000)}, until=GOAL, executor=Engine(), **given)
     assert calls == [0, 50_000, 99_999]
 
