@@ -238,6 +238,7 @@ def _reduced(kind, path):
 def main():
     options = begin(parser(__doc__))
     report = Report(__file__, options)
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # workers are to read what this process writes
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
