@@ -238,7 +238,8 @@ def _reduced(kind, path):
 def main():
     options = begin(parser(__doc__))
     report = Report(__file__, options)
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # workers are to read what this process writes
+    # Workers are to read what this process writes.
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
