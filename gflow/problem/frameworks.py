@@ -8,7 +8,7 @@ order of the contractions is that of the layers.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,6 +19,9 @@ from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import shown
 from gflow.problem.design import AbstractDesign
 from gflow.problem.network import AbstractNetwork, Array, Network, Weights, float_leaves
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Layers = Callable[[Any], Sequence[Any]]
 
@@ -237,16 +240,27 @@ class FrameworkNetwork(AbstractNetwork):
         shapes = tuple(jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves)
         return cls(forward, structure, shapes, layers, Network(forward, None, layers)), weights
 
-    def model(self, weights: Weights) -> Any:
+    def weights_of(self, record: "xr.Dataset", which: str = "final") -> Weights:
+        """The "initial" or "final" weights of a record, as the model has them."""
+        names = [f"{which}_weights_{k}" for k in range(1, len(self.shapes) + 1)]
+        missing = [name for name in names if name not in record]
+        if missing:
+            raise ValueError(
+                f"`record` has no {missing[0]!r}; expected a record of a run of this network."
+            )
+        return jax.tree.unflatten(self.structure, [record[name].values for name in names])
+
+    def model(self, weights: "Weights | xr.Dataset") -> Any:
         """The framework's model with these weights, in the types that it had.
 
         Args:
-            weights: of a run, or the arrays ``final_weights_1``, ``final_weights_2``, … of a record
-                in a list.
+            weights: of the network, or a record: the weights at its last point.
 
         Raises:
             ValueError: when there are more or fewer arrays, or others in shape.
         """
+        if hasattr(weights, "data_vars"):
+            weights = self.weights_of(weights)
         leaves = jax.tree.leaves(weights)
         if [np.shape(leaf) for leaf in leaves] != [leaf.shape for leaf in self.shapes]:
             raise ValueError(
