@@ -31,11 +31,15 @@ def places(network: AbstractNetwork, weights: Weights) -> tuple[np.ndarray, ...]
         np.arange(begin, begin + size).reshape(np.shape(leaf))
         for leaf, begin, size in zip(leaves, begins, sizes, strict=False)
     ]
+    order = np.random.default_rng(0).permutation(begins[-1])
     with jax.ensure_compile_time_eval():  # inside a program too
         chain = network.dense_layers(jax.tree.unflatten(structure, numbers))
         if chain is None:
             return None
         found = tuple(np.asarray(matrix) for matrix in chain)
+        shuffled = network.dense_layers(
+            jax.tree.unflatten(structure, [order[each] for each in numbers])
+        )
     if not found:
         raise ValueError("`layers` gives no matrix; expected at least one, or leave it out.")
     for k, matrix in enumerate(found):
@@ -53,7 +57,13 @@ def places(network: AbstractNetwork, weights: Weights) -> tuple[np.ndarray, ...]
             )
     every = np.concatenate([matrix.reshape(-1) for matrix in found])
     known = every.dtype.kind == "i" and bool(np.all((every >= 0) & (every < begins[-1])))
-    if not known or len(np.unique(every)) < len(every):
+    # What is chosen among other numbers are those in the same places; what is computed is not.
+    pairs = zip(found, shuffled or (), strict=True)
+    if (
+        not known
+        or len(np.unique(every)) < len(every)
+        or not all(np.array_equal(order[one], other) for one, other in pairs)
+    ):
         raise ValueError(
             "`layers` gives numbers that are not entries of the weights, each at most once; "
             "expected matrices chosen among them, transposed or cut out, and not computed."

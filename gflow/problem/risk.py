@@ -261,7 +261,9 @@ class Problem(Module):
                 "stays there for ever. Start from weights whose product or gradient is not zero "
                 "(at most one layer may vanish)."
             )
-        if log_risk > at_zero + ROUND_OFF and not self.loss.attained:
+        # Of a network without a degree zero weights need not give zero margins.
+        special = not self.loss.attained and self.network.degree(weights) is not None
+        if special and log_risk > at_zero + ROUND_OFF:
             warnings.warn(
                 f"R(W(0)) = exp({log_risk:.6g}) exceeds R(0) = exp({at_zero:.6g}), so the "
                 "assumption of Ji and Telgarsky on the start fails: the flow may end at a saddle "

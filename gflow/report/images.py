@@ -112,7 +112,8 @@ class ImageOutcome:
 
 def problem_of(data: Dataset, seed: int) -> tuple[Problem, Any]:
     """The convolutional network on some pictures, and its start."""
-    model = Convolutional(data.point_shape, data.num_outputs, key=jax.random.key(seed))
+    key = jax.random.key(seed)
+    model = Convolutional(data.point_shape, data.num_outputs, hidden=HIDDEN, key=key)
     network, weights = from_equinox(model)
     return Problem(data, network), weights
 

@@ -80,7 +80,7 @@ def dense_layers(
 _ALIGNMENT = r"$|\langle v_{k+1}, u_k\rangle|$"
 
 
-def _draw(column: "Sequence[Axes]", group: "Sequence[xr.Dataset]", x: str, line: str) -> None:
+def _draw(column: Any, group: "Sequence[xr.Dataset]", x: str, line: str) -> None:
     at, first = _coordinate(group[0], x), group[0]
     risk, ratio, alignment = column
     _band(risk, at, [np.exp(each["log_risk"].values) for each in group], "0.15", line, "")
