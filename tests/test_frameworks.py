@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import equinox as eqx
@@ -78,7 +79,7 @@ def test_a_record_holds_the_layers_and_the_norms_of_the_rest(run, shuffled):
     np.testing.assert_allclose(run.frobenius_norm[-1], norms, rtol=1e-12)
     tops = [np.linalg.svd(np.float64(matrix)) for matrix in layers]
     np.testing.assert_allclose(run.spectral_norm[-1], [s[0] for _, s, _ in tops], rtol=1e-12)
-    aligned = [abs(b[2][0] @ a[0][:, 0]) for a, b in zip(tops, tops[1:], strict=False)]
+    aligned = [abs(b[2][0] @ a[0][:, 0]) for a, b in pairwise(tops)]
     np.testing.assert_allclose(run.alignment[-1], aligned, rtol=1e-9)
     np.testing.assert_allclose(run.least_ratio, [6**-0.5, 5**-0.5, 3**-0.5])
     rest = (weights.out.bias, weights.filters.weight, weights.filters.bias, weights.first.bias)
@@ -209,8 +210,8 @@ def test_bad_arguments_are_named(shuffled):
         )
     with pytest.raises(ValueError, match="a flow has no epochs"):
         gflow.gradient_flow(problem, weights, until=gflow.Epochs(1))
+    plain = gflow.Problem(gflow.datasets.two_point(), gflow.Network(jnp.dot))
     with pytest.raises(ValueError, match="without dense layers"):
-        plain = gflow.Problem(gflow.datasets.two_point(), gflow.Network(jnp.dot))
         gflow.init.rescaled(np.ones(2), plain)
 
 

@@ -131,7 +131,8 @@ def _checked(
                     "with dense layers beside others"
                     + (", by descent with mini-batches." if name == "num_epochs" else ".")
                 )
-        if not np.allclose(_coordinate(record, x), _coordinate(records[0], x)):
+        here, there = _coordinate(record, x), _coordinate(records[0], x)
+        if here.shape != there.shape or not np.allclose(here, there):
             raise ValueError(
                 f"`runs[{title!r}]` has records with other saved points than the first; expected "
                 "runs that differ in their seed only."
