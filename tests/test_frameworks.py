@@ -52,7 +52,7 @@ def run(shuffled):
     return gflow.gradient_descent(
         problem,
         start,
-        optax.sgd(0.05),
+        optax.sgd(0.05, momentum=0.5),
         until=until,
         save=[0.5, 1],
         batch_size=7,
@@ -96,6 +96,9 @@ def test_epochs_are_counted_and_the_precision_is_said(run):
     np.testing.assert_array_equal(run.num_steps, [0, 2, 4, 8])  # four batches of 7 among 30 points
     np.testing.assert_array_equal(run.num_epochs, [0, 0.5, 1, 2])
     assert run.attrs["precision"] == "float32"
+    assert run.attrs["step_size"] == "nominal"
+    steps = 0.05 * np.cumsum(2 - 0.5 ** np.arange(8))  # 1 + m + ... + m^j
+    np.testing.assert_allclose(np.exp(run.log_time), [0, *steps[[1, 3, 7]]], rtol=1e-12)
     assert run.final_weights_1.dtype == np.float32
     assert run.log_risk.dtype == np.float64
 
@@ -113,7 +116,7 @@ def test_single_precision_is_double_precision_to_single_precision(run, shuffled)
     problem, weights = shuffled
     start, until = gflow.init.rescaled(weights, problem, frobenius=2.0), gflow.Epochs(2)
     double = gflow.gradient_descent(
-        problem, start, optax.sgd(0.05), until=until, save=[0.5, 1], batch_size=7
+        problem, start, optax.sgd(0.05, momentum=0.5), until=until, save=[0.5, 1], batch_size=7
     )
     for name in (f"final_weights_{k}" for k in range(1, 8)):
         np.testing.assert_allclose(run[name], double[name], atol=1e-6)

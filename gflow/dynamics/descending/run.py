@@ -339,11 +339,13 @@ def _started(
             f"`optimizer` cannot be started: its `init` raises {type(error).__name__}: {error}. "
             "Expected an optax optimiser of the weights as they are, a pytree of arrays."
         ) from error
+    # Whether two answers agree is told in float64, whatever the run computes in.
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=np.float64), weights)
     failures: list[Exception] = []
     forms = (opened, with_extra_arguments, without_extra_arguments)
     for each in (form(optimizer) for form in forms):
         try:
-            descent = Descent(problem, each, StepMeter.of(each, weights), sampler)
+            descent = Descent(problem, each, StepMeter.of(each, wide), sampler)
             carry = descent.start(weights)
             arrays, rest = eqx.partition((descent, carry), eqx.is_array)
             leaves, structure = jax.tree.flatten(rest)
