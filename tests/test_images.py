@@ -86,8 +86,9 @@ def test_pictures_of_an_npz_file_may_be_grey_or_have_their_channels_last(tmp_pat
 
 def test_the_command_writes_the_figure_the_records_and_what_is_seen(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(images, "HIDDEN", (8, 6))
-    centres = RNG.normal(size=(3, 1, 8, 8))
-    pictures = centres[LABELS] + RNG.normal(size=(24, 1, 8, 8)) / 4
+    monkeypatch.setattr(images, "POINTS", 5)
+    rng = np.random.default_rng(1)
+    pictures = rng.normal(size=(3, 1, 8, 8))[LABELS] + rng.normal(size=(24, 1, 8, 8)) / 4
     np.savez(tmp_path / "blobs.npz", inputs=pictures, labels=LABELS)
     out = tmp_path / "out"
     told = ["--data", str(tmp_path / "blobs.npz"), "--epochs", "40", "--seeds", "2"]
@@ -101,8 +102,8 @@ def test_the_command_writes_the_figure_the_records_and_what_is_seen(tmp_path, mo
     scaled = [record for record in records if np.allclose(record.frobenius_norm[0], 4)]
     assert len(scaled) == 2
     report = (out / "report.md").read_text()
-    first, last = images.ratios(scaled[0])[[0, -1]]
-    assert np.all(last > first)
+    last = np.mean([images.ratios(record)[-1] for record in scaled], axis=0)
+    assert all(f"| {ratio:.3f}" in report for ratio in last)
     assert "Do the ratios rise?" in report
     assert "What differs from the paper's setting" in report
     assert "3 x 6" in report
@@ -110,7 +111,7 @@ def test_the_command_writes_the_figure_the_records_and_what_is_seen(tmp_path, mo
     with pytest.raises(ValueError, match="without `num_epochs`"):
         gflow.plot.dense_layers({"flow": records[0].drop_vars("num_epochs")})
     with pytest.raises(ValueError, match="other saved points"):
-        gflow.plot.dense_layers({"two": [records[0], records[1].isel(point=slice(0, 31, 2))]})
+        gflow.plot.dense_layers({"two": [records[0], records[1].isel(point=slice(0, 5, 2))]})
 
 
 def test_options_that_do_not_go_together_are_refused(capsys):

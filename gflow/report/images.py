@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ from gflow.analysis.table import aligned, markdown
 from gflow.dynamics.descent import gradient_descent
 from gflow.dynamics.flow import gradient_flow
 from gflow.dynamics.stops import Epochs, Time
-from gflow.problem import datasets, init
+from gflow.problem import datasets, init, settings
 from gflow.problem.arguments import positive, positive_count
+from gflow.problem.array import as_array
+from gflow.problem.class_observables import spectrum, subspace_misalignment
 from gflow.problem.data import Dataset
 from gflow.problem.frameworks import from_equinox
 from gflow.problem.risk import Problem
@@ -281,19 +284,43 @@ def leading_parts(problem: Problem, record: "xr.Dataset") -> np.ndarray:
     return np.array(found)
 
 
-ALIGNMENT_HEADER = ("run", "layers", "first", "last")
+ALIGNMENT_HEADER = ("run", "layers", "vectors, first", "last", "leading K-1, first", "last")
 
 
-def alignment_rows(groups: "Mapping[str, Sequence[xr.Dataset]]") -> list[tuple[str, ...]]:
-    """First and last alignment of neighbouring dense layers."""
+def alignment_rows(
+    problem: Problem, groups: "Mapping[str, Sequence[xr.Dataset]]"
+) -> list[tuple[str, ...]]:
+    r"""First and last alignment of neighbouring dense layers, mean and range over seeds.
+
+    Of the leading vectors $|\langle v_{k+1}, u_k\rangle|$, and of the K - 1 leading ones the cosine
+    of the largest angle between the subspaces that they span.
+    """
     rows = []
     for name, records in groups.items():
         ends = np.stack([record["alignment"].values[[0, -1]] for record in records])
+        spaces = np.stack([subspace_alignment(problem, record) for record in records])
         rows += [
-            (name, f"{k + 1}, {k + 2}", _range(ends[:, 0, k]), _range(ends[:, 1, k]))
+            (
+                name,
+                f"{k + 1}, {k + 2}",
+                *(_range(t[:, end, k]) for t in (ends, spaces) for end in (0, 1)),
+            )
             for k in range(ends.shape[2])
         ]
     return rows
+
+
+def subspace_alignment(problem: Problem, record: "xr.Dataset") -> np.ndarray:
+    """The cosine of the largest angle between neighbours' leading subspaces, (2, pairs)."""
+    rank = max(1, problem.data.num_outputs - 1)
+    found = []
+    with settings.own():
+        for which in ("initial", "final"):
+            layers = [np.float64(layer) for layer in dense_of(problem, record, which)]
+            spaces = [spectrum(as_array(layer), min([rank, *layer.shape])) for layer in layers]
+            apart = [float(subspace_misalignment(a, b)) for a, b in pairwise(spaces)]
+            found.append([1 - each for each in apart])
+    return np.array(found)
 
 
 def _range(values: np.ndarray) -> str:
@@ -343,7 +370,7 @@ def _report(outcome: ImageOutcome, epochs: float, seconds: float) -> str:
         "",
         "Alignment of neighbouring dense layers:",
         "",
-        markdown(ALIGNMENT_HEADER, alignment_rows(outcome.records)),
+        markdown(ALIGNMENT_HEADER, alignment_rows(outcome.problem, outcome.records)),
         "",
     ]
     if outcome.beside_flow:
@@ -357,7 +384,7 @@ def _report(outcome: ImageOutcome, epochs: float, seconds: float) -> str:
             "",
             markdown(RATIO_HEADER, ratio_rows(outcome.small, outcome.beside_flow)),
             "",
-            markdown(ALIGNMENT_HEADER, alignment_rows(outcome.beside_flow)),
+            markdown(ALIGNMENT_HEADER, alignment_rows(outcome.small, outcome.beside_flow)),
             "",
         ]
     return "\n".join(lines)
