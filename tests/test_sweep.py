@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 def found(folder):
     """By two workers of a scheduler, one of which is killed as soon as a group is done."""
     groups = folder / "groups"
-    local = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": "ERROR"}
+    local = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": "ERROR"}
     with LocalCluster(n_workers=2, **local) as cluster, Client(cluster) as client:
         victims = list(client.run(os.getpid).values())
 
