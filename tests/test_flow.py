@@ -126,7 +126,9 @@ def test_a_looser_tolerance_gives_a_proportionally_larger_error(flow_of_either_l
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
 
 
-@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Kvaerno3()], ids=["explicit", "implicit"])
+@pytest.mark.parametrize(
+    "solver", [diffrax.Tsit5(), diffrax.Kvaerno3()], ids=["explicit", "implicit"]
+)
 def test_the_solver_may_be_any_adaptive_one_of_diffrax(flow, solver):
     # The root finder of the second takes its tolerances from the steps.
     problem, record = flow

@@ -218,6 +218,8 @@ def test_command_line_sweeps_a_file(tmp_path, capsys):
 def test_bad_grids_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`grid` is empty"):
         gflow.sweep(start, {}, until=GOAL)
+    with pytest.raises(ValueError, match=r"`executor` is a pool of forked processes"):
+        gflow.sweep(start, GRID, until=GOAL, executor=ProcessPoolExecutor(1, get_context("fork")))
     with pytest.raises(ValueError, match=r"`lazy` is true without `folder`"):
         gflow.sweep(start, GRID, until=GOAL, lazy=True)
     with pytest.raises(ValueError, match=r"a folder without sweep.json"):

@@ -75,6 +75,13 @@ def check_executor(executor: Any, devices: Any) -> cf.Executor | None:
             "`devices` is given beside `executor`, whose processes use the devices that they have; "
             "expected one or the other."
         )
+    context = getattr(executor, "_mp_context", None)  # of a ProcessPoolExecutor
+    if context is not None and context.get_start_method() == "fork":
+        raise ValueError(
+            "`executor` is a pool of forked processes, in which JAX, whose threads are not forked, "
+            "would wait for ever; expected one that spawns, as "
+            "`ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn'))`."
+        )
     return executor
 
 

@@ -171,16 +171,16 @@ def method_of(
     """The solver as the march takes it; tolerances that it leaves open are those of the steps."""
     if isinstance(solver, AbstractMethod):
         return solver
+    whole: diffrax.AbstractAdaptiveSolver = solver
     if isinstance(solver, diffrax.AbstractImplicitSolver):
-        root = solver.root_finder
         given = {"rtol": rtol, "atol": atol, "norm": optimistix.rms_norm}
         # What is open is an object of diffrax's own, neither a number nor a function.
-        there = {name: getattr(root, name, 0.0) for name in given}
+        there = {name: getattr(solver.root_finder, name, 0.0) for name in given}
         left = [name for name, x in there.items() if not (callable(x) or eqx.is_array_like(x))]
         if left:
-            solver = eqx.tree_at(
+            whole = eqx.tree_at(
                 lambda s: [getattr(s.root_finder, name) for name in left],
-                solver,
+                whole,
                 [given[name] for name in left],
             )
-    return WholeStep(solver)
+    return WholeStep(whole)
