@@ -1,8 +1,9 @@
 """Sweeps on an engine: what a scheduler costs, a killed worker, and results larger than memory.
 
 1. The 600 trajectories of `phase_diagram.py` by dask with two workers on this machine, one of which
-   is killed (SIGKILL) on the way. Beside it the same sweep in this process: alone, whose result is
-   compared bit for bit, and with two threads, whose time is. Compiled programs come from a folder.
+   is killed (SIGKILL) on the way. Beside it the same sweep in one process: this one, whose result
+   is compared bit for bit, and a fresh one with two threads, whose time is, its start included as
+   that of the workers is. Compiled programs come from a folder.
 2. Many short trajectories, two layers of width 3 to log R = -10, by two workers: the memory of the
    process that runs the sweep, how long until the first group is there, trajectories a second and
    worker beside those of `ensemble` in one process.
@@ -79,12 +80,15 @@ def killed(folder, quick):
         "group_size": 4 if quick else 60,
     }
     gflow.cache_programs(folder / "programs")
-    here = {"devices": jax.devices() * 2}
     alone = gflow.sweep(phase_diagram.start, grid, folder=folder / "alone", **given)
-    gflow.sweep(phase_diagram.start, grid, **here, **given)
+    gflow.sweep(phase_diagram.start, grid, devices=jax.devices() * 2, **given)
+    command = [sys.executable, phase_diagram.__file__, "--follow", "--group-size"]
+    command += [str(given["group_size"]), "--folder", str(folder / "threads")]
+    cached = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     began = time.perf_counter()
-    gflow.sweep(phase_diagram.start, grid, folder=folder / "threads", **here, **given)
+    subprocess.run([*command, *(["--quick"] if quick else [])], check=True, env=cached)
     took = time.perf_counter() - began
+    began = time.perf_counter()
     with two_workers() as client:
         victim = next(iter(client.run(os.getpid).values()))
         found, there = {}, folder / "engine"
@@ -95,7 +99,6 @@ def killed(folder, quick):
             os.kill(victim, signal.SIGKILL)
 
         threading.Thread(target=kill, daemon=True).start()
-        began = time.perf_counter()
         engine = client.get_executor()
         swept = gflow.sweep(phase_diagram.start, grid, folder=there, executor=engine, **given)
         found["seconds"] = time.perf_counter() - began
