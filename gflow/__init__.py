@@ -45,12 +45,14 @@ from gflow.dynamics.stops import (
 )
 from gflow.problem import datasets as datasets, init as init, observables as observables
 from gflow.problem.data import Dataset as Dataset
+from gflow.problem.kinks import leaky_relu as leaky_relu, relu as relu
 from gflow.problem.losses import (
     AbstractLoss as AbstractLoss,
     Exponential as Exponential,
     Logistic as Logistic,
 )
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
+from gflow.problem.mlp import MLP as MLP
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.regression import Regression as Regression

@@ -428,6 +428,9 @@ QUANTITIES: dict[str, Quantity] = {
         needs=("layers", "classes"),
     ),
     "beyond_hand_over": Quantity(POINT, "1 where the run continues in split coordinates, else 0"),
+    # Kinks.
+    "num_kinks": Quantity(POINT, "kinks met so far: crossed, slid along or left", decades=False),
+    "num_sliding": Quantity(POINT, "units that slide along their kinks here", decades=False),
     # The function that the network computes.
     "end_to_end": Quantity(
         ("point", "coordinate"),

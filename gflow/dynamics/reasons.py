@@ -51,6 +51,7 @@ class Reason(enum.IntEnum):
     REFUSED = enum.auto()
     FAILED = enum.auto()
     CHECKPOINT_FAILED = enum.auto()
+    NOT_UNIQUE = enum.auto()
 
     @property
     def status(self) -> str:
@@ -167,4 +168,8 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.REFUSED: ("refused", "{why}"),
     Reason.FAILED: ("failed", "{why}"),
     Reason.CHECKPOINT_FAILED: ("checkpoint_failed", "{why}"),
+    Reason.NOT_UNIQUE: (
+        "not_unique",
+        "the flow can go on in two ways: {why}; choose one with the network's `branch`",
+    ),
 }

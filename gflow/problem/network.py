@@ -14,7 +14,7 @@ that live in these coordinates.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,6 +27,9 @@ from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.array import Array as Array, as_array as as_array
 from gflow.problem.design import AbstractDesign
 from gflow.problem.module import Module
+
+if TYPE_CHECKING:
+    from gflow.problem.bends import AbstractBends
 
 FEW_POINTS = 8
 """Points on which the degree of a network is tried."""
@@ -80,6 +83,18 @@ class AbstractNetwork(Module):
 
     def degree(self, weights: Weights) -> float | None:
         """The L with $f(aW; x) = a^L f(W; x)$ for a > 0; None where none is known."""
+        return None
+
+    def kinks(self, weights: Weights, data: AbstractData) -> "AbstractBends | None":
+        """The kinks of the network that are known; None if there are none."""
+        return None
+
+    def branch_side(self) -> int | None:
+        """The side of a kink to take where the flow is not unique, 1 or -1; None for neither."""
+        return None
+
+    def balances(self, weights: Weights) -> Array | None:
+        """What the flow conserves for each neuron, one number each; None where none is known."""
         return None
 
     # An implicit solver moves along few vectors K_j at all its stages. What follows serves it; a
@@ -271,13 +286,12 @@ class Network(AbstractNetwork):
     def pullback(
         self, weights: Weights, data: AbstractData
     ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
-        coordinates, vjp = jax.vjp(lambda weights: self.coordinates(weights, data), weights)
+        return pullback_by_vjp(self, weights, data)
 
-        def pull(cotangent: Array) -> tuple[Weights, Array]:
-            (gradient,) = vjp(cotangent)
-            return gradient, squared_norm(gradient)
+    def kinks(self, weights: Weights, data: AbstractData) -> "AbstractBends | None":
+        from gflow.problem.traced_bends import bends_of  # it builds on this module
 
-        return coordinates, pull
+        return bends_of(self.apply, weights, data)
 
     def check(self, weights: Weights, data: AbstractData) -> Weights:
         weights = float_leaves("weights", weights)
@@ -327,6 +341,19 @@ class Network(AbstractNetwork):
                 f"{two[worst]:.6g} instead of 2^{self.homogeneity:g} times {one[worst]:.6g}; "
                 "expected the degree of the network, or None if it has none, as with biases."
             )
+
+
+def pullback_by_vjp(
+    network: AbstractNetwork, weights: Weights, data: AbstractData
+) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
+    """What ``AbstractNetwork.pullback`` asks for, by reverse differentiation."""
+    coordinates, vjp = jax.vjp(lambda at: network.coordinates(at, data), weights)
+
+    def pull(cotangent: Array) -> tuple[Weights, Array]:
+        (gradient,) = vjp(cotangent)
+        return gradient, squared_norm(gradient)
+
+    return coordinates, pull
 
 
 def float_leaves(argument: str, weights: Weights) -> Weights:

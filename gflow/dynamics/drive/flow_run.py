@@ -26,6 +26,8 @@ from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.kinks.kinked import Kinked, NotUnique
+from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
 from gflow.dynamics.march.loop import lanes_at
@@ -90,6 +92,8 @@ class FlowRun:
         self._to_save = set(map(id, self.saves))
         self.problem, self.clock = plan.field.problem, plan.field.clock
         weights, log_risk = recorder.start, at_start.log_risk
+        self.kinked = Kinked.of(self.problem, weights) if plan.methods else None
+        """The kinks of the network, which the run follows piece by piece; None if it has none."""
         self.first_slope = at_start.slope
         loss = self.problem.loss
         self.above_zero = not loss.attained and log_risk > level_at_zero(self.problem) + ROUND_OFF
@@ -104,6 +108,8 @@ class FlowRun:
         self.used: list[str] = []
         self.counts, self.leg_counts = np.zeros(2, int), (0, 0)
         self.num_rejected = 0
+        self.num_trials = 0
+        """Steps made to land on kinks, beside those that count."""
         self.report: Report | None = None
         s = float(self.clock.read(log_risk, -math.inf))
         self._stand = Stand(s, FlowState(weights, as_array(np.zeros(()))), 0)
@@ -118,6 +124,8 @@ class FlowRun:
         self.seated = False
         self.pending: list[tuple[FlowState, np.ndarray, np.ndarray]] = []
         """Points that are recorded but not observed yet: states, clock values and step counts."""
+        if self.kinked is not None and self.end is None:
+            self._begin_on_kinks(self.kinked)
         if plan.methods:
             self._begin_leg(0)
         else:
@@ -144,7 +152,8 @@ class FlowRun:
 
     @property
     def widest(self) -> int:
-        return 1 if self.split_run is not None else widest_for(self.recorder.start)
+        alone = self.split_run is not None or self.kinked is not None
+        return 1 if alone else widest_for(self.recorder.start)
 
     def fail(self, error: Exception) -> None:
         self.end = Reason.FAILED.end(why=f"{type(error).__name__}: {error}")
@@ -173,8 +182,9 @@ class FlowRun:
         if self.split_run is not None:
             return [self.split_run.progress(rule) for rule in rules]
         (weights, scaled_time), num_steps = self.stand.state, self.stand.num_steps
-        log_risk = risk_and_slope(self.problem, weights)[0]
-        return progress_of(rules, self.problem, weights, log_risk, scaled_time, num_steps)
+        problem = self.plan.field.problem
+        log_risk = risk_and_slope(problem, weights)[0]
+        return progress_of(rules, problem, weights, log_risk, scaled_time, num_steps)
 
     def tell(self, lead: AbstractRule) -> tuple[float, str]:
         """How far the run is in the coordinate of ``lead``, and what a bar says beside it."""
@@ -211,6 +221,8 @@ class FlowRun:
         """What the record says of the run as a whole."""
         used = [*self.used, *([self.split_run.name] if self.split_run is not None else [])]
         found = {"solver": ", then ".join(used), **self.told}
+        if self.kinked is not None:
+            found |= self.kinked.facts()
         if self.plan.methods:
             evaluations, iterations = self.counts + np.array(self.leg_counts)
             found |= {
@@ -323,6 +335,7 @@ class FlowRun:
         """Observe a block of states, the first of which count."""
         rows = list(range(len(s)))
         scaled_time = np.asarray(states.scaled_time)[rows]
+        kinked = self.kinked
 
         def more(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {
@@ -330,9 +343,10 @@ class FlowRun:
                 "num_steps": steps,
                 "beyond_hand_over": np.zeros(len(rows), dtype=bool),
                 **readings(self.clock, s, scaled_time, found["log_risk"], *self.energy),
+                **({} if kinked is None else kinked.at_points(states.weights, len(rows))),
             }
 
-        self.recorder.add(states.weights, rows, more)
+        self.recorder.add(states.weights, rows, more, self.plan.field.problem)
 
     # ---------------------------------------------------------------------------------------------
     # Events
@@ -348,6 +362,8 @@ class FlowRun:
         else:
             return
         program, others = self._program, [*self.ends, *self._turns()]
+        if self.kinked is not None:
+            others.append(_KINK)
         ahead = self.saves[self.done :]
         self.agenda = Agenda(ahead, others, self.stand.s, self.plan.max_steps)
         self._program = self._member = None
@@ -406,6 +422,8 @@ class FlowRun:
                     self._compare(stand)
                 case Action.HAND_OVER:
                     self._hand_over(stand)
+                case Action.KINK:
+                    self._pass_kink(stand)
 
     def _count(self, events: Sequence[Event]) -> None:
         """Count the saved points among events."""
@@ -417,17 +435,58 @@ class FlowRun:
         watched = self.agenda.watched
         reached = self.progress([event.rule for event in watched])
         for event, progress in zip(watched, reached, strict=True):
-            if progress >= event.progress:
+            if event.action is Action.KINK:
+                if progress >= event.progress:
+                    at_kink, tries = land_on_kink(self.plan.field, self.method, lane)
+                    self.num_trials += int(tries)
+                    landed.append((at_kink, event))
+            elif progress >= event.progress:
                 goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
                 landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
         lane, event = min(landed, key=lambda each: float(each[0].s))
         report.replace(lane)
         stand = self.stand
         self._act([event], stand)
+        if event.action is Action.KINK:
+            return
         if event.action.saves and self.split_run is None:
             self.record_here()
         if self.end is None and self.split_run is None:
             self._arm()
+
+    def _begin_on_kinks(self, kinked: Kinked) -> None:
+        """Decide about units that begin on their kinks, and follow the pattern of the start."""
+        try:
+            kinked.begin(self._stand.state.weights)
+        except NotUnique as error:
+            self.end = Reason.NOT_UNIQUE.end(why=error)
+        self._follow_pattern(kinked)
+
+    def _follow_pattern(self, kinked: Kinked) -> None:
+        field = dataclasses.replace(self.plan.field, problem=kinked.here)
+        self.plan = self.plan._replace(field=field)
+
+    def _pass_kink(self, stand: Stand) -> None:
+        """Go on in the pattern behind the kink where the run stands."""
+        kinked, report = self.kinked, self.report
+        assert kinked is not None
+        assert report is not None
+        self.observe()
+        next_step = float(report.lane.next_step)
+        (weights, scaled_time), s, steps = stand.state, stand.s, stand.num_steps
+        log_risk = float(risk_and_slope(self.plan.field.problem, weights)[0])
+        with np.errstate(divide="ignore"):
+            log_time = float(np.log(np.asarray(scaled_time))) - log_risk
+        try:
+            weights = kinked.pass_(weights, s, log_time, log_risk, steps)
+        except NotUnique as error:
+            self.end = Reason.NOT_UNIQUE.end(why=error, log_risk=log_risk)
+            return
+        self._follow_pattern(kinked)
+        self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
+        self.leg_began = steps
+        self._leave(Stand(s, FlowState(weights, scaled_time), steps), next_step)
+        self._arm()
 
     def _at_saddle(self, stand: Stand) -> None:
         """End the run at a saddle; elsewhere on its level, go on."""
@@ -589,6 +648,9 @@ class FlowRun:
         rule = self.saves[self.done].rule
         return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
 
+
+_KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)
+"""The run has passed a kink of its network."""
 
 _FACTS = (
     "leg",

@@ -86,6 +86,7 @@ class Recorder:
         weights: Weights,
         rows: Sequence[int],
         more: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+        seen: Problem | None = None,
     ) -> None:
         """Add points: their observables, and what the run knows of them.
 
@@ -94,8 +95,10 @@ class Recorder:
             rows: the states to record, in order.
             more: from the observables, by name, with the points on a leading axis, to further
                 variables, and to observables known better than from the weights.
+            seen: the problem as it is there, where it is not that of the run: in a pattern of
+                gates, whose slides the gradient does not see.
         """
-        found = self._observed(weights, rows)
+        found = self._observed(seen or self.problem, weights, rows)
         columns = {**found, **more(found)}
         for k, row in enumerate(rows):
             at = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
@@ -112,13 +115,15 @@ class Recorder:
         columns = {name: np.asarray(value)[None] for name, value in values.items()}
         self.add(buffer, [0], lambda _: columns)
 
-    def _observed(self, weights: Weights, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    def _observed(
+        self, problem: Problem, weights: Weights, rows: Sequence[int]
+    ) -> dict[str, np.ndarray]:
         """The observables of some rows of a buffer, as one call of a compiled program."""
         size = jax.tree.leaves(weights)[0].shape[0]
         chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
         count = as_array(np.int64(len(rows)))
-        few = self.problem.data.num_margins <= FEW
-        found = _observe(self.problem, weights, chosen, count, self.reference, few=few)
+        few = problem.data.num_margins <= FEW
+        found = _observe(problem, weights, chosen, count, self.reference, few=few)
         return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
 
     @property

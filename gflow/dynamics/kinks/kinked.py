@@ -1,0 +1,371 @@
+"""The kinks of a run: its pattern, what happened at each kink, and what it proves by that."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.dynamics.kinks.decide import Block, Group, decide, gates_of
+from gflow.dynamics.kinks.patterns import Patterns, Slide
+from gflow.problem.array import Array, as_array
+from gflow.problem.bends import (
+    AbstractBends,
+    Frozen,
+    Pattern,
+    Sight,
+    blank_pattern,
+    scale_of,
+    sight,
+    violations,
+)
+from gflow.problem.network import Weights
+from gflow.problem.risk import Problem
+
+AT_KINK = 1e-9
+"""Units whose pre-activation is below this part of its scale are at their kinks, when one is."""
+
+ROUNDS = 20
+"""Decisions about one place, each in the light of the last, before it is given up."""
+
+CROSSED, SLID, LEFT = 0, 1, 2
+"""What happened to a unit at a kink: it crossed, began to slide, or left a slide."""
+
+
+class Happened(NamedTuple):
+    """One entry of the log of kinks."""
+
+    log_time: float
+    log_risk: float
+    step: int
+    layer: int
+    neuron: int
+    point: int
+    event: int
+
+
+_sight = eqx.filter_jit(sight)
+
+
+@eqx.filter_jit
+def _met(bends: AbstractBends, weights: Weights, data: Any, gates: Array) -> Array:
+    return bends.evaluate(weights, data, gates, None)[1]
+
+
+@eqx.filter_jit
+def _block(
+    problem: Problem, weights: Weights, gates: Array, units: Array
+) -> tuple[Weights, Array, Weights, Array]:
+    """Of units with gates 0: the velocity and forces without them, their normals, and B."""
+    frozen: Any = problem.network
+    data = problem.data
+
+    def at(weights: Weights, shifts: Array) -> tuple[Array, Array]:
+        return frozen.bends.evaluate(weights, data, gates, shifts)
+
+    (coordinates, z), vjp = jax.vjp(at, weights, jnp.zeros_like(gates))
+    slopes = problem.loss.terms(problem.spread(coordinates)).slopes
+    base, force = vjp((problem.gather(slopes), jnp.zeros_like(z)))
+
+    def normal(unit: Array) -> tuple[Weights, Array]:
+        cotangent = jnp.zeros((z.size,)).at[unit].set(1.0).reshape(z.shape)
+        return vjp((jnp.zeros_like(coordinates), cotangent))
+
+    normals, later = jax.vmap(normal)(units)
+    return base, force, normals, later
+
+
+class NotUnique(Exception):
+    """The flow can go on in more than one way; the message says where."""
+
+
+class Kinked:
+    """The kinks of one run.
+
+    Args:
+        problem: with a network that has kinks.
+        bends: its kinks.
+        weights: the start.
+        branch: the side, 1 or -1, that a unit takes where the flow is not unique; None for none.
+    """
+
+    def __init__(
+        self, problem: Problem, bends: AbstractBends, weights: Weights, branch: int | None
+    ):
+        self.problem, self.bends, self.branch = problem, bends, branch
+        self.place = bends.place()
+        rows = bends.rows(weights, problem.data)
+        self.rows = rows
+        self.num_units = len(self.place.lower)
+        z = self._start(weights)
+        self.patterns = Patterns(self.place, z > 0, rows)
+        self.here = problem
+        self.log: list[Happened] = []
+        self.num_kinks, self.num_patterns = 0, 1
+        self.last_s, self.repeated = -np.inf, 0
+        self._freeze()
+
+    @classmethod
+    def of(cls, problem: Problem, weights: Weights) -> "Kinked | None":
+        """The kinks of a run at its start; None for a network that has none that gflow knows."""
+        bends = problem.network.kinks(weights, problem.data)
+        return None if bends is None else cls(problem, bends, weights, problem.network.branch_side())
+
+    @property
+    def num_sliding(self) -> int:
+        """How many units slide."""
+        return int(np.count_nonzero(self.patterns.pattern.tie))
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the kinks."""
+        return {"kinks": "located", "num_kinks": self.num_kinks, "num_patterns": self.num_patterns}
+
+    def at_points(self, weights: Weights, count: int) -> dict[str, np.ndarray]:
+        """What a record holds of the kinks at each of some points in this pattern."""
+        return {
+            "num_kinks": np.full(count, self.num_kinks),
+            "num_sliding": np.full(count, self.num_sliding),
+        }
+
+    def _start(self, weights: Weights) -> np.ndarray:
+        """Pre-activations, where the gates are those of their own signs."""
+        lower = self.place.lower[None, :]
+        shape = self.problem.data.num_points, self.num_units
+        z, gates = np.ones(shape), np.ones(shape)
+        for _ in range(len(set(self.place.layer.tolist())) + 1):
+            z = np.asarray(_met(self.bends, weights, self.problem.data, as_array(gates)))
+            new = np.where(z > 0, 1.0, lower)
+            if np.array_equal(new, gates):
+                break
+            gates = new
+        return z
+
+    def _freeze(self) -> None:
+        """The problem in the pattern as it is now."""
+        network = Frozen(self.problem.network, self.bends, self.patterns.frozen())
+        self.here = eqx.tree_at(lambda problem: problem.network, self.problem, network)
+
+    # ---------------------------------------------------------------------------------------------
+    # At a kink
+    # ---------------------------------------------------------------------------------------------
+
+    def begin(self, weights: Weights) -> Weights:
+        """Decide about units that begin on their kinks."""
+        seen = self._look(weights)
+        z = np.asarray(seen.z)
+        free = np.abs(z) <= AT_KINK * np.asarray(scale_of(seen.z))
+        if not np.any(free):
+            return weights
+        return self._settle(weights, np.nonzero(free.reshape(-1))[0], start=True)[0]
+
+    def pass_(self, weights: Weights, s: float, log_time: float, log_risk: float, step: int) -> Weights:
+        """Go past the kink that the weights are at; where to go on from.
+
+        Raises:
+            NotUnique: where the flow is not.
+        """
+        before = np.asarray(self.patterns.pattern.sliding)
+        on = np.asarray(self.patterns.pattern.on).copy()
+        seen = self._look(weights)
+        near = np.abs(np.asarray(seen.z)) <= AT_KINK * np.asarray(scale_of(seen.z))
+        past = np.asarray(violations(self.patterns.pattern, seen))[: before.size] > 1
+        ended = self._ended(seen)
+        meant = near.reshape(-1) & ~before.reshape(-1) | past | ended
+        weights, touched = self._settle(weights, np.nonzero(meant)[0], start=False)
+        after = np.asarray(self.patterns.pattern.sliding)
+        now = np.asarray(self.patterns.pattern.on)
+        for unit in touched:
+            point, u = divmod(int(unit), self.num_units)
+            if after[point, u] and not before[point, u]:
+                event = SLID
+            elif before[point, u] and not after[point, u]:
+                event = LEFT
+            elif not after[point, u] and now[point, u] != on[point, u]:
+                event = CROSSED
+            else:
+                continue
+            layer, neuron = int(self.place.layer[u]), int(self.place.neuron[u])
+            self.log.append(Happened(log_time, log_risk, step, layer, neuron, point, event))
+            self.num_kinks += 1
+        self.num_patterns += 1
+        self.repeated = self.repeated + 1 if s - self.last_s <= 1e-13 * max(1.0, abs(s)) else 0
+        self.last_s = s
+        return weights
+
+    def _ended(self, seen: Sight) -> np.ndarray:
+        """Which units slide in slots that are to be decided about again, (n U,)."""
+        pattern = self.patterns.pattern
+        theta, pull = np.asarray(seen.theta), np.asarray(seen.pull)
+        over = (theta < 0) | (theta > 1) | (pull >= 0) | ~np.isfinite(theta)
+        over &= np.asarray(pattern.tangent.active)
+        return (np.asarray(pattern.sliding) & over[np.asarray(pattern.slot)]).reshape(-1)
+
+    def _look(self, weights: Weights) -> Sight:
+        return jax.tree.map(np.asarray, _sight(self.here, weights))
+
+    def _settle(
+        self, weights: Weights, units: np.ndarray, *, start: bool
+    ) -> tuple[Weights, set[int]]:
+        """Decide about units, and about those that this has to do with, until nothing changes."""
+        touched: set[int] = set()
+        free = set(units.tolist()) if start else set()
+        for turn in range(ROUNDS):
+            seen = self._look(weights)
+            done, weights = self._decide(weights, seen, units, free)
+            touched |= done
+            self._freeze()
+            seen = self._look(weights)
+            units = self._inconsistent(seen, touched)
+            if len(units) == 0:
+                break
+            free = set()
+        return weights, touched
+
+    def _inconsistent(self, seen: Sight, touched: set[int]) -> np.ndarray:
+        """Units that would at once move to the other side of their kinks, or leave their slides."""
+        pattern = self.patterns.pattern
+        among = np.array(sorted(touched), np.int64)
+        rows, columns = np.divmod(among, self.num_units)
+        scale = np.broadcast_to(np.asarray(scale_of(as_array(seen.z))), seen.z.shape)
+        at = np.abs(seen.z[rows, columns]) <= AT_KINK * scale[rows, columns]
+        speed = np.where(np.asarray(pattern.on), -seen.speed, seen.speed)[rows, columns]
+        away = speed > 1e-9 * np.max(np.abs(seen.speed), initial=0.0)
+        wrong = at & away & ~np.asarray(pattern.sliding)[rows, columns]
+        beyond = np.asarray(violations(pattern, seen))
+        ended = self._ended(seen) if np.any(beyond[seen.z.size :] > 1) else np.zeros(seen.z.size, bool)
+        return np.union1d(among[wrong], np.nonzero(ended)[0])
+
+    def _decide(
+        self, weights: Weights, seen: Sight, units: np.ndarray, free: set[int]
+    ) -> tuple[set[int], Weights]:
+        """One decision about some units, block by block."""
+        if self.rows is None:
+            return self._decide_block(weights, seen, units, free)
+        touched: set[int] = set()
+        for neuron in sorted({int(unit) % self.num_units for unit in units}):
+            own = units[units % self.num_units == neuron]
+            done, weights = self._decide_neuron(weights, seen, neuron, own, free)
+            touched |= done
+        return touched, weights
+
+    def _sliding_units(self, neurons: Sequence[int] | None) -> np.ndarray:
+        slides = [self.patterns.slides[u].units for u in self.patterns.sliding_in(neurons)]
+        return np.concatenate(slides) if slides else np.zeros(0, np.int64)
+
+    def _decide_neuron(
+        self, weights: Weights, seen: Sight, neuron: int, units: np.ndarray, free: set[int]
+    ) -> tuple[set[int], Weights]:
+        """A neuron of one hidden layer: its velocity is sum_i g_i b_i x_i."""
+        rows, pattern = self.rows, self.patterns.pattern
+        assert rows is not None
+        slid = self._sliding_units([neuron])
+        units = np.union1d(units, slid)
+        points = units // self.num_units
+        force = np.asarray(seen.force)[:, neuron]
+        others = np.ones(len(rows), bool)
+        others[points] = False
+        delta = (np.asarray(pattern.gates)[:, neuron] * force)[others]
+        block = self._as_block(
+            units, rows[points], delta @ rows[others], force[points], None, slid, free
+        )
+        groups = decide(block, self.branch)
+        self._take(block, groups, seen, [neuron])
+        own = np.asarray(self.bends.of_neurons(weights)).copy()
+        across = np.asarray(self.patterns.pattern.tangent.across)[neuron]  # pyright: ignore
+        if np.any(across):
+            own[neuron] = own[neuron] - across.T @ (across @ own[neuron])
+            weights = jax.tree.map(np.asarray, self.bends.with_neurons(weights, as_array(own)))
+        return set(units.tolist()), weights
+
+    def _decide_block(
+        self, weights: Weights, seen: Sight, units: np.ndarray, free: set[int]
+    ) -> tuple[set[int], Weights]:
+        """All units of another network, which have to do with each other."""
+        slid = self._sliding_units(None)
+        units = np.union1d(units, slid).astype(np.int64)
+        count = 1 << max(3, int(len(units) - 1).bit_length())
+        padded = np.concatenate([units, np.repeat(units[:1], count - len(units))])
+        gates = np.asarray(self.patterns.pattern.gates).copy()
+        gates.reshape(-1)[units] = 0.0
+        base, force, normals, later = _block(self.here, weights, as_array(gates), as_array(padded))
+        flat = np.concatenate(
+            [np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(normals)], 1
+        )[: len(units)]
+        ahead = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(base)])
+        of_units = np.asarray(later).reshape(count, -1)[: len(units)][:, units]
+        block = self._as_block(
+            units, flat, ahead, np.asarray(force).reshape(-1)[units], of_units, slid, free
+        )
+        groups = decide(block, self.branch)
+        self._take(block, groups, seen, None)
+        stay = [int(group.members[0]) for group in groups if group.side == 0]
+        if stay:
+            n = flat[stay]
+            off = np.asarray(seen.z).reshape(-1)[units[stay]]
+            back = np.linalg.lstsq(n, -off, rcond=1e-12)[0]
+            leaves, structure = jax.tree.flatten(weights)
+            ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+            moved = [
+                np.asarray(leaf) + part.reshape(leaf.shape)
+                for leaf, part in zip(leaves, np.split(back, ends), strict=True)
+            ]
+            weights = jax.tree.unflatten(structure, moved)
+        return set(units.tolist()), weights
+
+    def _as_block(
+        self,
+        units: np.ndarray,
+        normals: np.ndarray,
+        base: np.ndarray,
+        force: np.ndarray,
+        later: np.ndarray | None,
+        slid: np.ndarray,
+        free: set[int],
+    ) -> Block:
+        on = np.asarray(self.patterns.pattern.on).reshape(-1)[units]
+        loose = np.isin(units, slid) | np.isin(units, list(free))
+        lower = self.place.lower[units % self.num_units]
+        return Block(units, normals, base, force, later, lower, on, loose)
+
+    def _take(
+        self, block: Block, groups: list[Group], seen: Sight, neurons: Sequence[int] | None
+    ) -> None:
+        """Write down where groups go."""
+        slides: dict[int, Slide] = {}
+        force = np.asarray(seen.force).copy()
+        for group in groups:
+            members = block.units[group.members]
+            if group.open and self.branch is None:
+                point, u = divmod(int(members[0]), self.num_units)
+                raise NotUnique(
+                    f"the unit of neuron {self.place.neuron[u]} in layer {self.place.layer[u]} at "
+                    f"point {point} is on its kink, and both ways lead away from it"
+                )
+            if group.side == 0:
+                slides[int(members[0])] = Slide(members, group.alpha, group.theta)
+            else:
+                above = (group.alpha > 0) == (group.side > 0)
+                self.patterns.gate(members, above)
+        self.patterns.replace(neurons, slides, force)
+
+
+def state_of(kinked: Kinked) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a checkpoint holds of the kinks: facts, and arrays."""
+    patterns = kinked.patterns
+    facts = {
+        "num_kinks": kinked.num_kinks,
+        "num_patterns": kinked.num_patterns,
+        "slots": patterns.slots,
+        "slides": [
+            [slide.units.tolist(), slide.alpha.tolist(), slide.theta]
+            for slide in patterns.slides.values()
+        ],
+        "last_s": None if np.isinf(kinked.last_s) else kinked.last_s,
+        "repeated": kinked.repeated,
+    }
+    leaves = jax.tree.leaves(patterns.pattern)
+    log = np.array([list(entry) for entry in kinked.log], np.float64).reshape(-1, 7)
+    return facts, {"log": log, **{f"leaf_{k}": np.asarray(leaf) for k, leaf in enumerate(leaves)}}
