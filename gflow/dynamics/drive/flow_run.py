@@ -108,8 +108,6 @@ class FlowRun:
         self.used: list[str] = []
         self.counts, self.leg_counts = np.zeros(2, int), (0, 0)
         self.num_rejected = 0
-        self.num_trials = 0
-        """Steps made to land on kinks, beside those that count."""
         self.report: Report | None = None
         s = float(self.clock.read(log_risk, -math.inf))
         self._stand = Stand(s, FlowState(weights, as_array(np.zeros(()))), 0)
@@ -404,6 +402,10 @@ class FlowRun:
             here, ahead = self.stand.s, event.clock
         return here >= ahead - SAME * max(1.0, abs(ahead))
 
+    def log_of_kinks(self) -> Mapping[str, np.ndarray]:
+        """What happened at the kinks of the network, as variables of a record."""
+        return {} if self.kinked is None else self.kinked.log_of_kinks()
+
     def _act(self, events: Sequence[Event], stand: Stand) -> None:
         """What is to be done at events that happen at one place, saved points first."""
         self._count(events)
@@ -437,8 +439,8 @@ class FlowRun:
         for event, progress in zip(watched, reached, strict=True):
             if event.action is Action.KINK:
                 if progress >= event.progress:
-                    at_kink, tries = land_on_kink(self.plan.field, self.method, lane)
-                    self.num_trials += int(tries)
+                    at_kink, trials, spent = land_on_kink(self.plan.field, self.method, lane)
+                    self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
                     landed.append((at_kink, event))
             elif progress >= event.progress:
                 goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
@@ -617,6 +619,17 @@ class FlowRun:
         }
         if self.split_run is None and self.report is not None:
             arrays["lane"] = self.report.lane
+        elif self.split_run is None:  # it has left its lanes, to go on in another way
+            s, state, num_steps = self._stand
+            arrays["stand"] = {
+                "s": np.float64(s),
+                "state": state,
+                "num_steps": np.int64(num_steps),
+                "next_step": np.float64(self.next_step),
+            }
+        if self.kinked is not None:
+            facts["kinked"], more = self.kinked.snapshot()
+            arrays |= more
         return Snapshot(facts, arrays)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -631,6 +644,13 @@ class FlowRun:
                 assert self.plan.split is not None
                 state = snapshot.read(name, SplitState.blank(geometry(self.problem), told))
                 setattr(self, name, OnSplit.restored(self.plan.split, state, told))
+        if self.kinked is not None:
+            self.kinked.restore(facts["kinked"], snapshot.read)
+            self._follow_pattern(self.kinked)
+        if snapshot.holds("stand"):
+            at = snapshot.read("stand", {**_STAND, "state": self._stand.state})
+            self._stand = Stand(float(at["s"]), at["state"], int(at["num_steps"]))
+            self.next_step = float(at["next_step"])
         if snapshot.holds("lane"):
             self._arm()
             member = dataclasses.replace(self.member, goals=self.goals(1))
@@ -651,6 +671,8 @@ class FlowRun:
 
 _KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)
 """The run has passed a kink of its network."""
+
+_STAND = {"s": 0.0, "num_steps": 0, "next_step": 0.0}
 
 _FACTS = (
     "leg",

@@ -79,6 +79,8 @@ class Recorder:
         self.points: list[dict[str, Any]] = []
         self.kept: list[Weights] = []
         self.last = weights
+        self.more: Callable[[], Mapping[str, np.ndarray]] | None = None
+        """Gives further variables of the run as a whole, with a row in the table each."""
         self.began = time.perf_counter()
 
     def add(
@@ -172,11 +174,12 @@ class Recorder:
         if self.keep_weights:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
-        if self.layers is not None:
-            found = self._of_data()
-            for name, value in found.items():
-                row = QUANTITIES[name]
-                constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
+        found = self._of_data() if self.layers is not None else {}
+        if self.more is not None:
+            found |= self.more()
+        for name, value in found.items():
+            row = QUANTITIES[name]
+            constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
         return {
             "points": columns,
             "constants": constants,

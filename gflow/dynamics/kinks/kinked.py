@@ -1,7 +1,7 @@
 """The kinks of a run: its pattern, what happened at each kink, and what it proves by that."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -22,7 +22,7 @@ from gflow.problem.bends import (
     sight,
     violations,
 )
-from gflow.problem.network import Weights
+from gflow.problem.network import AbstractNetwork, Weights, squared_norm
 from gflow.problem.risk import Problem
 
 AT_KINK = 1e-9
@@ -78,6 +78,19 @@ def _block(
     return base, force, normals, later
 
 
+@eqx.filter_jit
+def _balance_drift(network: AbstractNetwork, weights: Weights, start: Weights) -> Array:
+    """The largest change of a balance in units of |W|^2, of each of a block of weights."""
+
+    def one(at: Weights) -> Array:
+        now, before = network.balances(at), network.balances(start)
+        assert now is not None
+        assert before is not None
+        return jnp.max(jnp.abs(now - before)) / squared_norm(at)
+
+    return jax.vmap(one)(weights)
+
+
 class NotUnique(Exception):
     """The flow can go on in more than one way; the message says where."""
 
@@ -95,7 +108,7 @@ class Kinked:
     def __init__(
         self, problem: Problem, bends: AbstractBends, weights: Weights, branch: int | None
     ):
-        self.problem, self.bends, self.branch = problem, bends, branch
+        self.problem, self.bends, self.branch, self.start = problem, bends, branch, weights
         self.place = bends.place()
         rows = bends.rows(weights, problem.data)
         self.rows = rows
@@ -105,7 +118,7 @@ class Kinked:
         self.here = problem
         self.log: list[Happened] = []
         self.num_kinks, self.num_patterns = 0, 1
-        self.last_s, self.repeated = -np.inf, 0
+        self.last_s, self.repeated = -1e300, 0
         self._freeze()
 
     @classmethod
@@ -125,10 +138,46 @@ class Kinked:
 
     def at_points(self, weights: Weights, count: int) -> dict[str, np.ndarray]:
         """What a record holds of the kinks at each of some points in this pattern."""
-        return {
+        found = {
             "num_kinks": np.full(count, self.num_kinks),
             "num_sliding": np.full(count, self.num_sliding),
         }
+        if self.problem.network.balances(self.start) is not None:
+            drift = _balance_drift(self.problem.network, weights, self.start)
+            found["balance_drift"] = np.asarray(drift)[:count]
+        return found
+
+    def log_of_kinks(self) -> dict[str, np.ndarray]:
+        """What happened at the kinks, as variables of a record."""
+        if not self.log:
+            return {}
+        columns = zip(Happened._fields, zip(*self.log, strict=True), strict=True)
+        return {f"kink_{name}": np.array(values) for name, values in columns}
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds of the kinks: facts, and states by name."""
+        facts: dict[str, Any] = {name: getattr(self, name) for name in _FACTS}
+        slides = self.patterns.slides.values()
+        facts["slots"] = self.patterns.slots
+        facts["slides"] = [
+            [slide.units.tolist(), slide.alpha.tolist(), slide.theta] for slide in slides
+        ]
+        log = np.array([list(entry) for entry in self.log], np.float64)
+        log = log.reshape(-1, len(Happened._fields))
+        return facts, {"pattern": self.patterns.frozen(), "log_of_kinks": {"": log}}
+
+    def restore(self, facts: dict[str, Any], read: Callable[[str, Any], Any]) -> None:
+        """Stand where a snapshot was taken."""
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+        log = read("log_of_kinks", {"": np.zeros(0)})[""]
+        self.log = [Happened(*row[:2], *map(int, row[2:])) for row in log.tolist()]
+        slides = {
+            units[0]: Slide(np.array(units), np.array(alpha), theta)
+            for units, alpha, theta in facts["slides"]
+        }
+        self.patterns.restore(facts["slots"], slides, lambda like: read("pattern", like))
+        self._freeze()
 
     def _start(self, weights: Weights) -> np.ndarray:
         """Pre-activations, where the gates are those of their own signs."""
@@ -201,6 +250,8 @@ class Kinked:
         theta, pull = np.asarray(seen.theta), np.asarray(seen.pull)
         over = (theta < 0) | (theta > 1) | (pull >= 0) | ~np.isfinite(theta)
         over &= np.asarray(pattern.tangent.active)
+        if not np.any(over):
+            return np.zeros(seen.z.size, bool)
         return (np.asarray(pattern.sliding) & over[np.asarray(pattern.slot)]).reshape(-1)
 
     def _look(self, weights: Weights) -> Sight:
@@ -352,20 +403,5 @@ class Kinked:
         self.patterns.replace(neurons, slides, force)
 
 
-def state_of(kinked: Kinked) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What a checkpoint holds of the kinks: facts, and arrays."""
-    patterns = kinked.patterns
-    facts = {
-        "num_kinks": kinked.num_kinks,
-        "num_patterns": kinked.num_patterns,
-        "slots": patterns.slots,
-        "slides": [
-            [slide.units.tolist(), slide.alpha.tolist(), slide.theta]
-            for slide in patterns.slides.values()
-        ],
-        "last_s": None if np.isinf(kinked.last_s) else kinked.last_s,
-        "repeated": kinked.repeated,
-    }
-    leaves = jax.tree.leaves(patterns.pattern)
-    log = np.array([list(entry) for entry in kinked.log], np.float64).reshape(-1, 7)
-    return facts, {"log": log, **{f"leaf_{k}": np.asarray(leaf) for k, leaf in enumerate(leaves)}}
+_FACTS = ("num_kinks", "num_patterns", "last_s", "repeated")
+

@@ -1,12 +1,12 @@
 """Landing on a kink: the last step made shorter so that it ends where the first unit is past it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from gflow.dynamics.field import AbstractField
+from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule, Coordinates
@@ -20,6 +20,12 @@ always a little past the kink, so that round-off cannot put a unit on the wrong 
 
 MOST = 60
 """Trials."""
+
+PATIENCE = 5
+"""One trial in so many is put halfway to the middle."""
+
+REFINED = 12
+"""Newton iterations on a cubic."""
 
 
 class PastKinks(AbstractRule):
@@ -48,17 +54,21 @@ def _beyond(problem: Problem, weights: Weights) -> Array:
 
 
 @eqx.filter_jit
-def land_on_kink(field: AbstractField, method: AbstractMethod, lane: Lane) -> tuple[Lane, Array]:
+def land_on_kink(
+    field: AbstractField, method: AbstractMethod, lane: Lane
+) -> tuple[Lane, Array, Any]:
     """Shorten the last accepted step so that it ends just past the first kink in it.
 
-    Every unit that is past its kink at the end has a root of its own; the earliest is found by the
-    Illinois variant of regula falsi for all of them at once. Each trial is a true step of the
-    solver from where the last one began.
+    Every unit that is past its kink at the end has a root of its own. The earliest is looked for in
+    the cubic through values and slopes at the ends of what is known to hold it, which the slopes of
+    the flow give; each trial is a true step of the solver from where the last one began, and a new
+    end.
 
     Returns:
-        The lane there, and the number of trials.
+        The lane there, the number of trials, and what they add to the solver's tally.
     """
     s0, state0, memory0 = lane.previous
+    before = method.tally(memory0)
 
     def trial(s: Array) -> Step:
         h = s - s0
@@ -66,59 +76,89 @@ def land_on_kink(field: AbstractField, method: AbstractMethod, lane: Lane) -> tu
         seen = method.look(field, s0, h, state0, attempt)
         return method.end(field, s0, h, state0, attempt, seen, memory0)
 
-    def beyond(state: Any) -> Array:
-        return _beyond(field.problem, state.weights)
+    def beyond(s: Array, state: FlowState) -> tuple[Array, Array]:
+        """How far each unit is past its kink, and the speed of that."""
+        return jax.jvp(
+            lambda weights: _beyond(field.problem, weights),
+            (state.weights,),
+            (field(s, state).weights,),
+        )
 
-    def unfinished(loop: tuple) -> Array:
-        low, high, *_, worst, tries = loop
-        apart = high - low > 4 * jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(high), 1.0)
-        return apart & (worst > ENOUGH) & (tries < MOST)
+    def unfinished(loop: Bracket) -> Array:
+        close = 4 * jnp.finfo(loop.low.dtype).eps * jnp.maximum(jnp.abs(loop.high), 1.0)
+        worst = jnp.max(loop.above[0])
+        return (loop.high - loop.low > close) & (worst > ENOUGH) & (loop.tries < MOST)
 
-    def refine(loop: tuple) -> tuple:
-        low, high, below, above, state, memory, last, worst, tries = loop
-        past = above > 1
-        part = (AIM - below) / jnp.where(past, above - below, 1.0)
-        part = jnp.min(jnp.where(past & jnp.isfinite(part), part, 1.0))
-        s = low + (high - low) * jnp.clip(part, 1e-3, 0.999)
+    def refine(loop: Bracket) -> Bracket:
+        part = _earliest(loop.below, loop.above, loop.high - loop.low)
+        part = jnp.where(loop.tries % PATIENCE == PATIENCE - 1, (part + 0.5) / 2, part)
+        s = loop.low + (loop.high - loop.low) * part
         made = trial(s)
-        found = beyond(made.state)
-        right = jnp.max(found) > 1
-        # The end that stays twice counts half, towards the aim.
-        below = jnp.where(right, jnp.where(last > 0, AIM + (below - AIM) / 2, below), found)
-        above = jnp.where(
-            right, found, jnp.where((last < 0) & (above > AIM), AIM + (above - AIM) / 2, above)
-        )
-        state, memory = jax.tree.map(
-            lambda new, old: jnp.where(right, new, old), (made.state, made.memory), (state, memory)
-        )
-        return (
-            jnp.where(right, low, s),
-            jnp.where(right, s, high),
-            below,
-            above,
-            state,
-            memory,
-            jnp.where(right, 1, -1),
-            jnp.where(right, jnp.max(found), worst),
-            tries + 1,
+        found = beyond(s, made.state)
+        right = jnp.max(found[0]) > 1
+
+        def chosen(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(right, a, b), new, old)
+
+        return Bracket(
+            low=jnp.where(right, loop.low, s),
+            high=jnp.where(right, s, loop.high),
+            below=chosen(loop.below, found),
+            above=chosen(found, loop.above),
+            end=chosen((made.state, made.memory), loop.end),
+            tries=loop.tries + 1,
+            spent=jax.tree.map(
+                lambda total, a, b: total + a - b, loop.spent, method.tally(made.memory), before
+            ),
         )
 
-    above = beyond(lane.state)
-    begun = (
-        s0,
-        lane.s,
-        beyond(state0),
-        above,
-        lane.state,
-        lane.memory,
-        jnp.array(0),
-        jnp.max(above),
-        jnp.array(0),
+    begun = Bracket(
+        low=s0,
+        high=lane.s,
+        below=beyond(s0, state0),
+        above=beyond(lane.s, lane.state),
+        end=(lane.state, lane.memory),
+        tries=jnp.array(0),
+        spent=jax.tree.map(jnp.zeros_like, before),
     )
-    _, s, _, _, state, memory, *_, tries = jax.lax.while_loop(unfinished, refine, begun)
+    last = jax.lax.while_loop(unfinished, refine, begun)
     landed = eqx.tree_at(
         lambda at: (at.s, at.state, at.memory, at.step),
         lane,
-        (s, state, memory, jnp.zeros_like(s)),
+        (last.high, *last.end, jnp.zeros_like(last.high)),
     )
-    return landed, tries
+    return landed, last.tries, last.spent
+
+
+class Bracket(NamedTuple):
+    """Where a first kink is: not before ``low``, and before ``high``."""
+
+    low: Array
+    high: Array
+    below: tuple[Array, Array]
+    """How far each unit is past its kink at the lower end, and the speed of that."""
+    above: tuple[Array, Array]
+    end: tuple[FlowState, Any]
+    """State and memory at the upper end."""
+    tries: Array
+    spent: Any
+
+
+def _earliest(below: tuple[Array, Array], above: tuple[Array, Array], width: Array) -> Array:
+    """The part of a bracket at which the first unit is where a landing aims."""
+    (f0, d0), (f1, d1) = below, above
+    past = f1 > 1
+    a, b = f0 - AIM, jnp.where(past, jnp.maximum(f1 - AIM, 0.0), 1.0)
+    a = jnp.where(past & jnp.isfinite(a) & (a < 0), a, -1.0)
+    slope0, slope1 = (jnp.where(past & jnp.isfinite(d), width * d, 0.0) for d in (d0, d1))
+    # The cubic of Hermite: a + slope0 x + p x^2 + q x^3.
+    p = 3 * (b - a) - 2 * slope0 - slope1
+    q = slope0 + slope1 - 2 * (b - a)
+    low, high, x = jnp.zeros_like(a), jnp.ones_like(a), a / (a - b)
+    for _ in range(REFINED):
+        value = a + x * (slope0 + x * (p + x * q))
+        low, high = jnp.where(value < 0, x, low), jnp.where(value < 0, high, x)
+        speed = slope0 + x * (2 * p + 3 * x * q)
+        new = x - value / jnp.where(speed == 0, 1.0, speed)
+        x = jnp.where((new > low) & (new < high), new, (low + high) / 2)
+    return jnp.min(jnp.where(past, x, 1.0))

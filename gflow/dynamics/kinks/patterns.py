@@ -1,7 +1,7 @@
 """The arrays of a pattern, from a host's list of slides."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +101,15 @@ class Patterns:
         import jax
 
         return jax.tree.map(np.array, self.pattern)
+
+    def restore(
+        self, slots: int, slides: dict[int, Slide], read: Callable[[Pattern], Pattern]
+    ) -> None:
+        """The pattern of a checkpoint, which ``read`` gives in the structure of its argument."""
+        self.slots, self.slides = slots, slides
+        on = np.asarray(self.pattern.on)
+        self.pattern = read(blank_pattern(on, self.place.lower, self._tangent()))
+        self._open()
 
     def gate(self, units: np.ndarray, above: np.ndarray) -> None:
         """Put units above or below their kinks."""
