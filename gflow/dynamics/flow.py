@@ -217,9 +217,9 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
     match options.solver:
         case None:
             # Of a risk that is attained, stiffness comes once it nearly is.
-            # Pieces between kinks are short, and steps limited by accuracy.
+            # To a time pieces between kinks are short, and steps limited by accuracy.
             kinked = problem.network.kinks(weights, problem.data) is not None
-            explicit = problem.loss.attained or not field.dense or kinked
+            explicit = problem.loss.attained or not field.dense or (kinked and clock.knows_time)
             methods = ([diffrax.Dopri8()] if explicit else []) + [GaussNewton()]
             if not problem.loss.attained:
                 split = SlowManifold(rtol=max(rtol, 1e-13))

@@ -52,6 +52,7 @@ class Reason(enum.IntEnum):
     FAILED = enum.auto()
     CHECKPOINT_FAILED = enum.auto()
     NOT_UNIQUE = enum.auto()
+    STUCK = enum.auto()
 
     @property
     def status(self) -> str:
@@ -171,5 +172,9 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.NOT_UNIQUE: (
         "not_unique",
         "the flow can go on in two ways: {why}; choose one with the network's `branch`",
+    ),
+    Reason.STUCK: (
+        "precision_lost",
+        "at log R = {log_risk:.6g} no way on from a kink was found: {why}",
     ),
 }

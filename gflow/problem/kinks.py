@@ -58,6 +58,20 @@ def checked_slope(slope: float) -> float:
     return float(slope)
 
 
+def check_branch(branch: str | None) -> None:
+    """Raise where ``branch`` is none of "on", "off" and None."""
+    if branch not in (None, "on", "off"):
+        raise ValueError(
+            f"`branch` is {shown(branch)}; expected 'on' or 'off', the side of a kink to go to where "
+            "both lead away from it, or None to end there."
+        )
+
+
+def side_of(branch: str | None) -> int | None:
+    """The side that is meant: 1 or -1."""
+    return None if branch is None else 1 if branch == "on" else -1
+
+
 def _branch(z: Any, *, slope: float) -> Any:
     return jnp.where(z > 0, z, z * jnp.asarray(slope, z.dtype))
 

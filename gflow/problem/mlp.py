@@ -19,7 +19,7 @@ from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import numbers_of
 from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends, Place
-from gflow.problem.kinks import checked_slope, leaky_relu
+from gflow.problem.kinks import check_branch, checked_slope, leaky_relu, side_of
 from gflow.problem.network import AbstractNetwork, Weights, check_weights, pullback_by_vjp
 
 
@@ -33,12 +33,21 @@ class MLP(AbstractNetwork):
     Args:
         slope: $\kappa < 1$, that of the activation where z < 0: 0 for ReLU, 0.1 for a leaky one, -1
             for the absolute value.
+        branch: "on" or "off", the side of a kink where the flow goes if both lead away from it, so
+            that it is not unique; by default a run ends there with the status "not_unique".
 
     Raises:
-        ValueError: when the slope is no number below 1.
+        ValueError: when the slope is no number below 1, or the branch none of these.
     """
 
     slope: float = eqx.field(static=True, default=0.0, converter=checked_slope)
+    branch: str | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_branch(self.branch)
+
+    def branch_side(self) -> int | None:
+        return side_of(self.branch)
 
     def design(self, data: AbstractData) -> None:
         return None

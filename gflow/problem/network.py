@@ -26,6 +26,7 @@ from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.array import Array as Array, as_array as as_array
 from gflow.problem.design import AbstractDesign
+from gflow.problem.kinks import check_branch, side_of
 from gflow.problem.module import Module
 
 if TYPE_CHECKING:
@@ -256,12 +257,19 @@ class Network(AbstractNetwork):
         homogeneity: the degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$,
             if there is one; the normalised margin $\min_i q_i/\lVert W\rVert^L$ needs it. It is
             tried at the start.
+        branch: where the flow goes from a kink of a ``gflow.relu`` in ``apply`` that is not unique;
+            see ``gflow.MLP``.
     """
 
     apply: Callable[[Any, Array], Array] = eqx.field(static=True)
     homogeneity: float | None = eqx.field(static=True, default=None)
+    branch: str | None = eqx.field(static=True, default=None)
+
+    def branch_side(self) -> int | None:
+        return side_of(self.branch)
 
     def __check_init__(self):
+        check_branch(self.branch)
         if not callable(self.apply):
             raise ValueError(
                 f"`apply` is {shown(self.apply)}; expected the function `apply(weights, x)`."

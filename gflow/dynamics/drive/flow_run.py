@@ -26,7 +26,7 @@ from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.kinks.kinked import Kinked, NotUnique
+from gflow.dynamics.kinks.kinked import Kinked, NotUniqueError, StuckError
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
@@ -460,7 +460,7 @@ class FlowRun:
         """Decide about units that begin on their kinks, and follow the pattern of the start."""
         try:
             kinked.begin(self._stand.state.weights)
-        except NotUnique as error:
+        except NotUniqueError as error:
             self.end = Reason.NOT_UNIQUE.end(why=error)
         self._follow_pattern(kinked)
 
@@ -481,8 +481,11 @@ class FlowRun:
             log_time = float(np.log(np.asarray(scaled_time))) - log_risk
         try:
             weights = kinked.pass_(weights, s, log_time, log_risk, steps)
-        except NotUnique as error:
-            self.end = Reason.NOT_UNIQUE.end(why=error, log_risk=log_risk)
+        except NotUniqueError as error:
+            self.end = Reason.NOT_UNIQUE.end(why=error)
+            return
+        except StuckError as error:
+            self.end = Reason.STUCK.end(why=error, log_risk=log_risk)
             return
         self._follow_pattern(kinked)
         self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)

@@ -28,6 +28,12 @@ from gflow.problem.risk import Problem
 AT_KINK = 1e-9
 """Units whose pre-activation is below this part of its scale are at their kinks, when one is."""
 
+DEPENDENT = 1e-14
+"""Normals below this part of the longest vanish."""
+
+AWAY = 1e-9
+"""Speeds of pre-activations below this part of the largest one are zero."""
+
 ROUNDS = 20
 """Decisions about one place, each in the light of the last, before it is given up."""
 
@@ -47,7 +53,22 @@ class Happened(NamedTuple):
     event: int
 
 
-_sight = eqx.filter_jit(sight)
+class Seen(NamedTuple):
+    """A place in a pattern, as the host looks at it: NumPy's arrays."""
+
+    at: Any
+    """Its ``Sight``."""
+    beyond: Any
+    """How far each unit, and each slot twice, is beyond the pattern; above 1 it is."""
+    near: Any
+    """Which units are at their kinks, (n, U)."""
+
+
+@eqx.filter_jit
+def _seen(problem: Problem, weights: Weights) -> Seen:
+    at = sight(problem, weights)
+    near = jnp.abs(at.z) <= AT_KINK * scale_of(at.z)
+    return Seen(at, violations(problem.network.pattern, at), near)  # pyright: ignore
 
 
 @eqx.filter_jit
@@ -91,8 +112,16 @@ def _balance_drift(network: AbstractNetwork, weights: Weights, start: Weights) -
     return jax.vmap(one)(weights)
 
 
-class NotUnique(Exception):
+SAME, STUCK = 1e-13, 50
+"""So many kinks in a row within the first part of the clock's value are a circle."""
+
+
+class NotUniqueError(Exception):
     """The flow can go on in more than one way; the message says where."""
+
+
+class StuckError(Exception):
+    """No way from a kink was found; the message says where."""
 
 
 class Kinked:
@@ -203,9 +232,7 @@ class Kinked:
 
     def begin(self, weights: Weights) -> Weights:
         """Decide about units that begin on their kinks."""
-        seen = self._look(weights)
-        z = np.asarray(seen.z)
-        free = np.abs(z) <= AT_KINK * np.asarray(scale_of(seen.z))
+        free = self._look(weights).near
         if not np.any(free):
             return weights
         return self._settle(weights, np.nonzero(free.reshape(-1))[0], start=True)[0]
@@ -214,15 +241,14 @@ class Kinked:
         """Go past the kink that the weights are at; where to go on from.
 
         Raises:
-            NotUnique: where the flow is not.
+            NotUniqueError: where the flow is not unique.
+            StuckError: where no way on is found.
         """
         before = np.asarray(self.patterns.pattern.sliding)
         on = np.asarray(self.patterns.pattern.on).copy()
         seen = self._look(weights)
-        near = np.abs(np.asarray(seen.z)) <= AT_KINK * np.asarray(scale_of(seen.z))
-        past = np.asarray(violations(self.patterns.pattern, seen))[: before.size] > 1
-        ended = self._ended(seen)
-        meant = near.reshape(-1) & ~before.reshape(-1) | past | ended
+        past = seen.beyond[: before.size] > 1
+        meant = seen.near.reshape(-1) & ~before.reshape(-1) | past | self._ended(seen.at)
         weights, touched = self._settle(weights, np.nonzero(meant)[0], start=False)
         after = np.asarray(self.patterns.pattern.sliding)
         now = np.asarray(self.patterns.pattern.on)
@@ -240,8 +266,10 @@ class Kinked:
             self.log.append(Happened(log_time, log_risk, step, layer, neuron, point, event))
             self.num_kinks += 1
         self.num_patterns += 1
-        self.repeated = self.repeated + 1 if s - self.last_s <= 1e-13 * max(1.0, abs(s)) else 0
+        self.repeated = self.repeated + 1 if s - self.last_s <= SAME * max(1.0, abs(s)) else 0
         self.last_s = s
+        if self.repeated > STUCK:
+            raise StuckError(f"{STUCK} kinks in a row at one place")
         return weights
 
     def _ended(self, seen: Sight) -> np.ndarray:
@@ -254,8 +282,8 @@ class Kinked:
             return np.zeros(seen.z.size, bool)
         return (np.asarray(pattern.sliding) & over[np.asarray(pattern.slot)]).reshape(-1)
 
-    def _look(self, weights: Weights) -> Sight:
-        return jax.tree.map(np.asarray, _sight(self.here, weights))
+    def _look(self, weights: Weights) -> Seen:
+        return jax.device_get(_seen(self.here, weights))
 
     def _settle(
         self, weights: Weights, units: np.ndarray, *, start: bool
@@ -263,9 +291,9 @@ class Kinked:
         """Decide about units, and about those that this has to do with, until nothing changes."""
         touched: set[int] = set()
         free = set(units.tolist()) if start else set()
-        for turn in range(ROUNDS):
-            seen = self._look(weights)
-            done, weights = self._decide(weights, seen, units, free)
+        seen = self._look(weights)
+        for _ in range(ROUNDS):
+            done, weights = self._decide(weights, seen.at, units, free)
             touched |= done
             self._freeze()
             seen = self._look(weights)
@@ -275,19 +303,17 @@ class Kinked:
             free = set()
         return weights, touched
 
-    def _inconsistent(self, seen: Sight, touched: set[int]) -> np.ndarray:
+    def _inconsistent(self, seen: Seen, touched: set[int]) -> np.ndarray:
         """Units that would at once move to the other side of their kinks, or leave their slides."""
-        pattern = self.patterns.pattern
+        pattern, at = self.patterns.pattern, seen.at
         among = np.array(sorted(touched), np.int64)
         rows, columns = np.divmod(among, self.num_units)
-        scale = np.broadcast_to(np.asarray(scale_of(as_array(seen.z))), seen.z.shape)
-        at = np.abs(seen.z[rows, columns]) <= AT_KINK * scale[rows, columns]
-        speed = np.where(np.asarray(pattern.on), -seen.speed, seen.speed)[rows, columns]
-        away = speed > 1e-9 * np.max(np.abs(seen.speed), initial=0.0)
-        wrong = at & away & ~np.asarray(pattern.sliding)[rows, columns]
-        beyond = np.asarray(violations(pattern, seen))
-        ended = self._ended(seen) if np.any(beyond[seen.z.size :] > 1) else np.zeros(seen.z.size, bool)
-        return np.union1d(among[wrong], np.nonzero(ended)[0])
+        speed = np.where(np.asarray(pattern.on), -at.speed, at.speed)[rows, columns]
+        away = speed > AWAY * np.max(np.abs(at.speed), initial=0.0)
+        wrong = seen.near[rows, columns] & away & ~np.asarray(pattern.sliding)[rows, columns]
+        if np.any(seen.beyond[at.z.size :] > 1):
+            return np.union1d(among[wrong], np.nonzero(self._ended(at))[0])
+        return among[wrong]
 
     def _decide(
         self, weights: Weights, seen: Sight, units: np.ndarray, free: set[int]
@@ -336,25 +362,20 @@ class Kinked:
     ) -> tuple[set[int], Weights]:
         """All units of another network, which have to do with each other."""
         slid = self._sliding_units(None)
-        units = np.union1d(units, slid).astype(np.int64)
-        count = 1 << max(3, int(len(units) - 1).bit_length())
-        padded = np.concatenate([units, np.repeat(units[:1], count - len(units))])
-        gates = np.asarray(self.patterns.pattern.gates).copy()
-        gates.reshape(-1)[units] = 0.0
-        base, force, normals, later = _block(self.here, weights, as_array(gates), as_array(padded))
-        flat = np.concatenate(
-            [np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(normals)], 1
-        )[: len(units)]
-        ahead = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(base)])
-        of_units = np.asarray(later).reshape(count, -1)[: len(units)][:, units]
-        block = self._as_block(
-            units, flat, ahead, np.asarray(force).reshape(-1)[units], of_units, slid, free
-        )
+        touched = np.union1d(units, slid).astype(np.int64)
+        # Units that are at rest without the others, as behind a layer that is all off, have no
+        # kink of their own: their gates stay, until the others have been decided about.
+        units, flat, base, force, later = self._block(weights, touched)
+        sizes = np.linalg.norm(flat, axis=1)
+        own = sizes > DEPENDENT * np.max(sizes, initial=0.0)
+        if not np.all(own) and np.any(own):
+            units, flat, base, force, later = self._block(weights, touched[own])
+        block = self._as_block(units, flat, base, force, later, slid, free)
         groups = decide(block, self.branch)
         self._take(block, groups, seen, None)
         stay = [int(group.members[0]) for group in groups if group.side == 0]
         if stay:
-            n = flat[stay]
+            n = block.normals[stay]
             off = np.asarray(seen.z).reshape(-1)[units[stay]]
             back = np.linalg.lstsq(n, -off, rcond=1e-12)[0]
             leaves, structure = jax.tree.flatten(weights)
@@ -364,7 +385,22 @@ class Kinked:
                 for leaf, part in zip(leaves, np.split(back, ends), strict=True)
             ]
             weights = jax.tree.unflatten(structure, moved)
-        return set(units.tolist()), weights
+        return set(touched.tolist()), weights
+
+    def _block(
+        self, weights: Weights, units: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Units, their normals, v_0, their forces b_0 and B, with the gates of all of them zero."""
+        count = 1 << max(3, int(len(units) - 1).bit_length())
+        padded = np.concatenate([units, np.repeat(units[:1], count - len(units))])
+        gates = np.asarray(self.patterns.pattern.gates).copy()
+        gates.reshape(-1)[units] = 0.0
+        base, force, normals, later = _block(self.here, weights, as_array(gates), as_array(padded))
+        flat = [np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(normals)]
+        ahead = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(base)])
+        of_units = np.asarray(later).reshape(count, -1)[: len(units)][:, units]
+        each = np.concatenate(flat, 1)[: len(units)]
+        return units, each, ahead, np.asarray(force).reshape(-1)[units], of_units
 
     def _as_block(
         self,
@@ -391,7 +427,7 @@ class Kinked:
             members = block.units[group.members]
             if group.open and self.branch is None:
                 point, u = divmod(int(members[0]), self.num_units)
-                raise NotUnique(
+                raise NotUniqueError(
                     f"the unit of neuron {self.place.neuron[u]} in layer {self.place.layer[u]} at "
                     f"point {point} is on its kink, and both ways lead away from it"
                 )
