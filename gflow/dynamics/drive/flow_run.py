@@ -438,7 +438,9 @@ class FlowRun:
         reached = self.progress([event.rule for event in watched])
         for event, progress in zip(watched, reached, strict=True):
             if event.action is Action.KINK:
-                if progress >= event.progress:
+                if progress >= event.progress and self._steps_over(lane):
+                    landed.append((lane, event))
+                elif progress >= event.progress:
                     at_kink, trials, spent = land_on_kink(self.plan.field, self.method, lane)
                     self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
                     landed.append((at_kink, event))
@@ -491,7 +493,20 @@ class FlowRun:
         self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
         self.leg_began = steps
         self._leave(Stand(s, FlowState(weights, scaled_time), steps), next_step)
+        self._meet()
         self._arm()
+
+    def _steps_over(self, lane: Lane) -> bool:
+        """Whether the last step met so many kinks that they are stepped over."""
+        return self.kinked is not None and self.kinked.many(lane.state.weights)
+
+    def _meet(self) -> None:
+        """Act on the events by the clock that are where the run stands, as a kink may be."""
+        ahead = [*self.saves[self.done : self.done + 1], *self.ends]
+        here = [event for event in ahead if event.clock <= self.stand.s]
+        if here:
+            self.record_here()
+            self._act(here, self.stand)
 
     def _at_saddle(self, stand: Stand) -> None:
         """End the run at a saddle; elsewhere on its level, go on."""

@@ -34,11 +34,21 @@ DEPENDENT = 1e-14
 AWAY = 1e-9
 """Speeds of pre-activations below this part of the largest one are zero."""
 
+TURNS = 4
+"""Rounds of stepping over: what mends one unit may put another one past its kink."""
+
 ROUNDS = 20
 """Decisions about one place, each in the light of the last, before it is given up."""
 
-CROSSED, SLID, LEFT = 0, 1, 2
-"""What happened to a unit at a kink: it crossed, began to slide, or left a slide."""
+CROSSED, SLID, LEFT, STEPPED_OVER = 0, 1, 2, 3
+"""What happened to a unit at a kink: it crossed, began to slide, left a slide, or crossed one of
+many kinks in a step."""
+
+MANY = 8
+"""When more units than these pass their kinks in a step they are stepped over."""
+
+SMALL_CORRECTION = 1e-2
+"""But only where what it takes to mend the step is below this part of the weights."""
 
 
 class Happened(NamedTuple):
@@ -146,7 +156,7 @@ class Kinked:
         self.patterns = Patterns(self.place, z > 0, rows)
         self.here = problem
         self.log: list[Happened] = []
-        self.num_kinks, self.num_patterns = 0, 1
+        self.num_kinks, self.num_patterns, self.num_stepped_over = 0, 1, 0
         self.last_s, self.repeated = -1e300, 0
         self._freeze()
 
@@ -163,7 +173,12 @@ class Kinked:
 
     def facts(self) -> dict[str, Any]:
         """What a record says of the kinks."""
-        return {"kinks": "located", "num_kinks": self.num_kinks, "num_patterns": self.num_patterns}
+        over = self.num_stepped_over
+        return {
+            "kinks": "located" if over == 0 else "located, but where many fall into one step",
+            "num_patterns": self.num_patterns,
+            "num_stepped_over": over,
+        }
 
     def at_points(self, weights: Weights, count: int) -> dict[str, np.ndarray]:
         """What a record holds of the kinks at each of some points in this pattern."""
@@ -245,11 +260,19 @@ class Kinked:
             StuckError: where no way on is found.
         """
         before = np.asarray(self.patterns.pattern.sliding)
+        over = self.many(weights)
         on = np.asarray(self.patterns.pattern.on).copy()
         seen = self._look(weights)
         past = seen.beyond[: before.size] > 1
-        meant = seen.near.reshape(-1) & ~before.reshape(-1) | past | self._ended(seen.at)
-        weights, touched = self._settle(weights, np.nonzero(meant)[0], start=False)
+        met: set[int] = set()
+        if over:
+            weights, stuck, met = self._step_over(weights, seen)
+            meant = np.union1d(stuck, np.nonzero(self._ended(seen.at))[0]).astype(np.int64)
+        else:
+            near = seen.near.reshape(-1) & ~before.reshape(-1)
+            meant = np.nonzero(near | past | self._ended(seen.at))[0]
+        weights, touched = self._settle(weights, meant, start=False)
+        touched |= met
         after = np.asarray(self.patterns.pattern.sliding)
         now = np.asarray(self.patterns.pattern.on)
         for unit in touched:
@@ -259,7 +282,7 @@ class Kinked:
             elif before[point, u] and not after[point, u]:
                 event = LEFT
             elif not after[point, u] and now[point, u] != on[point, u]:
-                event = CROSSED
+                event = STEPPED_OVER if over else CROSSED
             else:
                 continue
             layer, neuron = int(self.place.layer[u]), int(self.place.neuron[u])
@@ -271,6 +294,75 @@ class Kinked:
         if self.repeated > STUCK:
             raise StuckError(f"{STUCK} kinks in a row at one place")
         return weights
+
+    def many(self, weights: Weights) -> bool:
+        """Whether so many kinks are in a step that ends at these weights that it steps over them.
+
+        Of one hidden layer only.
+        """
+        if self.rows is None:
+            return False
+        seen = self._look(weights)
+        past = seen.beyond[: seen.at.z.size] > 1
+        if np.count_nonzero(past) <= MANY:
+            return False
+        moves, _, _ = self._mended(seen, np.nonzero(past)[0])
+        size = np.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(weights)))
+        return bool(np.linalg.norm(moves) <= SMALL_CORRECTION * size)
+
+    # A unit that passed its kink |z|/|z'| ago with its old gate g has since had the velocity of its
+    # neuron wrong by (g - g') b x, so that w is mended, to first order in the step, by
+    # (g' - g) b x |z|/|z'|; where it would have come back, as both sides drive it to the kink, by
+    # putting it on it along x, which is what the wrong force has pushed it along.
+    def _mended(self, seen: Seen, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What mends the neurons of units that are past their kinks, and which of these cross.
+
+        Returns:
+            The change of neurons' weights, (k, d), each unit's by itself; the neurons, (k,); and
+            which units cross, (k,).
+        """
+        assert self.rows is not None
+        points, neurons = np.divmod(units, self.num_units)
+        rows, at = self.rows[points], seen.at
+        squares = np.sum(rows**2, 1)
+        z, speed, force = (x[points, neurons] for x in (at.z, at.speed, at.force))
+        on = np.asarray(self.patterns.pattern.on)[points, neurons]
+        jump = np.where(on, -1.0, 1.0) * (1 - self.place.lower[neurons])
+        other = speed + jump * force * squares
+        away = np.sign(speed) == np.sign(z)
+        crosses = ~away | (other * speed > 0)
+        ago = np.where(away, np.abs(z) / np.where(away, np.abs(speed), 1.0), 0.0)
+        part = np.where(crosses, jump * force * ago, -z / np.where(squares > 0, squares, 1.0))
+        return part[:, None] * rows, neurons, crosses
+
+    def _step_over(self, weights: Weights, seen: Seen) -> tuple[Weights, np.ndarray, set[int]]:
+        """Put units that are past their kinks on the other side; mend what they did meanwhile.
+
+        Returns:
+            The weights; units that are to be decided about, on their kinks; all that were met.
+        """
+        met: set[int] = set()
+        stuck: list[int] = []
+        for turn in range(TURNS):
+            past = np.nonzero(seen.beyond[: seen.at.z.size] > 1)[0]
+            past = past[~np.isin(past, stuck)]
+            if len(past) == 0:
+                break
+            moves, neurons, crosses = self._mended(seen, past)
+            if turn == 0:
+                own = np.asarray(self.bends.of_neurons(weights)).copy()
+                np.add.at(own, neurons, moves)
+                changed = self.bends.with_neurons(weights, as_array(own))
+                weights = jax.tree.map(np.asarray, changed)
+                stuck += past[~crosses].tolist()
+                past = past[crosses]
+            on = np.asarray(self.patterns.pattern.on).reshape(-1)[past]
+            self.patterns.gate(past, ~on)
+            self.num_stepped_over += len(past)
+            met |= set(past.tolist())
+            self._freeze()
+            seen = self._look(weights)
+        return weights, np.array(stuck, np.int64), met
 
     def _ended(self, seen: Sight) -> np.ndarray:
         """Which units slide in slots that are to be decided about again, (n U,)."""
@@ -439,5 +531,5 @@ class Kinked:
         self.patterns.replace(neurons, slides, force)
 
 
-_FACTS = ("num_kinks", "num_patterns", "last_s", "repeated")
+_FACTS = ("num_kinks", "num_stepped_over", "num_patterns", "last_s", "repeated")
 
