@@ -26,7 +26,7 @@ from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.kinks.kinked import Kinked, NotUniqueError, StuckError
+from gflow.dynamics.kinks.kinked import MENDED, Kinked, NotUniqueError, StuckError
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
@@ -438,9 +438,15 @@ class FlowRun:
         reached = self.progress([event.rule for event in watched])
         for event, progress in zip(watched, reached, strict=True):
             if event.action is Action.KINK:
-                if progress >= event.progress and self._steps_over(lane):
-                    landed.append((lane, event))
-                elif progress >= event.progress:
+                if progress < event.progress:
+                    continue
+                part = self._part_of_crowd(lane)
+                if part is not None and part < 1:
+                    self._go_back(lane, part)
+                    return
+                if part is not None:
+                    landed.append((_not_longer(lane, part), event))
+                else:
                     at_kink, trials, spent = land_on_kink(self.plan.field, self.method, lane)
                     self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
                     landed.append((at_kink, event))
@@ -490,15 +496,36 @@ class FlowRun:
             self.end = Reason.STUCK.end(why=error, log_risk=log_risk)
             return
         self._follow_pattern(kinked)
-        self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
-        self.leg_began = steps
+        self._keep_counts(steps)
         self._leave(Stand(s, FlowState(weights, scaled_time), steps), next_step)
         self._meet()
         self._arm()
 
-    def _steps_over(self, lane: Lane) -> bool:
-        """Whether the last step met so many kinks that they are stepped over."""
-        return self.kinked is not None and self.kinked.many(lane.state.weights)
+    def _part_of_crowd(self, lane: Lane) -> float | None:
+        """The last step's share of what it could be where many kinks are in it, else None.
+
+        What mends a step is of second order in it.
+        """
+        assert self.kinked is not None
+        size = self.kinked.crowd(lane.state.weights)
+        if size is None:
+            return None
+        part = math.sqrt(MENDED / max(size, MENDED / 4))
+        return max(0.8 * part, 0.2) if part < 1 else part
+
+    def _go_back(self, lane: Lane, part: float) -> None:
+        """Refuse the last step, and try a part of it."""
+        s, state, _ = lane.previous
+        self._keep_counts(int(lane.num_steps) - 1)
+        stand = Stand(float(s), state, int(lane.num_steps) - 1)
+        self._leave(stand, part * float(lane.s - s))
+        self.num_rejected += 1
+        self._arm()
+
+    def _keep_counts(self, steps: int) -> None:
+        """Keep the solver's counts of what is left: it begins anew after so many steps."""
+        self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
+        self.leg_began = steps
 
     def _meet(self) -> None:
         """Act on the events by the clock that are where the run stands, as a kink may be."""
@@ -685,6 +712,12 @@ class FlowRun:
     def _out_of_steps(self) -> End:
         rule = self.saves[self.done].rule
         return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
+
+
+def _not_longer(lane: Lane, part: float) -> Lane:
+    """The lane, with a next step no longer than ``part`` of the last."""
+    longest = part * (lane.s - lane.previous[0])
+    return dataclasses.replace(lane, next_step=np.minimum(lane.next_step, longest))
 
 
 _KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)

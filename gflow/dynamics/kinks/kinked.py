@@ -47,8 +47,9 @@ many kinks in a step."""
 MANY = 8
 """When more units than these pass their kinks in a step they are stepped over."""
 
-SMALL_CORRECTION = 1e-2
-"""But only where what it takes to mend the step is below this part of the weights."""
+MENDED = 1e-3
+"""But only where what it takes to mend the step is below this part of the weights; else the step is
+made shorter."""
 
 
 class Happened(NamedTuple):
@@ -260,7 +261,7 @@ class Kinked:
             StuckError: where no way on is found.
         """
         before = np.asarray(self.patterns.pattern.sliding)
-        over = self.many(weights)
+        over = self.crowd(weights) is not None
         on = np.asarray(self.patterns.pattern.on).copy()
         seen = self._look(weights)
         past = seen.beyond[: before.size] > 1
@@ -295,20 +296,21 @@ class Kinked:
             raise StuckError(f"{STUCK} kinks in a row at one place")
         return weights
 
-    def many(self, weights: Weights) -> bool:
-        """Whether so many kinks are in a step that ends at these weights that it steps over them.
+    def crowd(self, weights: Weights) -> float | None:
+        """If many kinks are in a step that ends at these weights, what stepping over them takes.
 
-        Of one hidden layer only.
+        That is the size of what mends the step, relative to the weights. None where kinks are few,
+        and for several hidden layers, where every kink is landed on.
         """
         if self.rows is None:
-            return False
+            return None
         seen = self._look(weights)
         past = seen.beyond[: seen.at.z.size] > 1
         if np.count_nonzero(past) <= MANY:
-            return False
+            return None
         moves, _, _ = self._mended(seen, np.nonzero(past)[0])
         size = np.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(weights)))
-        return bool(np.linalg.norm(moves) <= SMALL_CORRECTION * size)
+        return float(np.linalg.norm(moves)) / size
 
     # A unit that passed its kink |z|/|z'| ago with its old gate g has since had the velocity of its
     # neuron wrong by (g - g') b x, so that w is mended, to first order in the step, by
