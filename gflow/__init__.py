@@ -12,6 +12,7 @@
 from gflow.analysis import exact as exact
 from gflow.analysis.compare import compare as compare
 from gflow.analysis.gap_bound import gap_bound as gap_bound
+from gflow.analysis.kinks import kinks as kinks
 from gflow.analysis.ladder import ladder as ladder
 from gflow.analysis.saddles import Plateau as Plateau, Plateaus as Plateaus, saddles as saddles
 from gflow.analysis.theorems import Claim as Claim, Claims as Claims, verify as verify

@@ -233,6 +233,11 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
                 )
         case solver:
             methods = [solver]
+    if options.modified is not None and problem.network.kinks(weights, problem.data) is not None:
+        raise ValueError(
+            "`modified` is given for a network with kinks, at which the derivatives that the "
+            "modified equation consists of do not exist; leave it out."
+        )
     state = FlowState(weights, as_array(np.zeros(())))
     atol = default_atol(state, rtol) if options.atol is None else float(options.atol)
     least = problem.loss.least_log_risk

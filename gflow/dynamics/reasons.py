@@ -52,6 +52,7 @@ class Reason(enum.IntEnum):
     FAILED = enum.auto()
     CHECKPOINT_FAILED = enum.auto()
     NOT_UNIQUE = enum.auto()
+    HIDDEN_KINK = enum.auto()
     STUCK = enum.auto()
 
     @property
@@ -169,6 +170,12 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.REFUSED: ("refused", "{why}"),
     Reason.FAILED: ("failed", "{why}"),
     Reason.CHECKPOINT_FAILED: ("checkpoint_failed", "{why}"),
+    Reason.HIDDEN_KINK: (
+        "precision_lost",
+        f"{_SHORTER}: the network has a kink of which gflow does not know (as jax.nn.relu has), at "
+        "which the field jumps; the flow slides along it, and no step is short enough. Write "
+        "gflow.relu, gflow.leaky_relu or gflow.MLP: kinks that are known are located",
+    ),
     Reason.NOT_UNIQUE: (
         "not_unique",
         "the flow can go on in two ways: {why}; choose one with the network's `branch`",

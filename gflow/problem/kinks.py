@@ -89,63 +89,90 @@ ad.defjvp(_kink, _gate)
 mlir.register_lowering(_kink, mlir.lower_fun(_branch, multiple_results=False))
 
 
-Meet = Callable[[Any, float], Any]
-"""From a pre-activation and the lower slope to what stands in the activation's place."""
+SWITCHES = ("max", "min", "abs", "clamp", "sign")
+"""Primitives that have kinks: of an activation that gflow does not know of, as jax.nn.relu. A
+maximum over an axis is none of them, since softmax takes it off and adds it again."""
+
+LOOPS = ("scan", "while", "cond")
+"""Primitives whose passes share a program."""
+
+Wanted = Callable[[Any], bool]
+"""Whether an equation is one of those that are looked for."""
+
+Meet = Callable[[Any, list[Any]], Any]
+"""From such an equation and its operands to its result."""
 
 
-def has_kinks(jaxpr: Jaxpr) -> bool:
-    """Whether there is a known kink in a program, at any level."""
+def is_kink(equation: Any) -> bool:
+    """Whether an equation is an activation with a kink that gflow knows of."""
+    return equation.primitive is _kink
+
+
+def is_switch(equation: Any) -> bool:
+    """Whether it has a kink that is none of gflow's."""
+    floats = all(jnp.issubdtype(out.aval.dtype, jnp.floating) for out in equation.outvars)
+    return floats and equation.primitive.name in SWITCHES
+
+
+def holds(jaxpr: Jaxpr, wanted: Wanted) -> bool:
+    """Whether there is such an equation in a program, at any level."""
     return any(
-        equation.primitive is _kink or any(has_kinks(inner) for inner in _inner(equation))
+        wanted(equation) or any(holds(inner, wanted) for inner in _inner(equation))
         for equation in jaxpr.eqns
     )
 
 
-def replay(jaxpr: Jaxpr, constants: list[Any], arguments: list[Any], meet: Meet) -> list[Any]:
-    """Evaluate a program, with ``meet`` in the place of each activation, in their order.
+def replay(
+    program: ClosedJaxpr, arguments: list[Any], wanted: Wanted, meet: Meet, loops: bool = True
+) -> list[Any]:
+    """Evaluate a program with ``meet`` in the place of each equation that is wanted, in order.
+
+    Args:
+        program: see :func:`traced`.
+        arguments: its flat arguments.
+        wanted, meet: which equations, and what stands in their place.
+        loops: whether a wanted one inside a loop or a branch is an error; else it is left alone.
 
     Raises:
-        ValueError: when a known kink is inside a loop or a branch, whose passes share a program.
+        ValueError: when one is inside a loop or a branch.
     """
-    known: dict[Any, Any] = {}
+    jaxpr, known = program.jaxpr, {}
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else known[atom]
 
-    known.update(zip(jaxpr.constvars, constants, strict=True))
+    known.update(zip(jaxpr.constvars, program.consts, strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
         values = [read(atom) for atom in equation.invars]
-        inner = _inner(equation)
-        if equation.primitive is _kink:
-            found = [meet(values[0], equation.params["slope"])]
-        elif any(has_kinks(each) for each in inner):
-            found = _replay_call(equation, values, meet)
+        if wanted(equation):
+            found = [meet(equation, values)]
+        elif (called := _called(equation, wanted, loops)) is not None:
+            found = replay(called, values, wanted, meet, loops)
         else:
-            functions, parameters = equation.primitive.get_bind_params(equation.params)
+            bound = equation.primitive.get_bind_params(equation.params)
+            # A pair before JAX 0.10.
+            functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
             found = equation.primitive.bind(*functions, *values, **parameters)
             found = found if equation.primitive.multiple_results else [found]
         known.update(zip(equation.outvars, found, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-LOOPS = ("scan", "while", "cond")
-
-
-def _replay_call(equation: Any, values: list[Any], meet: Meet) -> list[Any]:
-    """The inside of a call that has a kink in it."""
-    name = equation.primitive.name
+def _called(equation: Any, wanted: Wanted, loops: bool) -> ClosedJaxpr | None:
+    """The program that an equation calls, if something that is wanted is in it."""
+    if not any(holds(inner, wanted) for inner in _inner(equation)):
+        return None
     inner = [each for each in equation.params.values() if isinstance(each, ClosedJaxpr | Jaxpr)]
-    if name in LOOPS or len(inner) != 1:
-        raise ValueError(
-            f"`apply` has a gflow.relu or gflow.leaky_relu inside a `{name}`; expected it outside "
-            "of loops and branches of JAX, where each is one place of the network: write the loop "
-            "over layers in Python."
-        )
-    closed = inner[0]
-    if isinstance(closed, ClosedJaxpr):
-        return replay(closed.jaxpr, closed.consts, values, meet)
-    return replay(closed, [], values, meet)
+    if equation.primitive.name not in LOOPS and len(inner) == 1:
+        return inner[0] if isinstance(inner[0], ClosedJaxpr) else ClosedJaxpr(inner[0], [])
+    if not loops:
+        return None
+    raise ValueError(
+        f"`apply` has a gflow.relu or gflow.leaky_relu inside a `{equation.primitive.name}`; "
+        "expected it outside of loops and branches of JAX, where each is one place of the network: "
+        "write the loop over layers in Python."
+    )
 
 
 def _inner(equation: Any) -> list[Jaxpr]:

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from gflow.problem import settings
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.array import Array as Array, as_array as as_array
 from gflow.problem.design import AbstractDesign
-from gflow.problem.kinks import check_branch, side_of
+from gflow.problem.kinks import check_branch, holds, is_switch, replay, side_of, traced
 from gflow.problem.module import Module
 
 if TYPE_CHECKING:
@@ -89,6 +90,14 @@ class AbstractNetwork(Module):
     def kinks(self, weights: Weights, data: AbstractData) -> "AbstractBends | None":
         """The kinks of the network that are known; None if there are none."""
         return None
+
+    def hidden_kinks(self, weights: Weights, data: AbstractData) -> bool:
+        """Whether the network has kinks of which gflow does not know where they are."""
+        return False
+
+    def switches(self, weights: Weights, data: AbstractData) -> Array:
+        """On which side the network is of each of these, (switches,); pure JAX."""
+        return jnp.zeros((0,), bool)
 
     def branch_side(self) -> int | None:
         """The side of a kink to take where the flow is not unique, 1 or -1; None for neither."""
@@ -268,6 +277,10 @@ class Network(AbstractNetwork):
     def branch_side(self) -> int | None:
         return side_of(self.branch)
 
+    def hidden_kinks(self, weights: Weights, data: AbstractData) -> bool:
+        with settings.callers():
+            return holds(traced(self.apply, weights, data.inputs[0]).jaxpr, is_switch)
+
     def __check_init__(self):
         check_branch(self.branch)
         if not callable(self.apply):
@@ -300,6 +313,24 @@ class Network(AbstractNetwork):
         from gflow.problem.traced_bends import bends_of  # it builds on this module
 
         return bends_of(self.apply, weights, data)
+
+    def switches(self, weights: Weights, data: AbstractData) -> Array:
+        inputs = jnp.asarray(data.inputs)
+        program = traced(self.apply, weights, inputs[0])
+
+        def one(x: Array) -> Array:
+            met: list[Array] = []
+
+            def meet(equation: Any, operands: list[Any]) -> Array:
+                other = operands[1] if len(operands) == 2 else jnp.zeros_like(operands[0])
+                found = equation.primitive.bind(*operands, **equation.params)
+                met.append(jnp.broadcast_to(operands[0] > other, found.shape).reshape(-1))
+                return found
+
+            replay(program, [*jax.tree.leaves(weights), x], is_switch, meet, loops=False)
+            return jnp.concatenate(met) if met else jnp.zeros((0,), bool)
+
+        return jax.vmap(one)(inputs).reshape(-1)
 
     def check(self, weights: Weights, data: AbstractData) -> Weights:
         weights = float_leaves("weights", weights)

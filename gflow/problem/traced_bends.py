@@ -12,7 +12,7 @@ from gflow.problem import settings
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends, Place
-from gflow.problem.kinks import has_kinks, replay, traced
+from gflow.problem.kinks import holds, is_kink, replay, traced
 from gflow.problem.network import Weights
 
 
@@ -38,14 +38,15 @@ class TracedBends(AbstractBends):
         def one(x: Array, gates: Array, shifts: Array) -> tuple[Any, Array]:
             met: list[Array] = []
 
-            def meet(z: Array, slope: float) -> Array:
+            def meet(_: Any, operands: list[Any]) -> Array:
+                (z,) = operands
                 first = sum(each.size for each in met)
                 met.append(z.reshape(-1))
                 part = slice(first, first + z.size)
                 return gates[part].reshape(z.shape) * z + shifts[part].reshape(z.shape)
 
             leaves = [*jax.tree.leaves(weights), x]
-            (out,) = replay(program.jaxpr, program.consts, leaves, meet)
+            (out,) = replay(program, leaves, is_kink, meet)
             return out, jnp.concatenate(met)
 
         shifts = jnp.zeros_like(gates) if shifts is None else shifts
@@ -63,18 +64,19 @@ def bends_of(
     """
     with settings.callers():
         program = traced(apply, weights, data.inputs[0])
-    if not has_kinks(program.jaxpr):
+    if not holds(program.jaxpr, is_kink):
         return None
     sizes: list[int] = []
     slopes: list[float] = []
 
-    def meet(z: Array, slope: float) -> Array:
+    def meet(equation: Any, operands: list[Any]) -> Array:
+        (z,) = operands
         sizes.append(int(np.prod(z.shape)))
-        slopes.append(slope)
+        slopes.append(equation.params["slope"])
         return z
 
     def run(*leaves: Any) -> list[Any]:
-        return replay(program.jaxpr, program.consts, list(leaves), meet)
+        return replay(program, list(leaves), is_kink, meet)
 
     jax.eval_shape(run, *jax.tree.leaves(weights), data.inputs[0])
     return TracedBends(apply, tuple(sizes), tuple(slopes))

@@ -26,6 +26,7 @@ from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.kinks.hidden import Hidden
 from gflow.dynamics.kinks.kinked import MENDED, Kinked, NotUniqueError, StuckError
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.march.land import land
@@ -94,6 +95,8 @@ class FlowRun:
         weights, log_risk = recorder.start, at_start.log_risk
         self.kinked = Kinked.of(self.problem, weights) if plan.methods else None
         """The kinks of the network, which the run follows piece by piece; None if it has none."""
+        self.hidden = Hidden.of(self.problem, weights) if self.kinked is None else None
+        """Kinks that gflow does not know of, if there are some."""
         self.first_slope = at_start.slope
         loss = self.problem.loss
         self.above_zero = not loss.attained and log_risk > level_at_zero(self.problem) + ROUND_OFF
@@ -221,6 +224,8 @@ class FlowRun:
         found = {"solver": ", then ".join(used), **self.told}
         if self.kinked is not None:
             found |= self.kinked.facts()
+        elif self.hidden is not None:
+            found |= self.hidden.facts()
         if self.plan.methods:
             evaluations, iterations = self.counts + np.array(self.leg_counts)
             found |= {
@@ -344,6 +349,8 @@ class FlowRun:
                 **({} if kinked is None else kinked.at_points(states.weights, len(rows))),
             }
 
+        if self.hidden is not None:
+            self.hidden.see(states.weights, len(rows))
         self.recorder.add(states.weights, rows, more, self.plan.field.problem)
 
     # ---------------------------------------------------------------------------------------------
