@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -110,8 +111,11 @@ def is_kink(equation: Any) -> bool:
 
 def is_switch(equation: Any) -> bool:
     """Whether it has a kink that is none of gflow's."""
+    if equation.primitive.name not in SWITCHES:
+        return False
     floats = all(jnp.issubdtype(out.aval.dtype, jnp.floating) for out in equation.outvars)
-    return floats and equation.primitive.name in SWITCHES
+    literals = [atom.val for atom in equation.invars if isinstance(atom, Literal)]
+    return floats and bool(np.all(np.isfinite(np.array(literals, dtype=np.float64))))
 
 
 def holds(jaxpr: Jaxpr, wanted: Wanted) -> bool:

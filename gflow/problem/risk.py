@@ -241,7 +241,8 @@ class Problem(Module):
                 "stays there for ever. Start from weights whose product or gradient is not zero "
                 "(at most one layer may vanish)."
             )
-        if log_risk > at_zero + ROUND_OFF and not self.loss.attained:
+        smooth = self.network.kinks(weights, self.data) is None  # of others the paper says nothing
+        if log_risk > at_zero + ROUND_OFF and smooth and not self.loss.attained:
             warnings.warn(
                 f"R(W(0)) = exp({log_risk:.6g}) exceeds R(0) = exp({at_zero:.6g}), so the "
                 "assumption of Ji and Telgarsky on the start fails: the flow may end at a saddle "

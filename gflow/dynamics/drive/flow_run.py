@@ -39,7 +39,7 @@ from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
 from gflow.problem.memo import once_per_object
-from gflow.problem.network import Weights, as_array
+from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.observables import imbalance
 from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
 
@@ -503,6 +503,11 @@ class FlowRun:
             self.end = Reason.STUCK.end(why=error, log_risk=log_risk)
             return
         self._follow_pattern(kinked)
+        # Far out the shares of the points settle anew behind a kink, while log R changes by about 1:
+        # a step that leaps over this is refused however it is shortened, until it does not.
+        state = FlowState(weights, scaled_time)
+        layer = 1 / float(_fall(self.plan.field, as_array(np.float64(s)), state))
+        next_step = min(next_step, layer) if layer > 0 else next_step
         self._keep_counts(steps)
         self._leave(Stand(s, FlowState(weights, scaled_time), steps), next_step)
         self._meet()
@@ -719,6 +724,13 @@ class FlowRun:
     def _out_of_steps(self) -> End:
         rule = self.saves[self.done].rule
         return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
+
+
+@eqx.filter_jit
+def _fall(field: AbstractField, s: Array, state: FlowState) -> Array:
+    r"""$-d\log R/ds$."""
+    log_risk, _, descent = field.direction(state.weights)
+    return field.clock.rate(s, log_risk, descent) * descent
 
 
 def _not_longer(lane: Lane, part: float) -> Lane:

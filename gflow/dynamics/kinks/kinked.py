@@ -158,6 +158,8 @@ class Kinked:
         self.here = problem
         self.log: list[Happened] = []
         self.num_kinks, self.num_patterns, self.num_stepped_over = 0, 1, 0
+        self.num_joint = 0
+        """Pieces on which units of several layers slide at one point."""
         self.last_s, self.repeated = -1e300, 0
         self._freeze()
 
@@ -179,6 +181,7 @@ class Kinked:
             "kinks": "located" if over == 0 else "located, but where many fall into one step",
             "num_patterns": self.num_patterns,
             "num_stepped_over": over,
+            "num_joint_slides": self.num_joint,
         }
 
     def at_points(self, weights: Weights, count: int) -> dict[str, np.ndarray]:
@@ -239,7 +242,10 @@ class Kinked:
 
     def _freeze(self) -> None:
         """The problem in the pattern as it is now."""
-        network = Frozen(self.problem.network, self.bends, self.patterns.frozen())
+        network = self.problem.network
+        if self.branch is not None:  # which no program asks for
+            network = dataclasses.replace(network, branch=None)  # pyright: ignore
+        network = Frozen(network, self.bends, self.patterns.frozen())
         self.here = eqx.tree_at(lambda problem: problem.network, self.problem, network)
 
     # ---------------------------------------------------------------------------------------------
@@ -290,6 +296,7 @@ class Kinked:
             self.log.append(Happened(log_time, log_risk, step, layer, neuron, point, event))
             self.num_kinks += 1
         self.num_patterns += 1
+        self.num_joint += self._joint()
         self.repeated = self.repeated + 1 if s - self.last_s <= SAME * max(1.0, abs(s)) else 0
         self.last_s = s
         if self.repeated > STUCK:
@@ -365,6 +372,21 @@ class Kinked:
             self._freeze()
             seen = self._look(weights)
         return weights, np.array(stuck, np.int64), met
+
+    # Of units that slide at one point, one behind the other, the forces on the first depend on where
+    # the second is at each moment, and not on its mean gate alone: where they change their sign the
+    # gates that keep the slide may be outside [kappa, 1], and it is left too early here.
+    def _joint(self) -> bool:
+        """Whether units of several layers slide at one point."""
+        if self.rows is not None:
+            return False
+        layers: dict[int, int] = {}
+        for unit in self._sliding_units(None).tolist():
+            point, u = divmod(unit, self.num_units)
+            layer = int(self.place.layer[u])
+            if layers.setdefault(point, layer) != layer:
+                return True
+        return False
 
     def _ended(self, seen: Sight) -> np.ndarray:
         """Which units slide in slots that are to be decided about again, (n U,)."""
@@ -533,5 +555,5 @@ class Kinked:
         self.patterns.replace(neurons, slides, force)
 
 
-_FACTS = ("num_kinks", "num_stepped_over", "num_patterns", "last_s", "repeated")
+_FACTS = ("num_joint", "num_kinks", "num_stepped_over", "num_patterns", "last_s", "repeated")
 
