@@ -443,9 +443,7 @@ QUANTITIES: dict[str, Quantity] = {
     "kink_layer": Quantity(KINK, "layer of the unit, or number of the activation, from 1"),
     "kink_neuron": Quantity(KINK, "neuron of the unit, from 0"),
     "kink_point": Quantity(KINK, "point of the unit, from 0"),
-    "kink_event": Quantity(
-        KINK, "0 crossed, 1 began to slide, 2 left a slide, 3 stepped over"
-    ),
+    "kink_event": Quantity(KINK, "0 crossed, 1 began to slide, 2 left a slide, 3 stepped over"),
     # The function that the network computes.
     "end_to_end": Quantity(
         ("point", "coordinate"),

@@ -160,9 +160,7 @@ class WeightTangent(AbstractTangent):
         kept = values > CUT * size
         inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
         multipliers = -scale * (vectors @ (inverse * (vectors.T @ (unit @ ahead))))
-        moved = jax.tree.map(
-            lambda x, rows: x + jnp.tensordot(multipliers, rows, 1), vector, each
-        )
+        moved = jax.tree.map(lambda x, rows: x + jnp.tensordot(multipliers, rows, 1), vector, each)
         return moved, multipliers
 
     def of_slots(self, normals: Callable[[Array], Weights]) -> Weights:
@@ -173,7 +171,6 @@ class WeightTangent(AbstractTangent):
             return normals(cotangent)
 
         return jax.vmap(one)(self.units, self.active)
-
 
 
 def _flat(tree: Weights, rows: int) -> Array:
@@ -250,7 +247,9 @@ class Frozen(AbstractNetwork):
             pulled = jax.vmap(lambda w, c: self._pulled(w, data)[1](c)[0])(moved, cotangents)
             leaves = jax.tree.leaves(pulled)
             ones = jnp.ones_like(cotangents[:, None, :1])
-            return Factors([ones] * len(leaves), [leaf.reshape(len(ones), 1, -1) for leaf in leaves])
+            return Factors(
+                [ones] * len(leaves), [leaf.reshape(len(ones), 1, -1) for leaf in leaves]
+            )
 
         return jax.vmap(at)(moved), pull
 
@@ -312,8 +311,10 @@ def sight(problem: Any, weights: Weights) -> Sight:
 
     raw = vjp((cotangent, jnp.zeros_like(z)))[0]
     velocity, multipliers = pattern.tangent.project(normals, raw, bends)
-    put_in = jnp.zeros((z.size,)).at[pattern.tangent.units].add(
-        jnp.where(pattern.tangent.active, multipliers, 0.0)
+    put_in = (
+        jnp.zeros((z.size,))
+        .at[pattern.tangent.units]
+        .add(jnp.where(pattern.tangent.active, multipliers, 0.0))
     )
     force = vjp((cotangent, put_in.reshape(z.shape)))[1]
     _, (_, speed) = jax.jvp(lambda w: at(w, jnp.zeros_like(z)), (weights,), (velocity,))

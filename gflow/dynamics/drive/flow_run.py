@@ -676,6 +676,8 @@ class FlowRun:
         }
         if self.split_run is None and self.report is not None:
             arrays["lane"] = self.report.lane
+        elif self.split_run is None and self.resumed is not None:
+            arrays["lane"] = self.resumed
         elif self.split_run is None:  # it has left its lanes, to go on in another way
             s, state, num_steps = self._stand
             arrays["stand"] = {

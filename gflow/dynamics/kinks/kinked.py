@@ -167,7 +167,9 @@ class Kinked:
     def of(cls, problem: Problem, weights: Weights) -> "Kinked | None":
         """The kinks of a run at its start; None for a network that has none that gflow knows."""
         bends = problem.network.kinks(weights, problem.data)
-        return None if bends is None else cls(problem, bends, weights, problem.network.branch_side())
+        return (
+            None if bends is None else cls(problem, bends, weights, problem.network.branch_side())
+        )
 
     @property
     def num_sliding(self) -> int:
@@ -259,7 +261,9 @@ class Kinked:
             return weights
         return self._settle(weights, np.nonzero(free.reshape(-1))[0], start=True)[0]
 
-    def pass_(self, weights: Weights, s: float, log_time: float, log_risk: float, step: int) -> Weights:
+    def pass_(
+        self, weights: Weights, s: float, log_time: float, log_risk: float, step: int
+    ) -> Weights:
         """Go past the kink that the weights are at; where to go on from.
 
         Raises:
@@ -556,4 +560,3 @@ class Kinked:
 
 
 _FACTS = ("num_joint", "num_kinks", "num_stepped_over", "num_patterns", "last_s", "repeated")
-

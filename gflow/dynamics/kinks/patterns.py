@@ -151,7 +151,9 @@ class Patterns:
                 self.pattern, theta=as_array(np.zeros(count)), pull=as_array(-np.ones(count))
             )
             self._open()
-            neurons = None if self.rows is None else sorted({u % self.shape[1] for u in self.slides})
+            neurons = (
+                None if self.rows is None else sorted({u % self.shape[1] for u in self.slides})
+            )
         if self.rows is None:
             self._place(range(len(self.slides)), list(self.slides.values()), pull)
             np.asarray(self.pattern.tangent.active)[len(self.slides) :] = False
