@@ -41,7 +41,7 @@ def test_activations_are_what_they_say_and_batch_and_differentiate():
     np.testing.assert_array_equal(jax.vmap(lambda r: gflow.leaky_relu(r, -1.0))(z), np.abs(z))
     gates = jax.grad(lambda z: jnp.sum(gflow.leaky_relu(z, 0.1)))(z)
     np.testing.assert_array_equal(gates, [[0.1, 1.0], [0.1, 0.1]])
-    with pytest.raises(ValueError, match="`slope` is 1.5; expected a number below 1"):
+    with pytest.raises(ValueError, match=r"`slope` is 1\.5; expected a number below 1"):
         gflow.leaky_relu(z, 1.5)
     with pytest.raises(ValueError, match="`branch` is 'left'; expected 'on' or 'off'"):
         gflow.MLP(branch="left")
@@ -54,7 +54,7 @@ def test_kinks_are_found_in_calls_and_refused_in_loops():
     bends = gflow.Network(lambda w, x: jnp.sum(deep(w, x))).kinks(np.ones((2, 3)), XOR)
     assert bends.sizes == (2, 2) and bends.slopes == (0.0, 0.1)
     looped = gflow.Network(lambda w, x: jax.lax.fori_loop(0, 2, lambda _, z: gflow.relu(z), w[0]))
-    with pytest.raises(ValueError, match="inside a `(while|scan)`; expected it outside of loops"):
+    with pytest.raises(ValueError, match=r"inside a `(while|scan)`; expected it outside of loops"):
         looped.kinks(np.ones(2), XOR)
     hidden = gflow.Network(lambda w, x: jnp.sum(jax.nn.relu(w @ x)))
     assert hidden.kinks(np.ones((2, 3)), XOR) is None

@@ -39,8 +39,8 @@ def kinks(record: "xr.Dataset") -> "xr.Dataset":
     expect("record", record, xr.Dataset, "a record, as `gflow.gradient_flow` returns")
     if "num_kinks" not in record:
         raise ValueError(
-            "`record` has no log of kinks; expected a flow of a network whose kinks gflow knows of: "
-            "`gflow.MLP(slope)`, or a `gflow.Network` with `gflow.relu` or `gflow.leaky_relu` in it."
+            "`record` has no log of kinks; expected a flow of a network whose kinks gflow knows: "
+            "`gflow.MLP(slope)`, or a `gflow.Network` with `gflow.relu` or `gflow.leaky_relu`."
         )
     if "kink_event" not in record:  # there was none
         empty = {name: ("kink", np.zeros(0)) for name in COLUMNS}

@@ -63,8 +63,8 @@ def check_branch(branch: str | None) -> None:
     """Raise where ``branch`` is none of "on", "off" and None."""
     if branch not in (None, "on", "off"):
         raise ValueError(
-            f"`branch` is {shown(branch)}; expected 'on' or 'off', the side of a kink to go to where "
-            "both lead away from it, or None to end there."
+            f"`branch` is {shown(branch)}; expected 'on' or 'off', the side of a kink to go to "
+            "where both lead away from it, or None to end there."
         )
 
 

@@ -8,6 +8,7 @@ its bias. Without biases the network is homogeneous of degree L.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import equinox as eqx
@@ -26,9 +27,9 @@ from gflow.problem.network import AbstractNetwork, Weights, check_weights, pullb
 class MLP(AbstractNetwork):
     r"""Dense layers with $\phi(z) = \max(z, \kappa z)$ between them, of any depth and widths.
 
-    Its kinks are known to a flow, which lands on each and crosses it or slides along it (see
-    ``docs/kinks.md``). Weights are those of a deep linear network, as ``gflow.init`` makes them, for
-    one output, K classes or K targets; instead of a matrix a layer may be a pair (matrix, bias).
+    Its kinks are known to a flow, which lands on each and crosses it or slides along it. Weights
+    are those of a deep linear network, as ``gflow.init`` makes them, for one output, K classes or
+    K targets; instead of a matrix a layer may be a pair (matrix, bias).
 
     Args:
         slope: $\kappa < 1$, that of the activation where z < 0: 0 for ReLU, 0.1 for a leaky one, -1
@@ -74,7 +75,8 @@ class MLP(AbstractNetwork):
 
     def check(self, weights: Weights, data: AbstractData) -> Weights:
         if isinstance(weights, np.ndarray | jax.Array) or not isinstance(weights, Sequence):
-            matrices, biases = weights, [None]
+            matrices, biases = (), [None]  # which is refused as it is
+            check_weights(weights)  # pyright: ignore[reportArgumentType]
         else:
             pairs = [layer if _is_pair(layer) else (layer, None) for layer in weights]
             matrices, biases = tuple(m for m, _ in pairs), [b for _, b in pairs]
@@ -116,7 +118,7 @@ def balances(weights: Weights) -> Array:
     """
     layers = parts(weights)
     found = []
-    for (matrix, bias), (after, _) in zip(layers, layers[1:], strict=False):
+    for (matrix, bias), (after, _) in pairwise(layers):
         into = jnp.sum(jnp.asarray(matrix) ** 2, 1)
         into = into if bias is None else into + jnp.asarray(bias) ** 2
         found.append(into - jnp.sum(jnp.asarray(after) ** 2, 0))

@@ -503,8 +503,8 @@ class FlowRun:
             self.end = Reason.STUCK.end(why=error, log_risk=log_risk)
             return
         self._follow_pattern(kinked)
-        # Far out the shares of the points settle anew behind a kink, while log R changes by about 1:
-        # a step that leaps over this is refused however it is shortened, until it does not.
+        # Far out the shares of the points settle anew behind a kink while log R changes by about
+        # 1: a step that leaps over this is refused, however it is shortened, until it does not.
         state = FlowState(weights, scaled_time)
         layer = 1 / float(_fall(self.plan.field, as_array(np.float64(s)), state))
         next_step = min(next_step, layer) if layer > 0 else next_step

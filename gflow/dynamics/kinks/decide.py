@@ -5,16 +5,16 @@ $\nu_k = \lambda_kb_k$, gates $\lambda_k \in [\kappa_k, 1]$ and $v_0$ that of al
 whose normals are parallel have one kink and are one *group*. Seen along its normal N a group has
 the force $\beta_-$ where $\langle N, w\rangle < 0$ and $\beta_+$ where it is positive.
 
-* **$\beta_+ < \beta_-$: attracting.** The risk is convex across the kink. The flow is that of least
-  $\lVert v\rVert$ over $\nu \in [\beta_+, \beta_-]$, a least-squares problem with bounds for all such
-  groups of a block together: at a bound the flow leaves to that side, else it slides. With one group
-  this is the test of one-sided speeds.
+* **$\beta_+ < \beta_-$: attracting.** The risk is convex across the kink. The flow is that of
+  least $\lVert v\rVert$ over $\nu \in [\beta_+, \beta_-]$, a least-squares problem with bounds for
+  all such groups of a block together: at a bound the flow leaves to that side, else it slides.
+  With one group this is the test of one-sided speeds.
 * **$\beta_+ > \beta_-$: repelling.** The speed grows as the kink is passed, so that what comes from
-  one side crosses to the other. Where a group has nowhere to come from, as after a slide whose force
-  has changed its sign, both sides may lead away from the kink: the flow is not unique.
+  one side crosses to the other. Where a group has nowhere to come from, as after a slide whose
+  force has changed its sign, both sides may lead away from the kink: the flow is not unique.
 
-Of several layers $b_k$ depends on the $\nu$ of later units, linearly: $b = b_0 + B^\top\nu$, which is
-iterated. Plain NumPy, of a few units.
+Of several layers $b_k$ depends on the $\nu$ of later units, linearly: $b = b_0 + B^\top\nu$, which
+is iterated. Plain NumPy, of a few units.
 """
 
 from typing import NamedTuple
@@ -110,7 +110,7 @@ def decide(block: Block, branch: int | None = None) -> list[Group]:
 def _solve(
     block: Block, found: list[tuple[np.ndarray, np.ndarray]], force: np.ndarray, branch: int | None
 ) -> tuple[list[Group], np.ndarray]:
-    """The groups for given forces, and the $\\nu$ of each unit."""
+    r"""The groups for given forces, and the $\nu$ of each unit."""
     normals = np.stack([block.normals[members[0]] for members, _ in found])
     below, above, sides = [], [], []
     for members, alpha in found:

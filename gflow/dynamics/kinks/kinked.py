@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.kinks.decide import Block, Group, decide, gates_of
+from gflow.dynamics.kinks.decide import Block, Group, decide
 from gflow.dynamics.kinks.patterns import Patterns, Slide
 from gflow.problem.array import Array, as_array
 from gflow.problem.bends import (
     AbstractBends,
     Frozen,
-    Pattern,
     Sight,
-    blank_pattern,
     scale_of,
     sight,
     violations,
@@ -377,9 +375,9 @@ class Kinked:
             seen = self._look(weights)
         return weights, np.array(stuck, np.int64), met
 
-    # Of units that slide at one point, one behind the other, the forces on the first depend on where
-    # the second is at each moment, and not on its mean gate alone: where they change their sign the
-    # gates that keep the slide may be outside [kappa, 1], and it is left too early here.
+    # Of units that slide at one point, one behind the other, the force on the first depends on
+    # where the second is at each moment, and not on its mean gate alone: where it changes its sign
+    # the gates that keep the slide may be outside [kappa, 1], and it is left too early here.
     def _joint(self) -> bool:
         """Whether units of several layers slide at one point."""
         if self.rows is not None:

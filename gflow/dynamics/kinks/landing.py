@@ -35,7 +35,7 @@ class PastKinks(AbstractRule):
     variable = "kinks"
 
     def progress(self, at: Coordinates) -> Array:
-        found = at.small[self.variable]
+        found = at.small["kinks"]
         return jnp.where(jnp.isnan(found), jnp.inf, found)
 
     def progress_of(self, value: Any) -> Any:
