@@ -156,6 +156,15 @@ def test_xor_is_learnt_along_its_kinks(xor):
     assert xor.kkt_residual[-1] < 0.03
 
 
+def test_what_the_theory_says_of_homogeneous_networks_holds(xor):
+    claims = gflow.verify(xor)
+    assert not list(claims.failed), str(claims)
+    for name in ("neurons stay balanced", "smoothed margin grows", "KKT: residual", "law of time"):
+        assert claims[name].holds, str(claims)
+    heavier = xor.assign(balance_drift=xor.balance_drift + 1e-6)
+    assert gflow.verify(heavier)["neurons stay balanced"].holds is False
+
+
 def test_the_log_of_kinks_is_in_the_record_and_its_file(xor, tmp_path):
     log = gflow.kinks(gflow.load(gflow.save(xor, tmp_path / "xor.nc")))
     events = log.event.values.tolist()

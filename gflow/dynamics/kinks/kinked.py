@@ -182,6 +182,7 @@ class Kinked:
             "num_patterns": self.num_patterns,
             "num_stepped_over": over,
             "num_joint_slides": self.num_joint,
+            "homogeneity": self.problem.network.degree(self.start),
         }
 
     def at_points(self, weights: Weights, count: int) -> dict[str, np.ndarray]:
