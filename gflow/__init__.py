@@ -65,7 +65,8 @@ from gflow.problem.soft_margin import (
 )
 from gflow.problem.squared import Squared as Squared
 from gflow.programs import cache_programs as cache_programs
-from gflow.record import load as load, save as save
+from gflow.record import save as save
 from gflow.report import plot as plot
 from gflow.report.check import Check as Check, Checks as Checks, check as check
+from gflow.report.groups import load as load
 from gflow.report.sweep import sweep as sweep

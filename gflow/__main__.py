@@ -1,8 +1,14 @@
 """The command line: ``gflow reproduce``, ``run``, ``sweep`` and ``check``."""
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -21,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _cache_programs()
         return options.command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if options.traceback:
             raise
         print(f"gflow: error: {error}", file=sys.stderr)
@@ -90,11 +96,21 @@ def _parser() -> argparse.ArgumentParser:
         help="one trajectory at every point of a grid, described in a TOML file",
         description="Follow flow or descent at every combination of the values that the table "
         "[sweep] of a TOML file lists; write one record and a phase diagram. After a kill the same "
-        "command goes on, and several processes with the same --out share the work. "
-        "examples/depth_and_scale.toml shows how.",
+        "command goes on. examples/depth_and_scale.toml shows how.",
     )
     sweep.add_argument("config", metavar="CONFIG.toml")
     sweep.add_argument("--out", metavar="DIR", default=None, help="default: out/NAME of the file")
+    engine = sweep.add_mutually_exclusive_group()
+    engine.add_argument(
+        "--workers", metavar="N", type=int, default=None, help="follow groups in N processes"
+    )
+    engine.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        default=None,
+        help="follow groups on the workers of a dask scheduler: its address, as "
+        "tcp://host:8786, or its scheduler file; DIR must be one that they see",
+    )
     sweep.set_defaults(command=_sweep)
 
     check = commands.add_parser(
@@ -164,19 +180,51 @@ def _sweep(options: argparse.Namespace) -> int:
     _without_display()
     folder = experiment.check_folder(options.out or Path("out") / Path(options.config).stem)
     progress = False if options.no_progress else None
-    found = gflow.sweep(options.config, folder=folder / "groups", progress=progress)
-    gflow.save(found, folder / "sweep.nc")
-    written = ["sweep.nc"]
+    with _engine(options) as executor:
+        found = gflow.sweep(
+            options.config, folder=folder / "groups", executor=executor, progress=progress
+        )
+    written = []
+    if not found.chunks:  # what is too large to be read stays in its groups
+        gflow.save(found, folder / "sweep.nc")
+        written.append("sweep.nc")
     ends = found.status.values.ravel().tolist()
     interrupted = "interrupted" in ends
     if len(gflow.plot.swept(found)) >= 2 and not interrupted:
         gflow.plot.save_figure(gflow.plot.phase_diagram(found), folder / "phase_diagram.png")
         written.append("phase_diagram.png")
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
-    print(f"{len(ends)} runs: {counts}; wrote {' and '.join(written)} in {folder}")
+    print(f"{len(ends)} runs: {counts}; wrote {' and '.join(written or ['groups'])} in {folder}")
     if interrupted:
         return INTERRUPTED
     return 0 if set(ends) == {"reached"} else FAILED
+
+
+@contextlib.contextmanager
+def _engine(options: argparse.Namespace) -> "Iterator[Executor | None]":
+    """The processes that a sweep is to use."""
+    if options.workers is not None:
+        import concurrent.futures as cf
+        import multiprocessing as mp
+
+        from gflow.problem.arguments import positive_count
+
+        count = positive_count("--workers", options.workers)
+        with cf.ProcessPoolExecutor(count, mp_context=mp.get_context("spawn")) as executor:
+            yield executor
+    elif options.dask is not None:
+        try:
+            from distributed import Client
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "`--dask` needs dask's scheduler: `pip install gflow[distributed]`."
+            ) from error
+        of_file = os.path.exists(options.dask)
+        where = {"scheduler_file" if of_file else "address": options.dask}
+        with Client(**where) as client:
+            yield client.get_executor()
+    else:
+        yield None
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -189,8 +237,6 @@ def _check(options: argparse.Namespace) -> int:
 
 def _cache_programs() -> None:
     """Keep compiled programs for the next command, where that can be done."""
-    import contextlib
-
     from gflow.programs import cache_programs
 
     with contextlib.suppress(OSError, RuntimeError):  # no folder, no home

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -114,6 +115,38 @@ assert flow.attrs["status"] == "reached"
 for name in ("end_to_end", "log_time", "margin", "direction_error"):
     np.testing.assert_allclose(flow[name].values, one[name].values[0], rtol=1e-7)
 """
+
+
+PROCESSES = """
+import sys, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np, gflow
+data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+problem = gflow.Problem(data, loss=gflow.Exponential())
+shared = problem.sharded(jax.devices())
+assert len(shared.design.rows.sharding.device_set) == 2
+assert [part.data.shape for part in shared.design.rows.addressable_shards] == [(10, 2)]
+start = (0.1 * data.max_margin().direction[None],)
+flow = gflow.gradient_flow(shared, start, until=gflow.LogRisk(-20), save=3, certify=True)
+alone = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-20), save=3, certify=True)
+for name in ("end_to_end", "log_time", "margin", "direction_error"):
+    np.testing.assert_allclose(flow[name].values, alone[name].values, rtol=1e-7)
+"""
+
+
+def test_two_processes_share_the_points_of_one_problem():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    quick = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-c", PROCESSES, address]
+    both = [
+        subprocess.Popen([*command, number], env=quick, stderr=subprocess.PIPE, text=True)
+        for number in "01"
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
 
 
 def test_two_devices_give_what_one_gives_with_members_or_points_spread_over_them():

@@ -252,6 +252,20 @@ def test_a_plateau_costs_its_logarithm_and_ends_in_time(start):
     assert int(found.num_steps[-1]) < 60 - 1.3 * math.log(start)
 
 
+@pytest.mark.parametrize("start", [1e-100, 1e-300])
+def test_small_modes_keep_their_digits_over_the_plateaus_of_the_modes_before(start):
+    # The first mode limits explicit steps on the second plateau, which is no reason to hand over.
+    sizes = np.array([5.0, 3.0, 1.2])
+    scaled = math.sqrt(3.0)
+    problem = gflow.Problem(gflow.Regression(scaled * np.eye(3), scaled * np.diag(sizes)))
+    weights = (math.sqrt(start) * np.eye(3),) * 2
+    found = gflow.gradient_flow(problem, weights, until=gflow.Saddle(3), save=[1, 2], **QUIET)
+    wanted = gflow.exact.saddle_times(sizes, start, depth=2)
+    np.testing.assert_allclose(np.exp(found.log_time[1:]), wanted, rtol=1e-9)
+    assert found.attrs["solver"] == "Dopri8"
+    assert int(found.num_steps[-1]) < -2.5 * math.log(start)
+
+
 def test_a_plateau_whose_end_is_below_the_resolution_of_the_time_ends_with_that_word():
     # It lasts u0^(-1/3)/s = 6e19 and is left in about 1.
     problem, _ = one_mode(1.7, 1.0)

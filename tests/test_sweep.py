@@ -1,15 +1,20 @@
-"""A grid of runs against the same runs one by one; kills, and processes that share a folder."""
+"""A grid of runs against the same runs one by one; engines whose processes are killed."""
 
+import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
+import threading
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import optax
 import pytest
+import xarray as xr
+from distributed import Client, LocalCluster
 
 import gflow
 from gflow.__main__ import main
@@ -17,16 +22,8 @@ from gflow.dynamics.descending.run import DescentRun
 
 GOAL = gflow.Steps(50)
 STEPS = optax.sgd(0.3)
+HOW = {"optimizer": STEPS, "group_size": 2, "progress": False}
 GRID = {"depth": [2, 1], "scale": [0.5, 1.0], "seed": range(2)}
-
-PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
-import gflow, test_sweep
-found = gflow.sweep(test_sweep.start, test_sweep.GRID, until=test_sweep.GOAL, save=3,
-                    optimizer=test_sweep.STEPS, folder=sys.argv[1], group_size=2)
-gflow.save(found, sys.argv[2])
-"""
 
 
 def start(depth, scale, seed):
@@ -38,6 +35,17 @@ def start(depth, scale, seed):
     return problem, gflow.init.admissible(weights, problem)
 
 
+class Dying(NamedTuple):
+    """The same start, in a process that ends there while a file exists."""
+
+    file: Path
+
+    def __call__(self, **point):
+        if self.file.exists() and multiprocessing.parent_process() is not None:
+            os._exit(1)
+        return start(**point)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("sweep")
@@ -45,22 +53,24 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """Two processes share the groups; one of them is killed as soon as the first is done."""
-    program = PROGRAM.format(tests=os.path.dirname(__file__))
+    """By two workers of a scheduler, one of which is killed as soon as a group is done."""
     groups = folder / "groups"
+    local = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": "ERROR"}
+    with LocalCluster(n_workers=2, **local) as cluster, Client(cluster) as client:
+        victims = list(client.run(os.getpid).values())
 
-    def begin(name):
-        command = [sys.executable, "-c", program, str(groups), str(folder / name)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        def kill():
+            while not list(groups.glob("group-*.nc")):
+                time.sleep(0.01)
+            os.kill(victims[0], signal.SIGKILL)
 
-    victim, other = begin("victim.nc"), begin("other.nc")
-    while not list(groups.glob("group-*.nc")) and victim.poll() is None:
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    _, errors = other.communicate(timeout=300)
-    assert other.returncode == 0, errors
-    return gflow.load(folder / "other.nc")
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        engine = client.get_executor()
+        found = gflow.sweep(start, GRID, until=GOAL, save=3, folder=groups, executor=engine, **HOW)
+        killer.join(60)
+        assert victims[0] not in client.run(os.getpid).values()
+    return found
 
 
 def test_every_point_is_where_its_labels_say(found):
@@ -76,30 +86,18 @@ def test_every_point_is_where_its_labels_say(found):
     assert np.isfinite(means.frobenius_norm).all()
 
 
-def test_two_processes_of_one_distributed_program_find_the_same(found, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+def test_an_engine_changes_no_bit(found):
+    alone = gflow.sweep(start, GRID, until=GOAL, save=3, **HOW)
+    for name in alone.data_vars:
+        np.testing.assert_array_equal(alone[name].values, found[name].values, err_msg=name)
 
-    def begin(number):
-        joined = f"import jax; jax.distributed.initialize({address!r}, 2, {number})\n"
-        program = joined + PROGRAM.format(tests=os.path.dirname(__file__))
-        command = [
-            sys.executable,
-            "-c",
-            program,
-            str(tmp_path / "groups"),
-            str(tmp_path / f"{number}.nc"),
-        ]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    processes = [begin(number) for number in range(2)]
-    for number, process in enumerate(processes):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        mine = gflow.load(tmp_path / f"{number}.nc")
-        for name in ("log_risk", "margin", "end_to_end"):
-            np.testing.assert_array_equal(mine[name].values, found[name].values)
+def test_a_sweep_on_disk_is_opened_when_values_are_asked_for(found, folder):
+    lazy = gflow.load(folder / "groups", lazy=True)
+    assert lazy.frobenius_norm.chunks is not None
+    xr.testing.assert_equal(lazy.load(), found)
+    xr.testing.assert_equal(gflow.load(folder / "groups"), found)
+    assert lazy.attrs == found.attrs
 
 
 def test_what_a_shallower_network_lacks_is_nan(found):
@@ -115,18 +113,48 @@ def test_a_point_that_fails_says_so_and_touches_no_other(found):
     assert int((found.status == "reached").sum()) == 7
 
 
+def test_a_group_whose_process_dies_fails_and_the_same_call_does_it(found, tmp_path):
+    # This engine, unlike dask, does not do again what a dead process was at.
+    engine = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    given = {"until": GOAL, "save": 3, "folder": tmp_path / "groups", **HOW}
+    (tmp_path / "die").touch()
+    with engine:
+        lost = gflow.sweep(Dying(tmp_path / "die"), GRID, executor=engine, **given)
+    assert set(lost.status.values.ravel()) == {"failed"}
+    assert "BrokenProcessPool" in str(lost.message.values[0, 0, 0])
+    (tmp_path / "die").unlink()
+    again = gflow.sweep(Dying(tmp_path / "die"), GRID, **given)
+    assert again.log_risk.equals(found.log_risk)
+
+
+def test_a_function_is_called_where_its_group_is_followed():
+    calls = []
+
+    def counted(seed):
+        calls.append(seed)
+        return start(2, 0.5, seed)
+
+    class Engine(Executor):  # one that never runs anything
+        def submit(self, function, *args):
+            raise KeyboardInterrupt
+
+    given = HOW | {"group_size": 1000}
+    with pytest.raises(KeyboardInterrupt):
+        gflow.sweep(counted, {"seed": range(100_000)}, until=GOAL, executor=Engine(), **given)
+    assert calls == [0, 50_000, 99_999]
+
+
 def test_a_finished_sweep_computes_nothing_and_another_is_refused(found, folder, monkeypatch):
-    monkeypatch.setattr("gflow.report.sweep._follow", None)
-    given = {"optimizer": STEPS, "folder": folder / "groups", "group_size": 2}
+    monkeypatch.setattr("gflow.report.sweep.follow_group", None)
+    given = {"folder": folder / "groups", **HOW}
     again = gflow.sweep(start, GRID, until=GOAL, save=3, **given)
     assert again.log_risk.equals(found.log_risk)
-    assert not list((folder / "groups").glob(".*.lock"))
     with pytest.raises(ValueError, match="holds another sweep"):
         gflow.sweep(start, GRID, until=GOAL, save=4, **given)
 
 
 def test_ctrl_c_returns_what_is_done_and_the_next_call_the_rest(found, tmp_path, monkeypatch):
-    given = {"optimizer": STEPS, "folder": tmp_path / "groups", "group_size": 2}
+    given = {"folder": tmp_path / "groups", **HOW}
     ended, take = [], DescentRun.take
 
     def interrupted(run, *answer):
@@ -140,7 +168,7 @@ def test_ctrl_c_returns_what_is_done_and_the_next_call_the_rest(found, tmp_path,
         patch.setattr(DescentRun, "take", interrupted)
         part = gflow.sweep(start, GRID, until=GOAL, save=3, **given)
     ends = part.status.values.ravel().tolist()
-    assert [ends.count(end) for end in ("reached", "interrupted", "refused")] == [2, 5, 1]
+    assert [ends.count(end) for end in ("reached", "interrupted", "refused")] == [2, 6, 0]
     assert len(list((tmp_path / "groups").glob("group-*.nc"))) == 1
     done = part.status == "reached"
     assert part.log_risk.where(done).equals(found.log_risk.where(done))
@@ -190,9 +218,17 @@ def test_command_line_sweeps_a_file(tmp_path, capsys):
 def test_bad_grids_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`grid` is empty"):
         gflow.sweep(start, {}, until=GOAL)
+    with pytest.raises(ValueError, match=r"`executor` is a pool of forked processes"):
+        gflow.sweep(start, GRID, until=GOAL, executor=ProcessPoolExecutor(1, get_context("fork")))
+    with pytest.raises(ValueError, match=r"`lazy` is true without `folder`"):
+        gflow.sweep(start, GRID, until=GOAL, lazy=True)
+    with pytest.raises(ValueError, match=r"a folder without sweep.json"):
+        gflow.load(tmp_path)
     with pytest.raises(ValueError, match=r"no two alike"):
         gflow.sweep(start, {**GRID, "seed": [1, 1]}, until=GOAL)
-    with pytest.raises(ValueError, match=r"fails at every point of the grid: no such start"):
+    with pytest.raises(
+        ValueError, match=r"fails at every point .*tried first, of 1\): no such start"
+    ):
         gflow.sweep(start, {"depth": [1], "scale": [1.0], "seed": [0]}, until=GOAL)
     (tmp_path / "none.toml").write_text('[data]\ndataset = "separable"\n')
     with pytest.raises(ValueError, match=r"has no table \[sweep\]"):

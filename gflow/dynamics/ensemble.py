@@ -1,5 +1,6 @@
 """Many trajectories at once: one labelled record with a dimension ``member``."""
 
+import concurrent.futures as cf
 import contextlib
 import inspect
 import math
@@ -20,6 +21,7 @@ from gflow.dynamics.drive.flow_run import FlowRun
 from gflow.dynamics.drive.members import Member, joined, none_done
 from gflow.dynamics.drive.progress import ProgressBar
 from gflow.dynamics.reasons import Reason
+from gflow.dynamics.spread import check_executor, spread
 from gflow.dynamics.stops import AbstractRule, AnyOf
 from gflow.names import SETTINGS, all_names, check_names
 from gflow.problem import settings
@@ -34,6 +36,9 @@ LANES = 32
 """Members side by side on a device: more fill the vector units better, but the last ones to land
 leave more lanes idle."""
 
+AT_ONCE = 128
+"""Members that a process of an engine takes at a time."""
+
 
 def ensemble(
     problem: Problem | Sequence[Problem],
@@ -46,6 +51,7 @@ def ensemble(
     coordinates: Mapping[str, Sequence[Any]] | None = None,
     lanes: int = LANES,
     devices: Sequence[Any] | None = None,
+    executor: cf.Executor | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> "xr.Dataset":
@@ -71,6 +77,8 @@ def ensemble(
         lanes: how many members are side by side on a device.
         devices: where to run, by default on all devices of this process. One that is named twice
             runs two sets of lanes in two threads: ``jax.devices() * 2`` uses two cores of a CPU.
+        executor: any ``concurrent.futures.Executor``, whose processes take 128 members at a time,
+            as for ``sweep``.
         progress: show a progress bar; None shows it on terminals and in notebooks.
         **options: further arguments of ``gradient_flow`` or ``gradient_descent``, for all members.
 
@@ -122,6 +130,7 @@ def ensemble(
         raise ValueError(
             f"`devices` is {shown(devices)}; expected a list of devices, as `jax.devices()`."
         )
+    executor = check_executor(executor, devices)
     checked = check_options(options, descends=optimizer is not None)
     rtols = _each("rtol", rtol, count, float | int)
     for one, each in zip(problems, rtols, strict=True):
@@ -140,7 +149,7 @@ def ensemble(
         def tell(done: float) -> None:
             bar.update(done, f"{int(done)} of {count} members")
 
-        found = follow(work, labels, lanes=lanes, devices=devices, tell=tell)
+        found = follow(work, labels, lanes=lanes, devices=devices, executor=executor, tell=tell)
     if none_done(found):
         raise KeyboardInterrupt
     if "log_risk" not in found:
@@ -159,6 +168,21 @@ class Work(NamedTuple):
     save: int | Sequence[float] | np.ndarray
     options: Mapping[str, Any]
 
+    def part(self, begin: int) -> "Work":
+        """That of ``AT_ONCE`` members from ``begin``."""
+        own = slice(begin, begin + AT_ONCE)
+        each = (self.problems[own], self.starts[own], self.optimizers[own], self.rtol[own])
+        return Work(*each, self.until, self.save, self.options)
+
+
+class Followed(NamedTuple):
+    """What members gave."""
+
+    members: Sequence[Member | BaseException]
+    in_lanes: list[bool]
+    work: Sequence[float] = (0, 0)
+    """Steps that lanes ended, and rounds in each of which they may have."""
+
 
 def follow(
     work: Work,
@@ -166,12 +190,65 @@ def follow(
     *,
     lanes: int = LANES,
     devices: Sequence[Any] | None = None,
+    executor: cf.Executor | None = None,
     tell: Callable[[float], None],
 ) -> "xr.Dataset":
     """The record of all members; ``tell`` is told how many are done."""
-    count, began = len(work.starts), time.perf_counter()
+    began = time.perf_counter()
+    if executor is None:
+        found = _followed(work, lanes, devices=devices, tell=tell)
+    else:
+        found = _followed_on(executor, work, lanes, tell)
+    admissible = [_admissible(member) for member in found.members]
+    if not all(admissible):
+        warnings.warn(
+            f"{admissible.count(False)} of {len(admissible)} members do not start with R(W(0)) <= "
+            "R(0), as Ji and Telgarsky assume: their flow may end at a saddle. The variable "
+            "`admissible` tells which; `gflow.init.admissible` repairs a start.",
+            UserWarning,
+            stacklevel=3,
+        )
+    spent, trips = found.work
+    used = {"utilisation": spent / trips} if trips else {}
+    return joined(
+        found.members,
+        more={"in_lanes": found.in_lanes, "admissible": admissible},
+        coordinates=labels,
+        wall_time=time.perf_counter() - began,
+        **used,
+    )
+
+
+def _followed_on(
+    executor: cf.Executor, work: Work, lanes: int, tell: Callable[[float], None]
+) -> Followed:
+    """Follow members in the processes of an engine."""
+    begins, count, done = range(0, len(work.starts), AT_ONCE), len(work.starts), 0
+    parts = [Followed([KeyboardInterrupt()] * len(work.part(i).starts), []) for i in begins]
+    with contextlib.suppress(KeyboardInterrupt):
+        for k, found in spread(executor, _followed, ((work.part(i), lanes) for i in begins)):
+            lost = isinstance(found, BaseException)
+            parts[k] = Followed([found] * len(parts[k].members), []) if lost else found
+            done += len(parts[k].members)
+            tell(min(done, count))
+    return Followed(
+        [member for part in parts for member in part.members],
+        [each for part in parts for each in part.in_lanes or [False] * len(part.members)],
+        [sum(part.work[k] for part in parts) for k in range(2)],
+    )
+
+
+def _followed(
+    work: Work,
+    lanes: int,
+    *,
+    devices: Sequence[Any] | None = None,
+    tell: Callable[[float], None] = lambda done: None,
+) -> Followed:
+    """Follow members here."""
+    count = len(work.starts)
     with settings.own(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told below, once
+        warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told later, once
         begun = [_begun(work, i) for i in range(count)]
         runs = [one for one in begun if not isinstance(one, Exception)]
         # Those nearest to the saddle at zero take longest: first, so that lanes end together.
@@ -193,25 +270,8 @@ def follow(
                 }
                 Drive(list(seconds.values()), width=lanes, isolate=True).go()
         members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
-    admissible = [_admissible(member) for member in members]
-    if not all(admissible):
-        warnings.warn(
-            f"{count - sum(admissible)} of {count} members do not start with R(W(0)) <= R(0), as "
-            "Ji and Telgarsky assume: their flow may end at a saddle. The variable `admissible` "
-            "tells which; `gflow.init.admissible` repairs a start.",
-            UserWarning,
-            stacklevel=3,
-        )
-    spent, trips = drive.work
-    used = {"utilisation": spent / trips} if trips else {}
     in_lanes = [not isinstance(one, Exception) and one.in_lanes for one in begun]
-    return joined(
-        members,
-        more={"in_lanes": in_lanes, "admissible": admissible},
-        coordinates=labels,
-        wall_time=time.perf_counter() - began,
-        **used,
-    )
+    return Followed(members, in_lanes, drive.work)
 
 
 def _begun(work: Work, i: int) -> FlowRun | DescentRun | Exception:
@@ -281,8 +341,8 @@ def check_options(options: Mapping[str, Any], *, descends: bool) -> Mapping[str,
     return options
 
 
-def _admissible(member: Member | Exception) -> bool:
-    if isinstance(member, Exception):
+def _admissible(member: Member | BaseException) -> bool:
+    if isinstance(member, BaseException):
         return True  # nothing is known; its status says why
     first = float(member.variables["log_risk"][1][0])
     at_zero = member.attrs["log_risk_at_zero"]

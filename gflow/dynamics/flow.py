@@ -250,7 +250,8 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
     )
     if options.function_space:
         tolerance = FunctionTolerance(tolerance.rtol, problem, tolerance)
-    return Plan(field, tuple(map(method_of, methods)), split, tolerance, atol, options.max_steps)
+    legs = tuple(method_of(solver, rtol, atol) for solver in methods)
+    return Plan(field, legs, split, tolerance, atol, options.max_steps)
 
 
 def second_run(run: FlowRun, options: Options) -> FlowRun:

@@ -1,24 +1,158 @@
-"""Files of a sweep: one a group of members, and who works on which.
+"""Files of a sweep: one a block of the grid, and a manifest that says how they make one record.
 
-A group is written whole or not at all. A process that works on one holds a lock on a file beside
-it, which the system lets go of when the process ends, however it ends. So any number of processes
-on machines that share the folder divide the groups among themselves, one that dies loses the group
-it had open, and no process has to be told of another. Where a file system has no locks, processes
-may do the same group twice, with the same result.
+A file is written whole or not at all, and holds all members of its block, also those that could not
+be followed. The manifest is written at the start, with what the sweep is, and once more at the end,
+with the variables and their largest sizes, which is all that opening the whole takes.
 """
 
-import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from gflow import record
+from gflow.dynamics.drive.members import agreed
+from gflow.problem.arguments import file_path, flag
+from gflow.report.grid import Axis, Block, Grid, digest
 
 if TYPE_CHECKING:
     import xarray as xr
 
-MANIFEST, SCHEMA = "sweep.json", "gflow-sweep-1"
+MANIFEST, SCHEMA = "sweep.json", "gflow-sweep-2"
+
+MEMBER = "member"
+
+LARGE = 2**30
+"""Bytes beyond which a sweep in a folder is opened, not read."""
+
+OWN_ATTRS = ("num_members", "utilisation", "wall_time")
+"""Attributes of a group that say nothing of the whole."""
+
+
+ONE_AT_A_TIME = threading.Lock()
+
+
+class Column(NamedTuple):
+    """A variable of all groups together, as the manifest has it."""
+
+    dims: list[str]
+    """Beside the members'."""
+    sizes: list[int]
+    """The largest of each."""
+    kind: str
+    """The type of the values, as NumPy writes it."""
+    told: dict[str, str]
+    of_all: str | None
+    """What tells the values from others, where all members share them."""
+
+    @classmethod
+    def of(cls, variable: "xr.DataArray") -> "Column":
+        """That of one group."""
+        values = _values(variable)
+        dims = [str(dim) for dim in variable.dims if dim != MEMBER]
+        sizes = [int(variable.sizes[dim]) for dim in dims]
+        told = {str(key): str(value) for key, value in variable.attrs.items()}
+        of_all = None if MEMBER in variable.dims else digest(values)
+        return cls(dims, sizes, values.dtype.str, told, of_all)
+
+    def beside(self, other: "Column | None") -> "Column":
+        """That of two groups, the other of which may lack it."""
+        if other is None:
+            return self if self.of_all else self._replace(kind=_with_blanks(self.kind))
+        kind = np.promote_types(self.kind, other.kind).str
+        of_all = self.of_all if self.of_all == other.of_all else None
+        if self.sizes == other.sizes:
+            return self._replace(kind=kind, of_all=of_all)
+        sizes = list(map(max, self.sizes, other.sizes))
+        return self._replace(sizes=sizes, kind=_with_blanks(kind), of_all=None)
+
+    @property
+    def bytes_of_one(self) -> int:
+        """What it takes for each point of the grid."""
+        size = 0 if self.of_all is not None else int(np.prod(self.sizes))
+        return size * np.dtype(self.kind).itemsize
+
+
+class Summary(NamedTuple):
+    """What one needs to know of groups to find them in the whole."""
+
+    columns: dict[str, Column]
+    attrs: dict[str, Any]
+    interrupted: bool = False
+
+    @classmethod
+    def of(cls, group: "xr.Dataset") -> "Summary":
+        """That of one group."""
+        columns = {
+            str(name): Column.of(group[name])
+            for name in group.data_vars
+            if "weights_" not in str(name) and "support" not in str(name)
+        }
+        plain = {
+            str(key): value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+            for key, value in group.attrs.items()
+        }
+        return cls(columns, plain, "interrupted" in group["status"].values)
+
+    def beside(self, other: "Summary | None") -> "Summary":
+        """That of both."""
+        if other is None:
+            return self
+        columns = {}
+        for name, column in (other.columns | self.columns).items():
+            known = other.columns if name in self.columns else self.columns
+            columns[name] = column.beside(known.get(name))
+        # A group none of whose members could be followed knows nothing of the others.
+        attrs = [each.attrs for each in (self, other) if "log_risk" in each.columns]
+        return Summary(columns, agreed(attrs, but=OWN_ATTRS))
+
+
+def load(path: str | os.PathLike[str], *, lazy: bool | None = None) -> "xr.Dataset":
+    """Read a record that ``gflow.save`` wrote, or the folder of a sweep that is done.
+
+    Args:
+        path: a file, or a folder that ``gflow.sweep`` filled.
+        lazy: of a folder, whether its files are opened when values are asked for, as arrays of
+            dask; None does so beyond a gigabyte. A file is read into memory.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is not a gflow record, or the folder not one of a sweep that is
+            done.
+        ModuleNotFoundError: when ``lazy`` wants dask, which is not installed.
+    """
+    path, lazy = file_path("path", path), flag("lazy", lazy, none=True)
+    if not path.is_dir():
+        return record.load(path)
+    kept = Folder.found(path)
+    assert kept.summary is not None  # the sweep is done
+    return together(kept, kept.summary, lazy)
+
+
+def merged(parts: Sequence[tuple[np.ndarray, "xr.Dataset"]], count: int) -> "xr.Dataset":
+    """One group of members that are in several, at places in it.
+
+    Weights, whose shapes differ between them, are left out.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    summary = functools.reduce(Summary.beside, (Summary.of(part) for _, part in parts))
+    found: dict[str, record.Variable] = {}
+    for name, column in summary.columns.items():
+        if column.of_all is not None:
+            shared = next(part[name] for _, part in parts if name in part)
+            found[name] = (tuple(column.dims), _values(shared), column.told)
+            continue
+        out = _blank(column, (count,))
+        for places, part in parts:
+            out[places] = _of_members(len(places), part.get(name), column)
+        found[name] = ((MEMBER, *column.dims), out, column.told)
+    return record.assemble(found, summary.attrs)
 
 
 class Folder:
@@ -26,82 +160,204 @@ class Folder:
 
     Args:
         path: the folder, made if it is not there.
-        axes: the labels along each dimension.
-        names: of the groups, which tell a group from any other by its contents.
+        grid: of the sweep.
+        fingerprint: what tells it from any other on this grid.
 
     Raises:
         ValueError: when the folder holds another sweep.
         OSError: when it cannot be written.
     """
 
-    def __init__(self, path: Path | None, axes: Mapping[str, Sequence[Any]], names: Sequence[str]):
-        self.path = path
+    def __init__(self, path: Path | None, grid: Grid, fingerprint: str):
+        self.path, self.grid = path, grid
         self.memory: dict[str, xr.Dataset] = {}
+        self.told = {
+            "schema": SCHEMA,
+            "axes": {name: list(map(_plain, each)) for name, each in grid.labels.items()},
+            "pieces": list(grid.pieces),
+            "fingerprint": fingerprint,
+        }
+        self.summary: Summary | None = None
+        """Of all groups, once they are done."""
         if path is None:
             return
         path.mkdir(parents=True, exist_ok=True)
-        told = {"schema": SCHEMA, "axes": {k: [str(v) for v in each] for k, each in axes.items()}}
-        told["groups"] = list(names)
-        manifest = path / MANIFEST
-        if manifest.exists():
-            if json.loads(manifest.read_text(encoding="utf-8")) != told:
+        if (path / MANIFEST).exists():
+            there = _manifest(path)
+            if any(there.get(key) != value for key, value in self.told.items()):
                 raise ValueError(
                     f"`folder` is {path}, which holds another sweep: its grid, function, options "
                     f"or data were not these. Choose another folder, or delete {path}."
                 )
+            self.summary = _summary(there)
             return
-        with record.whole_file(manifest) as partial:
+        self._write(self.told)
+
+    @classmethod
+    def found(cls, path: Path) -> "Folder":
+        """One that holds a sweep.
+
+        Raises:
+            ValueError: when it holds none, or one that is not done.
+        """
+        if not (path / MANIFEST).exists():
+            raise ValueError(
+                f"`path` is {path}, a folder without {MANIFEST}; expected the file of a record, or "
+                "the folder of a sweep."
+            )
+        there = _manifest(path)
+        if there.get("schema") != SCHEMA or "variables" not in there:
+            raise ValueError(
+                f"`path` is {path}, a sweep that is not done, or of another version of gflow; "
+                "expected one that is: call `gflow.sweep` with this folder again."
+            )
+        axes = {name: Axis(labels, labels) for name, labels in there["axes"].items()}
+        return cls(path, Grid(axes, there["pieces"]), there["fingerprint"])
+
+    def has(self, block: Block) -> bool:
+        """Whether a group is done."""
+        there = self.path is not None and (self.path / block.name).exists()
+        return there or block.name in self.memory
+
+    def load(self, block: Block) -> "xr.Dataset":
+        """A group that is done."""
+        if self.path is None or block.name in self.memory:
+            return self.memory[block.name]
+        return record.load(self.path / block.name)
+
+    def variable(self, block: Block, name: str) -> "xr.DataArray | None":
+        """One variable of a group that is done, and nothing else of its file."""
+        import xarray as xr
+
+        if self.path is None or block.name in self.memory:
+            return self.memory[block.name].get(name)
+        # The library is not made for threads, in which dask asks.
+        with ONE_AT_A_TIME, xr.open_dataset(self.path / block.name, engine="netcdf4") as stored:
+            return stored[name].load() if name in stored else None
+
+    def complete(self, summary: Summary) -> None:
+        """All groups are done: say so in the manifest."""
+        self.summary = summary
+        if self.path is not None:
+            found = {name: column._asdict() for name, column in summary.columns.items()}
+            self._write({**self.told, "variables": found, "attrs": summary.attrs})
+
+    def _write(self, told: Mapping[str, Any]) -> None:
+        assert self.path is not None
+        with record.whole_file(self.path / MANIFEST) as partial:
             partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
-    def has(self, name: str) -> bool:
-        """Whether a group is done."""
-        return name in self.memory if self.path is None else (self.path / name).exists()
 
-    def keep(self, name: str, group: "xr.Dataset") -> None:
-        """Store a group that is done."""
-        if self.path is None:
-            self.memory[name] = group
-        else:
-            record.save(group, self.path / name)
+def together(kept: Folder, summary: Summary, lazy: bool | None) -> "xr.Dataset":
+    """All groups on their grid, as one record.
 
-    def load(self, name: str) -> "xr.Dataset":
-        """A group that is done."""
-        return self.memory[name] if self.path is None else record.load(self.path / name)
+    Args:
+        kept: where they are.
+        summary: of all of them.
+        lazy: whether to open files when values are asked for, as arrays of dask; None does so if
+            the values take more than a gigabyte and there are files.
 
-    @contextlib.contextmanager
-    def claim(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Whether the group is this process's to work on, for as long as the context lasts.
-
-        Args:
-            name: of the group.
-            wait: until whoever works on it is done or dead, instead of saying no.
-        """
-        if self.path is None:
-            yield True
-            return
-        with open(self._lock(name), "a") as file:
-            yield _locked(file.fileno(), wait)
-
-    def tidy(self, names: Sequence[str]) -> None:
-        """Remove the locks of groups that are done."""
-        if self.path is not None:
-            for name in names:
-                self._lock(name).unlink(missing_ok=True)
-
-    def _lock(self, name: str) -> Path:
-        assert self.path is not None
-        return self.path / f".{name}.lock"
+    Raises:
+        ModuleNotFoundError: when dask is wanted and not there.
+    """
+    grid = kept.grid
+    columns = dict(summary.columns)
+    size = grid.num_points * sum(column.bytes_of_one for column in columns.values())
+    if lazy is None:
+        lazy = kept.path is not None and size > LARGE
+    found: dict[str, record.Variable] = {}
+    for name in [name for name, column in columns.items() if column.of_all is not None]:
+        column = columns.pop(name)
+        shared = next(v for block in grid if (v := kept.variable(block, name)) is not None)
+        found[name] = (tuple(column.dims), _values(shared), column.told)
+    values = _lazily(kept, columns, size) if lazy else _eagerly(kept, columns)
+    for name, column in columns.items():
+        found[name] = ((*grid.axes, *column.dims), values[name], column.told)
+    one = record.assemble(found, {**summary.attrs, "num_members": grid.num_points})
+    return one.assign_coords({name: (name, each) for name, each in grid.labels.items()})
 
 
-def _locked(handle: int, wait: bool) -> bool:
+def _eagerly(kept: Folder, columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
+    """The values of variables, in memory."""
+    grid = kept.grid
+    found = {name: _blank(column, grid.shape) for name, column in columns.items()}
+    for block in grid:
+        group = kept.load(block)
+        for name, column in columns.items():
+            found[name][block.box] = _of_block(block, group.get(name), column)
+    return found
+
+
+def _lazily(kept: Folder, columns: Mapping[str, Column], size: int) -> dict[str, Any]:
+    """The values of variables, read when they are asked for."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+        import dask.array as da
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"A record of {size / 2**30:.1f} GB is opened with dask, which is not installed: "
+            "`pip install gflow[distributed]`, or `lazy=False` to read all of it."
+        ) from error
+    grid = kept.grid
+
+    def of(name: str, column: Column) -> Any:
+        def read(block_id: tuple[int, ...]) -> np.ndarray:
+            at = block_id[: len(grid.shape)]
+            block = grid.block(int(np.ravel_multi_index(at, grid.blocks)))
+            return _of_block(block, kept.variable(block, name), column)
+
+        chunks = (*grid.lengths, *((n,) for n in column.sizes))
+        kind = np.dtype(column.kind)
+        return da.map_blocks(
+            read, chunks=chunks, dtype=kind, meta=np.empty((0,) * len(chunks), kind)
+        )
+
+    return {name: of(name, column) for name, column in columns.items()}
+
+
+def _of_block(block: Block, variable: "xr.DataArray | None", column: Column) -> np.ndarray:
+    """The values of a variable on a block."""
+    values = _of_members(block.where.size, variable, column)
+    return values.reshape(*block.shape, *column.sizes)
+
+
+def _of_members(count: int, variable: "xr.DataArray | None", column: Column) -> np.ndarray:
+    """The values of members, filled up where one has none or fewer."""
+    out = _blank(column, (count,))
+    if variable is not None:
+        values = _values(variable)
+        if MEMBER not in variable.dims:
+            values = np.broadcast_to(values, (count, *values.shape))
+        out[tuple(map(slice, values.shape))] = values
+    return out
+
+
+def _blank(column: Column, shape: Sequence[int]) -> np.ndarray:
+    """Numbers that are not known are NaN, text is empty."""
+    kind = np.dtype(column.kind)
+    fill = np.nan if kind.kind == "f" else np.zeros((), kind)[()]
+    return np.full((*shape, *column.sizes), fill, kind)
+
+
+def _values(variable: "xr.DataArray") -> np.ndarray:
+    """Its values, text of one width."""
+    values = variable.values
+    return values.astype(str) if values.dtype == object else values
+
+
+def _with_blanks(kind: str) -> str:
+    """The type that has a value for what is not known."""
+    return kind if np.dtype(kind).kind in "USb" else np.promote_types(kind, np.float64).str
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _summary(told: Mapping[str, Any]) -> Summary | None:
+    if "variables" not in told:
+        return None
+    return Summary({k: Column(**v) for k, v in told["variables"].items()}, told["attrs"])
+
+
+def _plain(label: Any) -> Any:
+    return label.item() if isinstance(label, np.generic) else label

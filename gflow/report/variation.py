@@ -1,6 +1,7 @@
 """``[sweep]`` of a configuration file: which keys take which values."""
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +13,35 @@ from gflow.report.config import build, data_of, parsed
 from gflow.report.toml_table import TomlTable
 
 
+class OfFile(NamedTuple):
+    """The function of a file, which is read where the function is called."""
+
+    path: Path
+
+    def __call__(self, **point: Any) -> tuple[Any, Any, dict[str, Any]]:
+        return self._read.function(**point)
+
+    @property
+    def grid(self) -> dict[str, list[Any]]:
+        """The values along each dimension."""
+        return self._read.grid
+
+    @property
+    def _read(self) -> "Variation":
+        return _read_once(self.path, self.path.stat().st_mtime_ns)
+
+
 class Variation(NamedTuple):
     """What ``gflow.sweep`` takes."""
 
     function: Callable[..., Any]
     grid: dict[str, list[Any]]
+
+
+@functools.lru_cache(maxsize=1)
+def _read_once(path: Path, _: int) -> Variation:
+    """A file of which one knows when it was written."""
+    return read_sweep(path)
 
 
 def read_sweep(path: str | Path) -> Variation:

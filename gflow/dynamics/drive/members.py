@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 def joined(
-    members: Sequence[Member | Exception],
+    members: Sequence[Member | BaseException],
     *,
     more: Mapping[str, Any],
     coordinates: Mapping[str, Any],
@@ -41,16 +41,17 @@ def joined(
     """One record of all members.
 
     Args:
-        members: what each gave; an exception instead of one that could not be followed.
+        members: what each gave; an exception instead of one that could not be followed, that
+            of Ctrl-C where nobody came to it.
         more: further variables, one value a member.
         coordinates: further coordinates, one value a member.
         **attrs: further attributes.
     """
-    whole = [one for one in members if not isinstance(one, Exception)]
+    whole = [one for one in members if not isinstance(one, BaseException)]
     names = dict.fromkeys(name for one in whole for name in one.variables)
     found: dict[str, Variable] = {}
     for name in names:
-        column = [None if isinstance(m, Exception) else m.variables.get(name) for m in members]
+        column = [None if isinstance(m, BaseException) else m.variables.get(name) for m in members]
         there = [variable for variable in column if variable is not None]
         if quantity(name).of_data and _all_equal([values for _, values, _ in there]):
             found[name] = there[0]
@@ -124,9 +125,11 @@ def none_done(found: "xr.Dataset") -> bool:
     return "interrupted" in ends and ends <= {"interrupted", "refused", "failed"}
 
 
-def _told(one: Member | Exception, name: str) -> Any:
-    if isinstance(one, Exception):
-        if isinstance(one, ValueError):
+def _told(one: Member | BaseException, name: str) -> Any:
+    if isinstance(one, BaseException):
+        if isinstance(one, KeyboardInterrupt):
+            end = Reason.NOT_STARTED.end()
+        elif isinstance(one, ValueError):
             end = Reason.REFUSED.end(why=one)
         else:
             end = Reason.FAILED.end(why=f"{type(one).__name__}: {one}")

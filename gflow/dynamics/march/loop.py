@@ -42,6 +42,10 @@ STIFF_PRODUCT, STIFF_LOOKS, LOOK_EVERY = 2.0, 2, 8
 """A run is stiff when step times spectral radius has exceeded the first in so many looks in a row,
 one every so many steps. The methods of order 5 to 8 lose stability between 3 and 6."""
 
+GROWTH = 50.0
+"""It is not while something grows at more than the spectral radius over this: what grows limits the
+steps of an implicit solver too, to some tenths of its time, and such a step costs several."""
+
 
 # ---------------------------------------------------------------------------------------------
 # What the host calls
@@ -363,6 +367,7 @@ def _count_stiff(field: AbstractField, lane: Lane, s: Array, made: Any) -> Array
 
     An explicit method's error estimate is dominated by the stiffest modes as soon as their product
     with the step is of order one: applying the Jacobian to it once gives the spectral radius.
+    What grows is a row or a column of a layer, as modes of a small start do on a plateau.
     """
 
     def size(weights: Weights) -> Array:
@@ -375,11 +380,32 @@ def _count_stiff(field: AbstractField, lane: Lane, s: Array, made: Any) -> Array
             (state.weights,),
             (error.weights,),
         )
-        stiff = lane.step * size(image) > STIFF_PRODUCT * size(error.weights)
+        stable = lane.step * size(image) <= STIFF_PRODUCT * size(error.weights)
+        growth = _growth(field(s, state).weights, state.weights)
+        stiff = ~stable & (size(image) > GROWTH * growth * size(error.weights))
         return jnp.where(stiff, lane.num_stiff + 1, 0)
 
     due = lane.num_steps % LOOK_EVERY == LOOK_EVERY - 1
     return jax.lax.cond(due, look, lambda: lane.num_stiff)
+
+
+def _growth(slope: Weights, weights: Weights) -> Array:
+    r"""The largest $\mathrm d\log\lVert r\rVert/\mathrm ds$ of a row or column r of a layer."""
+
+    def largest(slope: Array, leaf: Array) -> Array:
+        slope, leaf = jnp.atleast_1d(slope, leaf)
+        fastest = []
+        for axis in range(leaf.ndim):
+            along = tuple(other for other in range(leaf.ndim) if other != axis)
+            size = jnp.max(jnp.abs(leaf), along, keepdims=True)  # squares may underflow
+            some = jnp.where(size > 0, size, 1.0)
+            unit = leaf / some
+            squares = jnp.where(size > 0, jnp.sum(unit**2, along, keepdims=True), 1.0)
+            fastest.append(jnp.max(jnp.sum(unit * (slope / some), along, keepdims=True) / squares))
+        return jnp.max(jnp.stack(fastest))
+
+    rates = jax.tree.leaves(jax.tree.map(largest, slope, weights))
+    return jnp.max(jnp.stack(rates))
 
 
 # ---------------------------------------------------------------------------------------------

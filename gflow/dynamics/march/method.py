@@ -4,8 +4,10 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optimistix
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.control import ROUND_OFF
@@ -163,6 +165,22 @@ class WholeStep(AbstractMethod):
         return type(self.solver).__name__
 
 
-def method_of(solver: diffrax.AbstractAdaptiveSolver | AbstractMethod) -> AbstractMethod:
-    """The solver as the march takes it."""
-    return solver if isinstance(solver, AbstractMethod) else WholeStep(solver)
+def method_of(
+    solver: diffrax.AbstractAdaptiveSolver | AbstractMethod, rtol: float, atol: float
+) -> AbstractMethod:
+    """The solver as the march takes it; tolerances that it leaves open are those of the steps."""
+    if isinstance(solver, AbstractMethod):
+        return solver
+    whole: diffrax.AbstractAdaptiveSolver = solver
+    if isinstance(solver, diffrax.AbstractImplicitSolver):
+        given = {"rtol": rtol, "atol": atol, "norm": optimistix.rms_norm}
+        # What is open is an object of diffrax's own, neither a number nor a function.
+        there = {name: getattr(solver.root_finder, name, 0.0) for name in given}
+        left = [name for name, x in there.items() if not (callable(x) or eqx.is_array_like(x))]
+        if left:
+            whole = eqx.tree_at(
+                lambda s: [getattr(s.root_finder, name) for name in left],
+                whole,
+                [given[name] for name in left],
+            )
+    return WholeStep(whole)

@@ -1,0 +1,252 @@
+"""Sweeps on an engine: what a scheduler costs, a killed worker, and results larger than memory.
+
+1. The 600 trajectories of `phase_diagram.py` by dask with two workers on this machine, one of which
+   is killed (SIGKILL) on the way. Beside it the same sweep in this process: alone, whose result is
+   compared bit for bit, and with two threads, whose time is. Compiled programs come from a folder.
+2. Many short trajectories, two layers of width 3 to log R = -10, by two workers: the memory of the
+   process that runs the sweep, how long until the first group is there, trajectories a second and
+   worker beside those of `ensemble` in one process.
+3. A sweep of several gigabytes on disk (one group, copied), opened lazily and reduced by
+   `.mean("seed")` in a process of its own: time and peak memory, beside the same from zarr.
+
+    python benchmarks/engines.py [--quick] [--out FOLDER]
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import phase_diagram
+from common import Report, begin, parser
+from distributed import Client, LocalCluster
+
+import gflow
+from gflow.report import groups
+from gflow.report.grid import Axis, Grid
+
+SHORT = gflow.LogRisk(-10)
+
+
+def short(seed):
+    """A trajectory that takes some milliseconds, of many."""
+    data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+    problem = gflow.Problem(data, loss=gflow.Exponential())
+    weights = gflow.init.gaussian((2, 3, 1), scale=0.5, seed=seed)
+    return problem, gflow.init.admissible(weights, problem)
+
+
+@contextlib.contextmanager
+def two_workers():
+    """A scheduler and two workers on loopback."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def memory():
+    """The peak of this process since it was told to forget it, in megabytes (Linux)."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def forget_peak():
+    """Count the peak of memory from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+# -------------------------------------------------------------------------------------------------
+# A worker that is killed
+# -------------------------------------------------------------------------------------------------
+
+
+def killed(folder, quick):
+    grid = phase_diagram.QUICK if quick else phase_diagram.GRID
+    given = {
+        "until": gflow.LogRisk(-100 if quick else -1e4),
+        "save": 10,
+        "group_size": 4 if quick else 60,
+    }
+    gflow.cache_programs(folder / "programs")
+    here = {"devices": jax.devices() * 2}
+    alone = gflow.sweep(phase_diagram.start, grid, folder=folder / "alone", **given)
+    gflow.sweep(phase_diagram.start, grid, **here, **given)
+    began = time.perf_counter()
+    gflow.sweep(phase_diagram.start, grid, folder=folder / "threads", **here, **given)
+    took = time.perf_counter() - began
+    with two_workers() as client:
+        victim = next(iter(client.run(os.getpid).values()))
+        found, there = {}, folder / "engine"
+
+        def kill():
+            while len(list(there.glob("group-*.nc"))) < (2 if quick else 5):
+                time.sleep(0.01)
+            os.kill(victim, signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        began = time.perf_counter()
+        engine = client.get_executor()
+        swept = gflow.sweep(phase_diagram.start, grid, folder=there, executor=engine, **given)
+        found["seconds"] = time.perf_counter() - began
+        found["worker_killed"] = victim not in client.run(os.getpid).values()
+    same = [name for name in alone.data_vars if not _equal(alone[name].values, swept[name].values)]
+    return {
+        "runs": int(alone.status.size),
+        "seconds_with_two_threads": took,
+        **found,
+        "ratio": found["seconds"] / took,
+        "variables_that_differ": same,
+    }
+
+
+def _equal(a, b):
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+# -------------------------------------------------------------------------------------------------
+# Many short ones
+# -------------------------------------------------------------------------------------------------
+
+
+def many(folder, quick):
+    count, few = (2_000, 500) if quick else (100_000, 4_000)
+    gflow.cache_programs(folder / "programs")
+    starts = [short(seed) for seed in range(few)]
+    batch = tuple(np.stack(layers) for layers in zip(*(w for _, w in starts), strict=True))
+    problem, given = starts[0][0], {"until": SHORT, "save": 5}
+    gflow.ensemble(problem, tuple(layer[:128] for layer in batch), **given)
+    began = time.perf_counter()
+    gflow.ensemble(problem, batch, **given)
+    each = (time.perf_counter() - began) / few
+    with two_workers() as client:
+        there, first = folder / "many", {}
+
+        def watch():
+            while not first:
+                if list(there.glob("group-*.nc")):
+                    first["seconds"] = time.perf_counter() - began
+                time.sleep(0.01)
+
+        engine = client.get_executor()
+        gflow.sweep(short, {"seed": range(256)}, folder=folder / "warm", executor=engine, **given)
+        forget_peak()
+        before = memory()
+        began = time.perf_counter()
+        threading.Thread(target=watch, daemon=True).start()
+        found = gflow.sweep(
+            short, {"seed": range(count)}, folder=there, lazy=True, executor=engine, **given
+        )
+        took = time.perf_counter() - began
+    return {
+        "runs": count,
+        "reached": int((found.status == "reached").sum()),
+        "seconds": took,
+        "seconds_to_first_group": first["seconds"],
+        "driver_megabytes_before": before,
+        "driver_megabytes_more": memory() - before,
+        "on_disk_megabytes": _size(there) / 2**20,
+        "a_second_and_worker": count / took / 2,
+        "a_second_of_ensemble": 1 / each,
+        "throughput_of_a_worker": count / took / 2 * each,
+    }
+
+
+def _size(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+# -------------------------------------------------------------------------------------------------
+# Larger than memory
+# -------------------------------------------------------------------------------------------------
+
+REDUCE = """
+import json, pathlib, re, sys, time
+import gflow, xarray as xr
+began = time.perf_counter()
+kind, path = sys.argv[1:]
+found = gflow.load(path, lazy=True) if kind == "folder" else xr.open_zarr(path)
+opened = time.perf_counter() - began
+size = sum(v.size * v.dtype.itemsize for v in found.data_vars.values())
+three = "log_risk", "misalignment", "margin"
+means = {name: found[name].mean("seed").compute() for name in three}
+one = {"opened": opened, "reduced": time.perf_counter() - began - opened}
+began = time.perf_counter()
+for name in found.data_vars:
+    if found[name].dtype.kind == "f" and "seed" in found[name].dims:
+        found[name].mean("seed").compute()
+one["all_reduced"] = time.perf_counter() - began
+one["gigabytes"] = size / 2**30
+peak = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
+one["peak_megabytes"] = int(peak) / 1024
+one["mean"] = float(means["log_risk"].isel(point=-1).mean())
+print(json.dumps(one))
+"""
+
+
+def larger(folder, quick):
+    copies, saves = (4, 50) if quick else (150, 500)
+    small, whole = folder / "one", folder / "large"
+
+    def start(seed):
+        return phase_diagram.start(4, 1.0, 1.0, seed)
+
+    given = {"until": gflow.LogRisk(-100), "save": saves, "folder": small}
+    gflow.sweep(start, {"seed": range(128)}, **given)
+    one = groups.Folder.found(small)
+    seeds = list(range(128 * copies))
+    grid = Grid({"seed": Axis(seeds, seeds)}, [128])
+    kept = groups.Folder(whole, grid, "copies of one group")
+    for block in grid:
+        shutil.copy(small / one.grid.block(0).name, whole / block.name)
+    kept.complete(one.summary)
+    rows = {"folder": {"on_disk_megabytes": _size(whole) / 2**20}}
+    rows["folder"] |= _reduced("folder", whole)
+    try:
+        import zarr  # noqa: F401
+    except ModuleNotFoundError:
+        return rows
+    began = time.perf_counter()
+    lazy = gflow.load(whole, lazy=True)
+    numbers = lazy[[name for name in lazy.data_vars if lazy[name].dtype.kind in "fib"]]
+    numbers.to_zarr(folder / "large.zarr", consolidated=False)
+    rows["zarr"] = {
+        "seconds_to_write": time.perf_counter() - began,
+        "on_disk_megabytes": _size(folder / "large.zarr") / 2**20,
+        **_reduced("zarr", folder / "large.zarr"),
+    }
+    return rows
+
+
+def _reduced(kind, path):
+    made = subprocess.run(
+        [sys.executable, "-c", REDUCE, kind, str(path)], check=True, capture_output=True, text=True
+    )
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+def main():
+    options = begin(parser(__doc__))
+    report = Report(__file__, options)
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in (killed, many, larger):
+            found[part.__name__] = part(folder, options.quick)
+            print(part.__name__, json.dumps(found[part.__name__], indent=1), flush=True)
+    assert not found["killed"]["variables_that_differ"]
+    report.write(None, **found)
+
+
+if __name__ == "__main__":
+    main()
