@@ -238,6 +238,8 @@ def _reduced(kind, path):
 def main():
     options = begin(parser(__doc__))
     report = Report(__file__, options)
+    # Workers are to read what this process writes.
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -3,8 +3,8 @@
 Six parts. XOR with 20 neurons to log R = -100, -1e4, -1e6, and where diffrax and SciPy, which step
 over kinks, stand after some seconds or 20,000 steps. Ten points, twelve neurons, T = 20: errors and
 evaluations beside SciPy's and descent's of five step sizes. Two limits with closed forms (Phuong
-and Lampert; Lyu, Li, Wang and Arora) at log R = -1e6. Orthogonal inputs and square loss (Boursier et
-al.). Many kinks: 1,000 neurons on 100 points, many neurons on three. Networks drawn at random:
+and Lampert; Lyu, Li, Wang and Arora) at log R = -1e6. Orthogonal inputs and square loss (Boursier
+et al.). Many kinks: 1,000 neurons on 100 points, many neurons on three. Networks drawn at random:
 balance, NaN, ends.
 
     python benchmarks/kinks.py [--quick] [--out FOLDER]

@@ -36,6 +36,7 @@ from gflow.dynamics.radau.gauss_newton import GaussNewton as GaussNewton
 from gflow.dynamics.split.slow_manifold import SlowManifold as SlowManifold
 from gflow.dynamics.stops import (
     KKT as KKT,
+    Epochs as Epochs,
     LogRisk as LogRisk,
     LogTime as LogTime,
     MarginGap as MarginGap,
@@ -46,6 +47,7 @@ from gflow.dynamics.stops import (
 )
 from gflow.problem import datasets as datasets, init as init, observables as observables
 from gflow.problem.data import Dataset as Dataset
+from gflow.problem.frameworks import from_equinox as from_equinox, from_flax as from_flax
 from gflow.problem.kinks import leaky_relu as leaky_relu, relu as relu
 from gflow.problem.losses import (
     AbstractLoss as AbstractLoss,

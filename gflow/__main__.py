@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -77,6 +77,24 @@ def _parser() -> argparse.ArgumentParser:
         const="digits",
         help="all ten digits as classes, with cross-entropy: the same as --dataset digits",
     )
+    reproduce.add_argument(
+        "--images",
+        action="store_true",
+        help="the paper's last figure instead: dense layers of a convolutional network on pictures",
+    )
+    reproduce.add_argument(
+        "--data",
+        metavar="NAME|PATH",
+        default=None,
+        help="with --images: digits, mnist-5k, photographs, an NPZ file with inputs and labels, or "
+        "a folder with the binary files of CIFAR-10; default: digits",
+    )
+    reproduce.add_argument(
+        "--epochs", metavar="N", type=float, default=None, help="with --images; default: 60"
+    )
+    reproduce.add_argument(
+        "--seeds", metavar="N", type=int, default=None, help="with --images; default: 3"
+    )
     reproduce.set_defaults(command=_reproduce)
 
     run = commands.add_parser(
@@ -139,6 +157,12 @@ def _reproduce(options: argparse.Namespace) -> int:
     from gflow.report import reproduce
 
     _without_display()
+    given = {name: getattr(options, name) for name in ("data", "epochs", "seeds")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.images:
+        return _reproduce_images(options, given)
+    if given:
+        raise ValueError(f"`--{next(iter(given))}` is for `--images`; give both, or neither.")
     outcomes = reproduce.reproduce(
         options.out,
         dataset=options.dataset or reproduce.REAL,
@@ -146,6 +170,18 @@ def _reproduce(options: argparse.Namespace) -> int:
         progress=False if options.no_progress else None,
     )
     return _exit_code(outcomes)
+
+
+def _reproduce_images(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    from gflow.report.images import reproduce_images
+
+    if options.dataset or options.quick:
+        other = "--dataset" if options.dataset else "--quick"
+        raise ValueError(f"`{other}` is not for `--images`; choose with --data and --epochs.")
+    outcome = reproduce_images(
+        options.out, progress=False if options.no_progress else None, **given
+    )
+    return FAILED if outcome.unfinished or outcome.verdict[0].startswith("no") else 0
 
 
 def _run(options: argparse.Namespace) -> int:

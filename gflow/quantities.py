@@ -21,6 +21,7 @@ DIMENSIONS = {
     "output": 0,
     "coordinate": 0,
     "kink": 0,
+    "leaf": 1,
 }
 """The dimensions of records, each with the number of its first entry. Layers count from 1 at the
 input, the pair of layers (k, k+1) is number k."""
@@ -123,6 +124,12 @@ QUANTITIES: dict[str, Quantity] = {
         compared=True,
     ),
     "num_steps": Quantity(POINT, "accepted solver steps, or descent iterations, so far"),
+    "num_epochs": Quantity(
+        POINT,
+        "descent iterations so far over those in an epoch, a pass through the mini-batches",
+        symbol="epoch",
+        decades=False,
+    ),
     "log_step_size": Quantity(
         POINT, "logarithm of descent's latest step size", kind=Kind.LOG, decades=False
     ),
@@ -238,6 +245,15 @@ QUANTITIES: dict[str, Quantity] = {
         zero=1e-14,
         certified=True,
         needs=("layers", "one output"),
+    ),
+    "leaf_norm": Quantity(
+        ("point", "leaf"),
+        "Euclidean norm of each array of the weights that is no dense layer",
+    ),
+    "least_ratio": Quantity(
+        ("layer",),
+        "1/sqrt(min(rows, columns)), the least that |W_k|_2/|W_k|_F can be",
+        of_data=True,
     ),
     # Several classes.
     "margin_bound": Quantity(

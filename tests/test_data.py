@@ -146,7 +146,6 @@ def test_repr_tells_counts_and_the_margin_once_it_is_known(data):
         (INPUTS, [1.0, np.nan, 1.0], r"`labels\[1\]` is nan"),
         ([[0.0, 1.0], [np.nan, np.inf]], [1, 1], r"`inputs\[1, 0\]` is nan; .*\(2 such entries\)"),
         (INPUTS[0], [1.0], r"shape \(2,\); expected two dimensions.*inputs\[None, :\]"),
-        (np.ones((2, 3, 3)), [1, 1], r"reshape\(len\(inputs\), -1\)"),
         (np.ones((0, 2)), [], r"shape \(0, 2\); expected at least one point"),
         (np.ones((2, 0)), [1, 1], r"shape \(2, 0\); expected at least one point and one feature"),
         ([[1.0], [1.0, 2.0]], [1, 1], r"`inputs` is not a table: .*rows of equal length"),

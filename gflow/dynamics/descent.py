@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import optax
@@ -14,12 +14,15 @@ from gflow.dynamics.drive.events import AtStart, course
 from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
-from gflow.problem.arguments import A_PROBLEM, expect, positive_count, seed_of
+from gflow.problem.arguments import A_PROBLEM, expect, positive_count, seed_of, shown
 from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
 
 if TYPE_CHECKING:
     import xarray as xr
+
+PRECISIONS = ("float64", "float32")
+"""What descent computes in."""
 
 
 def gradient_descent(
@@ -36,13 +39,14 @@ def gradient_descent(
     batch_size: int | None = None,
     seed: int = 0,
     max_steps: int = 10_000_000,
+    precision: Literal["float64", "float32"] = "float64",
 ) -> "xr.Dataset":
     r"""Descend the risk with any optax optimiser and record what happens on the way.
 
-    Computes in float64 whatever JAX's global setting is. The optimiser is given $\nabla R$, which
-    underflows with the risk: below $R = 10^{-308}$ nothing moves. ``gflow.on_log_risk(optimizer)``
-    and the rules made with it (`gflow.loss_scaled`, `gflow.polyak`, `gflow.loss_line_search`) go
-    on at any risk.
+    Computes in float64 whatever JAX's global setting is, or in float32 on request. The optimiser
+    is given $\nabla R$, which underflows with the risk: below $R = 10^{-308}$ nothing moves.
+    ``gflow.on_log_risk(optimizer)`` and the rules made with it (`gflow.loss_scaled`,
+    `gflow.polyak`, `gflow.loss_line_search`) go on at any risk.
 
     The time of descent is the sum of its step sizes. For optimisers that treat every weight alone
     the step size is nominal: their answer to a constant gradient of one, so the learning rate of
@@ -73,13 +77,18 @@ def gradient_descent(
             run's file is refused. With "max_steps" the same call may have a larger ``max_steps``.
         keep_weights: record the weights at every saved point as ``weights_1``, ``weights_2``, …
         batch_size: points in a mini-batch, drawn without replacement, in a fresh random order each
-            epoch; None uses all points in every step.
+            epoch; None uses all points in every step. Points left over are left out of the epoch.
+            What a record holds is always of all points, evaluated some at a time where they are
+            many.
         seed: of the mini-batches.
-        max_steps: give up after so many; a `Steps` rule above it takes precedence.
+        max_steps: give up after so many; a `Steps` or `Epochs` rule above it takes precedence.
+        precision: of the weights, the data and every step. In "float32" steps of larger networks
+            take about half the time; singular values of layers are taken in float64 all the same.
 
     Returns:
-        The record: an ``xarray.Dataset`` with dimension ``point`` and the variables of a flow, and
-        ``log_step_size``, the step taken last (minus infinity at the start). ``attrs["status"]`` is
+        The record: an ``xarray.Dataset`` with dimension ``point`` and the variables of a flow,
+        ``log_step_size``, the step taken last (minus infinity at the start), and with mini-batches
+        ``num_epochs``. ``attrs["status"]`` is
         "reached", or says why the run stopped before its goal ("diverged", "stalled", "max_steps",
         "interrupted", "checkpoint_failed"), and ``attrs["message"]`` explains; everything computed
         so far is there, and the last point is finite.
@@ -93,7 +102,7 @@ def gradient_descent(
     Warns:
         UserWarning: when $R(W(0)) > R(0)$, so that the paper's assumption fails.
     """
-    options = Options(observables, keep_weights, batch_size, seed, max_steps)
+    options = Options(observables, keep_weights, batch_size, seed, max_steps, precision)
     check(problem, options)
     with settings.own():
         run = descent_of(problem, weights, optimizer, until, save, options)
@@ -109,6 +118,7 @@ class Options(NamedTuple):
     batch_size: int | None = None
     seed: int = 0
     max_steps: int = 10_000_000
+    precision: str = "float64"
 
 
 def check(problem: Problem, options: Options) -> None:
@@ -121,6 +131,11 @@ def check(problem: Problem, options: Options) -> None:
     positive_count("max_steps", options.max_steps)
     _batch_size(options.batch_size, problem.data.num_points)
     seed_of("seed", options.seed)
+    if options.precision not in PRECISIONS:
+        raise ValueError(
+            f"`precision` is {shown(options.precision)}; expected one of "
+            f"{', '.join(map(repr, PRECISIONS))}."
+        )
 
 
 def descent_of(
@@ -137,11 +152,12 @@ def descent_of(
         ValueError: when the weights do not fit the problem, the gradient vanishes there, the
             optimiser does not work, or the points to save are no sensible ones.
     """
+    problem = problem.in_precision(options.precision)
     weights = problem.check(weights)
-    rules = rules_on(problem, weights, until)
+    size = _batch_size(options.batch_size, problem.data.num_points)
+    rules = rules_on(problem, weights, until, problem.data.num_points // size if size else 1)
     recorder = Recorder(problem, weights, options.observables, options.keep_weights)
     way = course(problem, weights, rules, save, None, AtStart.of(problem, weights))
-    size = _batch_size(options.batch_size, problem.data.num_points)
     seed, most = seed_of("seed", options.seed), int(options.max_steps)
     return DescentRun(problem, optimizer, size, seed, most, recorder, rules, way)
 
@@ -160,6 +176,7 @@ def attributes(
         "optimizer": describe(optimizer),
         "along_gradient": along_gradient(optimizer),
         "step_size": "nominal" if run.descent.meter.nominal else "measured",
+        "precision": options.precision,
         "batch_size": options.batch_size,
         "seed": None if options.batch_size is None else options.seed,
     }

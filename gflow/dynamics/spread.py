@@ -88,7 +88,7 @@ def check_executor(executor: Any, devices: Any) -> cf.Executor | None:
 def _run(packed: bytes, cache: str | None) -> bytes:
     """In a process of the engine: a task, and what comes of it."""
     config: Any = jax.config
-    if cache is not None and config.jax_compilation_cache_dir is None:
+    if cache and not config.jax_compilation_cache_dir:
         cache_programs(cache)
     with settings.own():
         function, task = cloudpickle.loads(packed)

@@ -68,6 +68,14 @@ class AbstractRule(Module):
         """The rule with all that it needs to know of a problem."""
         return self
 
+    def in_steps(self, steps_an_epoch: int | None) -> "AbstractRule":
+        """The rule, told how many steps of descent an epoch has; a flow has none.
+
+        Raises:
+            ValueError: when it counts epochs and there are none.
+        """
+        return self
+
     def measure(self, problem: Problem, weights: Weights) -> Array:
         """The ``variable`` at given weights, the worst of several; pure JAX."""
         raise NotImplementedError(f"{type(self).__name__} watches no variable")
@@ -204,6 +212,51 @@ class Steps(AbstractRule):
     def steps_at(self, progress: np.ndarray) -> np.ndarray:
         counts = np.ceil(np.expm1(progress) * (1 - 1e-12) - 1e-9)
         return np.minimum(counts, self.value).astype(np.int64)
+
+
+class Epochs(AbstractRule):
+    r"""Stop after ``value`` epochs of descent; half of one is 0.5.
+
+    An epoch is one pass through the mini-batches, $\lfloor n/\text{batch size}\rfloor$ steps;
+    without mini-batches it is one step. Saved points are evenly spaced in epochs.
+
+    Args:
+        value: positive.
+        steps_an_epoch: is told by the run.
+    """
+
+    value: float
+    steps_an_epoch: int | None = eqx.field(static=True)
+
+    def __init__(self, value: float, steps_an_epoch: int | None = None):
+        self.value, self.steps_an_epoch = _positive("Epochs", value), steps_an_epoch
+
+    def in_steps(self, steps_an_epoch: int | None) -> "Epochs":
+        if steps_an_epoch is None:
+            raise ValueError(
+                f"`until` holds {self!r}, and a flow has no epochs; expected another rule, as "
+                "Time(t): a step of descent takes as much time as it is long."
+            )
+        return Epochs(self.value, steps_an_epoch)
+
+    def progress(self, at: Coordinates) -> Array:
+        return jnp.astype(at.num_steps, at.log_risk.dtype) / self._steps
+
+    def progress_of(self, value: np.ndarray) -> np.ndarray:
+        return np.asarray(value, dtype=np.float64)
+
+    def rounded(self, progress: np.ndarray) -> np.ndarray:
+        return np.rint(progress * self._steps) / self._steps
+
+    def steps_at(self, progress: np.ndarray) -> np.ndarray:
+        last = max(1, math.ceil(self.value * self._steps * (1 - 1e-12)))
+        counts = np.ceil(progress * self._steps * (1 - 1e-12))
+        return np.clip(counts, 1, last).astype(np.int64)
+
+    @property
+    def _steps(self) -> int:
+        assert self.steps_an_epoch is not None  # a rule of a run has been told
+        return self.steps_an_epoch
 
 
 class AbstractVanishing(AbstractRule):
@@ -352,20 +405,29 @@ def as_rules(until: AbstractRule | AnyOf) -> tuple[AbstractRule, ...]:
         return rules
     raise ValueError(
         f"`until` is {until!r}; expected a stopping rule: gflow.LogRisk(v), Time(t), LogTime(v), "
-        "Steps(k), Misalignment(v), MarginGap(v), KKT(v) or Saddle(n), joined with | if there are "
-        "several."
+        "Steps(k), Epochs(e), Misalignment(v), MarginGap(v), KKT(v) or Saddle(n), joined with | if "
+        "there are several."
     )
 
 
 def rules_on(
-    problem: Problem, weights: Weights, until: AbstractRule | AnyOf
+    problem: Problem,
+    weights: Weights,
+    until: AbstractRule | AnyOf,
+    steps_an_epoch: int | None = None,
 ) -> tuple[AbstractRule, ...]:
     """The rules joined in ``until``, ready for a problem; the leading one first.
 
+    Args:
+        problem, weights: where the run begins.
+        until: the rules.
+        steps_an_epoch: of descent; None for a flow.
+
     Raises:
-        ValueError: when one watches a variable that the problem does not have.
+        ValueError: when one watches a variable that the problem does not have, or counts epochs of
+            a flow.
     """
-    rules = as_rules(until)
+    rules = tuple(rule.in_steps(steps_an_epoch) for rule in as_rules(until))
     for rule in rules:
         if rule.variable is not None:
             needs = quantity(rule.variable).needs

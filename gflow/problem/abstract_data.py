@@ -29,6 +29,11 @@ class AbstractData(Module):
     """The number K of classes; None for labels -1 and +1, and for targets."""
 
     @property
+    def points(self) -> Any:
+        """The points in their own shape, as a network takes them, numbered on the first axis."""
+        return self.inputs
+
+    @property
     @abstractmethod
     def offers(self) -> frozenset[str]:
         """What may be asked of the data.
@@ -112,5 +117,5 @@ class AbstractData(Module):
 
     @property
     def dim(self) -> int:
-        """The number of features, $d$."""
+        """The number of features, $d$, which are kept as a row."""
         return self.inputs.shape[1]

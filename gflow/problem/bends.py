@@ -221,6 +221,9 @@ class Frozen(AbstractNetwork):
     def degree(self, weights: Weights) -> float | None:
         return self.network.degree(weights)
 
+    def dense_layers(self, weights: Weights) -> Any:
+        return self.network.dense_layers(weights)
+
     def coordinates(self, weights: Weights, data: AbstractData) -> Array:
         return self.bends.evaluate(weights, data, self.pattern.gates, None)[0]
 

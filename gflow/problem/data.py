@@ -54,7 +54,9 @@ class Dataset(AbstractData):
     A pytree whose leaves are the two arrays, which are NumPy, float64 and read-only.
 
     Args:
-        inputs: one row a point. Lists and arrays of any real type are converted.
+        inputs: one row a point. Lists and arrays of any real type are converted. Points may have
+            any shape, as images do, (points, channels, rows, columns): they are kept as rows, and
+            handed to a ``gflow.Network`` in their own shape, ``point_shape``.
         labels: one number a row, -1 or +1, or a class, 0 to K - 1, each of which has points.
         num_classes: the number K of classes. It may be left out for labels -1 and +1, and where
             more than two whole numbers from 0 on occur.
@@ -74,6 +76,8 @@ class Dataset(AbstractData):
     name: str = eqx.field(static=True)
     num_classes: int | None = eqx.field(static=True)
     """K; None for labels -1 and +1."""
+    point_shape: tuple[int, ...] = eqx.field(static=True)
+    """The shape of one point as it was given: (d,), or that of an image."""
 
     def __init__(
         self,
@@ -85,6 +89,9 @@ class Dataset(AbstractData):
     ):
         inputs = numbers_of("inputs", inputs, booleans=True)
         labels = _labels(labels, num_classes)
+        self.point_shape = inputs.shape[1:]
+        if inputs.ndim > 2 and 0 not in inputs.shape:
+            inputs = inputs.reshape(len(inputs), -1)
         check_inputs(inputs)
         self.num_classes = _check_labels(labels, len(inputs), num_classes)
         self.inputs = frozen(inputs)
@@ -107,6 +114,11 @@ class Dataset(AbstractData):
         return products.reshape(-1, self.num_classes * self.dim)
 
     @property
+    def points(self) -> np.ndarray | Array:
+        """The points in their own shape, (points, *point_shape)."""
+        return self.inputs.reshape(-1, *self.point_shape)
+
+    @property
     def classes(self) -> Int[np.ndarray, " points"]:
         """The labels as whole numbers: the classes, of labels -1 and +1 themselves."""
         return np.asarray(self.labels).astype(np.intp)
@@ -121,7 +133,7 @@ class Dataset(AbstractData):
         return "labels -1, +1" if self.num_classes is None else f"{self.num_classes} classes"
 
     @property
-    def answers(self) -> np.ndarray:
+    def answers(self) -> np.ndarray | Array:
         return self.labels
 
     @property
@@ -204,10 +216,20 @@ class Dataset(AbstractData):
         inputs = self.inputs / largest  # first, so that squares neither overflow nor underflow
         inputs = inputs / np.linalg.norm(inputs, axis=1).max()
         excess = np.linalg.norm(inputs, axis=1).max()
-        return self._with(inputs / max(excess, 1.0))
+        return self._with((inputs / max(excess, 1.0)).reshape(-1, *self.point_shape))
 
     def with_bias(self, value: float = 1.0) -> "Dataset":
-        """The same data with one more feature, last, that is `value` for every point."""
+        """The same data with one more feature, last, that is `value` for every point.
+
+        Raises:
+            ValueError: when ``value`` is no finite number but zero, or points have a shape of their
+                own, to which no feature can be added.
+        """
+        if len(self.point_shape) > 1:
+            raise ValueError(
+                f"`data` has points of shape {self.point_shape}; expected rows of features, to "
+                "which one can be added. Flatten them: inputs.reshape(len(inputs), -1)."
+            )
         return self._with(with_constant(self.inputs, value))
 
     def prepared(self, bias: float | None, scale: bool) -> "Dataset":
@@ -229,8 +251,10 @@ class Dataset(AbstractData):
         largest = largest_norm(self.inputs)
         solution = _SOLUTIONS.get(id(self))
         known = "" if solution is None else f", {solution.summary}"
+        shape = "" if len(self.point_shape) == 1 else f" of shape {self.point_shape}"
         return (
-            f"Dataset({self.name!r}: {self.num_points} points ({labels}), {self.dim} features, "
+            f"Dataset({self.name!r}: {self.num_points} points ({labels}), {self.dim} features"
+            f"{shape}, "
             f"max |x| = {largest:.4g}{known})"
         )
 

@@ -2,7 +2,7 @@ r"""Data sets to study: generated ones of known margin, and the real ones in sci
 
 Public as `gflow.datasets`. Every function returns a `Dataset`, but `completion` a `Sensing`; the
 generated ones and the real ones are scaled so that $\lVert x_i\rVert \le 1$, except `one_datum` and
-`completion`, which are as given.
+`completion`, which are as given. Pictures are in ``images.py``.
 """
 
 import re
@@ -14,6 +14,14 @@ import numpy as np
 from gflow.problem import settings
 from gflow.problem.arguments import between, numbers_of, seed_of, shown, whole
 from gflow.problem.data import Dataset
+from gflow.problem.images import (
+    cifar10 as cifar10,
+    digit_images as digit_images,
+    images as images,
+    images_from_npz as images_from_npz,
+    mnist_5k as mnist_5k,
+    photographs as photographs,
+)
 from gflow.problem.sensing import Sensing
 
 # -------------------------------------------------------------------------------------------------

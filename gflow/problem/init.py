@@ -12,9 +12,18 @@ from typing import Any
 import numpy as np
 
 from gflow.problem import settings
-from gflow.problem.arguments import A_PROBLEM, expect, number, numbers_of, seed_of, whole
+from gflow.problem.arguments import (
+    A_PROBLEM,
+    expect,
+    number,
+    numbers_of,
+    positive,
+    seed_of,
+    whole,
+)
 from gflow.problem.data import labelled
-from gflow.problem.network import check_weights, end_to_end
+from gflow.problem.dense import replaced
+from gflow.problem.network import Weights, check_weights, end_to_end
 from gflow.problem.risk import ROUND_OFF, Problem, level_at_zero, risk_and_slope
 
 LayerWeights = tuple[np.ndarray, ...]
@@ -206,6 +215,53 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
     while excess(factor) > ROUND_OFF:
         factor /= 2
     return (*rest, factor * last)
+
+
+@settings.own()
+def rescaled(
+    weights: Weights, problem: Problem | None = None, *, frobenius: float = 4.0
+) -> Weights:
+    r"""The weights with every dense layer scaled to one Frobenius norm.
+
+    Ji and Telgarsky start the dense layers of a convolutional network so, each at norm 4: the
+    differences $\lVert W_{k+1}\rVert_F^2 - \lVert W_k\rVert_F^2$, which a deep linear network
+    conserves, are then zero, and as the norms grow the random part of each layer counts less.
+
+    Args:
+        weights: matrices from input to output, or with a ``problem`` any weights of its network.
+        problem: whose network says which of the weights are its dense layers. All others stay.
+        frobenius: the norm that every layer gets, positive.
+
+    Raises:
+        ValueError: when the network has no dense layers, a layer is zero, or ``frobenius`` is not
+            positive.
+
+    >>> [float(np.linalg.norm(matrix)) for matrix in rescaled(gaussian((2, 8, 1)), frobenius=2.0)]
+    [2.0, 2.0]
+    """
+    frobenius = positive("frobenius", frobenius)
+    if problem is None:
+        layers, network = from_arrays(weights), None
+    else:
+        expect("problem", problem, Problem, A_PROBLEM)
+        network = problem.network
+        weights = network.check(weights, problem.data)
+        layers = network.dense_layers(weights)
+    if layers is None:
+        raise ValueError(
+            f"`problem` has a {type(network).__name__} without dense layers; expected a "
+            "network that says which they are: Network(apply, layers=...)."
+        )
+    norms = [float(np.linalg.norm(matrix)) for matrix in layers]
+    if 0.0 in norms:
+        raise ValueError(
+            f"`weights` have a dense layer that is zero, number {norms.index(0.0) + 1}; expected "
+            "layers that can be scaled to a norm."
+        )
+    scaled = [
+        np.asarray(matrix) * (frobenius / norm) for matrix, norm in zip(layers, norms, strict=True)
+    ]
+    return tuple(scaled) if network is None else replaced(network, weights, scaled)
 
 
 def _random(

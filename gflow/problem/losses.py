@@ -21,7 +21,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.nn import softplus
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, ArrayLike, Float
@@ -76,7 +75,7 @@ class AbstractLoss(AbstractJointLoss):
                 shift, base = margins - offsets, level
         log_total = logsumexp(self.log_value(margins) + shift)
         return LossTerms(
-            log_risk=log_total - base - np.log(offsets.shape[0]),
+            log_risk=log_total - base - math.log(offsets.shape[0]),
             slopes=jnp.exp(self.log_slope(margins) + shift - log_total),
             curvature=Diagonal(jnp.exp(self.log_curvature(margins) + shift - log_total)),
         )
@@ -182,7 +181,7 @@ class Exponential(AbstractLoss):
         r"""$\log R$, and $e^{-q_i}/\sum_je^{-q_j}$ for slopes and curvature, at any level."""
         found = sum_of_exponentials(-offsets)
         base = jnp.zeros(()) if level is None else level
-        log_risk = found.log_total + (found.top - base) - np.log(offsets.shape[0])
+        log_risk = found.log_total + (found.top - base) - math.log(offsets.shape[0])
         return LossTerms(log_risk, found.shares, Diagonal(found.shares))
 
     def inverse(self, log_value: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:

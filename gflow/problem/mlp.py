@@ -50,6 +50,9 @@ class MLP(AbstractNetwork):
     def branch_side(self) -> int | None:
         return side_of(self.branch)
 
+    def without_branch(self) -> "MLP":
+        return MLP(self.slope)
+
     def design(self, data: AbstractData) -> None:
         return None
 

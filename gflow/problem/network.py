@@ -26,6 +26,7 @@ from gflow.problem import settings
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.array import Array as Array, as_array as as_array
+from gflow.problem.convolutions import in_fast_layout
 from gflow.problem.design import AbstractDesign
 from gflow.problem.kinks import check_branch, holds, is_switch, replay, side_of, traced
 from gflow.problem.module import Module
@@ -38,6 +39,12 @@ FEW_POINTS = 8
 
 OFF_DEGREE = 1e-2
 """Relative difference from it: networks may compute in low precision."""
+
+AT_ONCE = 2**20
+"""Numbers in the points that a network of any kind is evaluated on at once."""
+
+SWITCHED = 64
+"""Points at which it is looked on which side a network is of kinks that gflow does not know."""
 
 Weights = PyTree[Array]
 """A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
@@ -83,6 +90,22 @@ class AbstractNetwork(Module):
         """The matrices whose product the network is, from input to output; None if it is none."""
         return None
 
+    def dense_layers(self, weights: Weights) -> tuple[Array, ...] | None:
+        """The chain of matrices to be observed as layers, from input to output; None for none.
+
+        What lies between them may be anything. They are entries of the weights and nothing else,
+        so that ``dense.py`` can tell where each is kept.
+        """
+        return self.layers(weights)
+
+    def on(self, data: AbstractData, /) -> "AbstractNetwork":
+        """The network with all that it needs to know of a data set.
+
+        Raises:
+            ValueError: when it cannot be evaluated on its points.
+        """
+        return self
+
     def degree(self, weights: Weights) -> float | None:
         """The L with $f(aW; x) = a^L f(W; x)$ for a > 0; None where none is known."""
         return None
@@ -102,6 +125,10 @@ class AbstractNetwork(Module):
     def branch_side(self) -> int | None:
         """The side of a kink to take where the flow is not unique, 1 or -1; None for neither."""
         return None
+
+    def without_branch(self) -> "AbstractNetwork":
+        """The network without that choice, of which no program knows."""
+        return self
 
     def balances(self, weights: Weights) -> Array | None:
         """What the flow conserves for each neuron, one number each; None where none is known."""
@@ -261,28 +288,34 @@ class Network(AbstractNetwork):
     $k \ne y_i$, for targets the outputs; per-example gradients are vmapped.
 
     Args:
-        apply: ``apply(weights, x)`` with ``x`` of shape (d,), returning a scalar, for K classes
-            or K targets the K outputs, shape (K,); pure JAX.
+        apply: ``apply(weights, x)`` with ``x`` of shape (d,), or of the points' own shape,
+            returning a scalar, for K classes or K targets the K outputs, shape (K,); pure JAX.
         homogeneity: the degree $L$ with $f(aW; x) = a^L f(W; x)$ for $a > 0$,
             if there is one; the normalised margin $\min_i q_i/\lVert W\rVert^L$ needs it. It is
             tried at the start.
+        layers: ``layers(weights)``, the dense matrices to be observed, from input to output and of
+            shape (outputs, inputs) each: entries of the weights, chosen, transposed or cut out.
         branch: where the flow goes from a kink of a ``gflow.relu`` in ``apply`` that is not unique;
             see ``gflow.MLP``.
     """
 
     apply: Callable[[Any, Array], Array] = eqx.field(static=True)
-    homogeneity: float | None = eqx.field(static=True, default=None)
-    branch: str | None = eqx.field(static=True, default=None)
+    homogeneity: float | None = eqx.field(static=True)
+    chain: Callable[[Any], Sequence[Array]] | None = eqx.field(static=True)
+    branch: str | None = eqx.field(static=True)
 
-    def branch_side(self) -> int | None:
-        return side_of(self.branch)
-
-    def hidden_kinks(self, weights: Weights, data: AbstractData) -> bool:
-        with settings.callers():
-            return holds(traced(self.apply, weights, data.inputs[0]).jaxpr, is_switch)
+    def __init__(
+        self,
+        apply: Callable[[Any, Array], Array],
+        homogeneity: float | None = None,
+        layers: Callable[[Any], Sequence[Array]] | None = None,
+        branch: str | None = None,
+    ):
+        self.apply, self.homogeneity, self.chain = apply, homogeneity, layers
+        check_branch(branch)
+        self.branch = branch
 
     def __check_init__(self):
-        check_branch(self.branch)
         if not callable(self.apply):
             raise ValueError(
                 f"`apply` is {shown(self.apply)}; expected the function `apply(weights, x)`."
@@ -293,21 +326,82 @@ class Network(AbstractNetwork):
                 f"`homogeneity` is {shown(degree)}; expected the degree L > 0 with "
                 "f(aW; x) = a^L f(W; x), or None if there is none."
             )
+        if self.chain is not None and not callable(self.chain):
+            raise ValueError(
+                f"`layers` is {shown(self.chain)}; expected the function `layers(weights)` that "
+                "gives the dense matrices, or None."
+            )
 
     def design(self, data: AbstractData) -> None:
         return None
+
+    def dense_layers(self, weights: Weights) -> tuple[Array, ...] | None:
+        return None if self.chain is None else tuple(self.chain(weights))
 
     def degree(self, weights: Weights) -> float | None:
         return self.homogeneity
 
     def coordinates(self, weights: Weights, data: AbstractData) -> Array:
-        outputs = jax.vmap(lambda x: self.apply(weights, x))(jnp.asarray(data.inputs))
-        return data.margins_of(outputs)
+        return data.margins_of(self._outputs(weights, jnp.asarray(data.points)))
 
     def pullback(
         self, weights: Weights, data: AbstractData
     ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
-        return pullback_by_vjp(self, weights, data)
+        points = jnp.asarray(data.points)
+        if points.size <= AT_ONCE:
+            outputs, vjp = in_fast_layout(
+                lambda weights: jax.vjp(lambda at: self._at_once(at, points), weights)
+            )(weights)
+            back = in_fast_layout(lambda cotangent: vjp(cotangent)[0])
+        else:
+            outputs = self._outputs(weights, points)
+
+            def back(cotangent: Array) -> Weights:
+                return self._gradient_in_parts(weights, points, cotangent)
+
+        margins, of_outputs = jax.vjp(data.margins_of, outputs)
+
+        def pull(cotangent: Array) -> tuple[Weights, Array]:
+            gradient = back(of_outputs(cotangent)[0])
+            return gradient, squared_norm(gradient)
+
+        return margins, pull
+
+    def _at_once(self, weights: Weights, points: Array) -> Array:
+        return jax.vmap(lambda x: self.apply(weights, x))(points)
+
+    # What is inside a network may be a hundred times its inputs: of many points some at a time, and
+    # in a gradient computed once more instead of kept.
+    def _outputs(self, weights: Weights, points: Array) -> Array:
+        """The outputs at the points, of many points some at a time."""
+        outputs = in_fast_layout(lambda points: self._at_once(weights, points))
+        if points.size <= AT_ONCE:
+            return outputs(points)
+        parts, rest = _in_parts(points)
+        found = jax.lax.map(outputs, parts)
+        return jnp.concatenate([found.reshape(-1, *found.shape[2:]), outputs(rest)])
+
+    def _gradient_in_parts(self, weights: Weights, points: Array, cotangent: Array) -> Weights:
+        """The gradient of the outputs along a cotangent, some points at a time."""
+
+        def of_some(points: Array, cotangent: Array) -> Weights:
+            return jax.vjp(lambda at: self._at_once(at, points), weights)[1](cotangent)[0]
+
+        def add(total: Weights, part: tuple[Array, Array]) -> tuple[Weights, None]:
+            return jax.tree.map(jnp.add, total, in_fast_layout(of_some)(*part)), None
+
+        (parts, rest), (cotangents, of_rest) = _in_parts(points), _in_parts(cotangent, points)
+        return jax.lax.scan(add, in_fast_layout(of_some)(rest, of_rest), (parts, cotangents))[0]
+
+    def branch_side(self) -> int | None:
+        return side_of(self.branch)
+
+    def without_branch(self) -> "Network":
+        return Network(self.apply, self.homogeneity, self.chain)
+
+    def hidden_kinks(self, weights: Weights, data: AbstractData) -> bool:
+        with settings.callers():
+            return holds(traced(self.apply, weights, data.points[0]).jaxpr, is_switch)
 
     def kinks(self, weights: Weights, data: AbstractData) -> "AbstractBends | None":
         from gflow.problem.traced_bends import bends_of  # it builds on this module
@@ -315,8 +409,8 @@ class Network(AbstractNetwork):
         return bends_of(self.apply, weights, data)
 
     def switches(self, weights: Weights, data: AbstractData) -> Array:
-        inputs = jnp.asarray(data.inputs)
-        program = traced(self.apply, weights, inputs[0])
+        points = jnp.asarray(data.points)[:SWITCHED]
+        program = traced(self.apply, weights, points[0])
 
         def one(x: Array) -> Array:
             met: list[Array] = []
@@ -330,7 +424,7 @@ class Network(AbstractNetwork):
             replay(program, [*jax.tree.leaves(weights), x], is_switch, meet, loops=False)
             return jnp.concatenate(met) if met else jnp.zeros((0,), bool)
 
-        return jax.vmap(one)(inputs).reshape(-1)
+        return jax.vmap(one)(points).reshape(-1)
 
     def check(self, weights: Weights, data: AbstractData) -> Weights:
         weights = float_leaves("weights", weights)
@@ -340,12 +434,13 @@ class Network(AbstractNetwork):
                     f"`weights{jax.tree_util.keystr(path)}` has NaN or infinite entries; "
                     "expected finite numbers."
                 )
+        weights = jax.tree.map(lambda leaf: leaf.astype(data.inputs.dtype), weights)
         try:
-            out = jax.eval_shape(self.apply, weights, data.inputs[0])
+            out = jax.eval_shape(self.apply, weights, data.points[0])
         except Exception as error:  # whatever it is, it is the network's
             raise ValueError(
                 f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given the "
-                f"weights and one point `x` of shape {data.inputs.shape[1:]}, and is traced by JAX."
+                f"weights and one point `x` of shape {data.points.shape[1:]}, and is traced by JAX."
             ) from error
         expected = data.output_shape
         if getattr(out, "shape", None) != expected:
@@ -366,7 +461,7 @@ class Network(AbstractNetwork):
     def _check_homogeneity(self, weights: Weights, data: AbstractData) -> None:
         """Raise where f(2W) = 2^L f(W) does not hold, on a few points."""
         assert self.homogeneity is not None
-        few = jnp.asarray(data.inputs[:FEW_POINTS])
+        few = jnp.asarray(data.points[:FEW_POINTS])
         double = jax.tree.map(lambda leaf: 2 * leaf, weights)
         one, two = (
             np.asarray(jax.vmap(lambda x, at=at: self.apply(at, x))(few), dtype=np.float64)
@@ -425,6 +520,19 @@ def float_leaves(argument: str, weights: Weights) -> Weights:
         )
 
     return jax.tree_util.tree_map_with_path(converted, weights)
+
+
+def _in_parts(array: Array, points: Array | None = None) -> tuple[Array, Array]:
+    """Parts of equal size, on a leading axis, and the rest of what has points on its first axis.
+
+    Args:
+        array: to be cut.
+        points: whose size says how many fit into a part; the array itself unless given.
+    """
+    points = array if points is None else points
+    some = max(1, AT_ONCE * len(points) // points.size)
+    whole = len(points) // some * some
+    return array[:whole].reshape(-1, some, *array.shape[1:]), array[whole:]
 
 
 def left_products(weights: Weights) -> list[Array]:

@@ -10,6 +10,7 @@ Singular vectors follow the paper: $W_k \approx \sigma_k u_k v_k^\top$ with the 
 singular value $\sigma_k = \lVert W_k\rVert_2$.
 """
 
+import math
 from itertools import pairwise
 
 import jax
@@ -31,6 +32,7 @@ from gflow.problem.curvature import (
     sharpness_error as sharpness_error,
 )
 from gflow.problem.data import labelled
+from gflow.problem.dense import beside
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.module import Module
 from gflow.problem.network import (
@@ -181,15 +183,7 @@ def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[s
     margins = problem.margins(weights)
     smallest = jnp.min(margins)
     product = _norm_product(weights)
-    layers = singulars(weights)
-    frobenius = jnp.stack([jnp.sqrt(jnp.sum(matrix**2)) for matrix in weights])
-    spectral = jnp.stack([layer.value for layer in layers])
-    # With r^2 = tail/|W|_F^2: 1 - sigma/|W|_F = r^2/(1 + sigma/|W|_F) and
-    # |W/|W|_F - u v^T|_F^2 = (1 - sigma/|W|_F)^2 + r^2.
-    tail = jnp.stack([layer.tail for layer in layers]) / frobenius**2
-    gap = tail / (1 + spectral / frobenius)
-    pairs = [misalignment(a, b) for a, b in pairwise(layers)]
-    misaligned = jnp.stack(pairs) if pairs else jnp.zeros((0,), w.dtype)
+    layers, of_each = _of_layers(weights)
     toward = w / norm - reference.direction
     residual, slackness = kkt(problem, weights)
     return {
@@ -203,22 +197,56 @@ def standard(problem: Problem, weights: Weights, reference: Reference) -> dict[s
         "smoothed_margin": smoothed_margin(problem, weights),
         "direction_error": jnp.linalg.norm(toward),
         "direction_alignment": jnp.abs(jnp.dot(w / product, layers[0].right)),
+        **of_each,
+        "imbalance_drift": drift(weights, reference.conserved),
+        "end_to_end": w,
+    }
+
+
+def _of_layers(matrices: tuple[Array, ...]) -> tuple[list[Singular], dict[str, Array]]:
+    """The leading triple of each layer, and the observables of layers and neighbours, by name."""
+    layers = singulars(matrices)
+    frobenius = jnp.stack([jnp.sqrt(jnp.sum(matrix**2)) for matrix in matrices])
+    spectral = jnp.stack([layer.value for layer in layers])
+    # With r^2 = tail/|W|_F^2: 1 - sigma/|W|_F = r^2/(1 + sigma/|W|_F) and
+    # |W/|W|_F - u v^T|_F^2 = (1 - sigma/|W|_F)^2 + r^2.
+    tail = jnp.stack([layer.tail for layer in layers]) / frobenius**2
+    gap = tail / (1 + spectral / frobenius)
+    pairs = [misalignment(a, b) for a, b in pairwise(layers)]
+    misaligned = jnp.stack(pairs) if pairs else jnp.zeros((0,), frobenius.dtype)
+    return layers, {
         "alignment": 1 - misaligned,
         "misalignment": misaligned,
         "frobenius_norm": frobenius,
         "spectral_norm": spectral,
         "rank_one_residual": jnp.sqrt(gap**2 + tail),
         "rank_one_gap": gap,
-        "imbalance_drift": drift(weights, reference.conserved),
-        "end_to_end": w,
     }
+
+
+def dense(problem: Problem, weights: Weights) -> dict[str, Array]:
+    """The observables of a network's dense layers, and the norms of all other leaves, by name.
+
+    Nothing for a network that has no such layers. Layers are decomposed in float64 also where
+    weights have fewer digits.
+    """
+    layers = problem.network.dense_layers(weights)
+    if layers is None:
+        return {}
+    wide = tuple(jnp.asarray(matrix, jnp.result_type(float)) for matrix in layers)
+    leaves = jax.tree.leaves(weights)
+    rest = [leaves[k] for k in beside(problem.network, weights)]
+    norms = [jnp.sqrt(jnp.sum(jnp.asarray(leaf, jnp.result_type(float)) ** 2)) for leaf in rest]
+    norms = jnp.stack(norms) if norms else jnp.zeros((0,))
+    return {**_of_layers(wide)[1], "leaf_norm": norms}
 
 
 def general(problem: Problem, weights: Weights) -> dict[str, Array]:
     """The observables that make sense for any network."""
     margins = problem.margins(weights)
     norm = jnp.sqrt(squared_norm(weights))
-    found = {"log_risk": problem.log_risk(weights), "norm": norm}
+    log_risk = problem.loss.terms(margins).log_risk
+    found = {"log_risk": log_risk, "norm": norm, **dense(problem, weights)}
     if "margins" not in problem.data.offers:
         return found
     found["min_margin"] = jnp.min(margins)
@@ -233,7 +261,7 @@ def general(problem: Problem, weights: Weights) -> dict[str, Array]:
 
 def _log_total(problem: Problem, weights: Weights) -> Array:
     r"""$\log\sum_i\ell(q_i)$."""
-    return problem.log_risk(weights) + np.log(problem.data.num_points)
+    return problem.log_risk(weights) + math.log(problem.data.num_points)
 
 
 def _norm_product(weights: Weights) -> Array:

@@ -80,6 +80,7 @@ class Problem(Module):
         self.data = data
         self.network = DeepLinear() if network is None else network
         expect("network", self.network, AbstractNetwork, "a network, as `gflow.DeepLinear()`")
+        self.network = self.network.on(data)
         if loss is None:
             loss = next(found for offer, found in DEFAULTS.items() if offer in data.offers)
         expect("loss", loss, AbstractJointLoss, "a loss, as `gflow.Logistic()`")
@@ -119,6 +120,22 @@ class Problem(Module):
         with settings.own():  # every array of a design has the points on its first axis
             design = jax.tree.map(lambda x: jax.device_put(np.asarray(x), rows), self.design)
         return eqx.tree_at(lambda p: p.design, self, design)
+
+    def in_precision(self, precision: str) -> "Problem":
+        """The same problem with all its numbers of a type, "float64" or "float32".
+
+        What it is asked at weights of that type it computes in that type.
+        """
+
+        def converted(leaf: Any) -> Any:
+            return leaf.astype(precision) if eqx.is_inexact_array(leaf) else leaf
+
+        return self if self.precision == precision else jax.tree.map(converted, self)
+
+    @property
+    def precision(self) -> str:
+        """The type of the problem's numbers: "float64" unless it was made another."""
+        return str(self.data.inputs.dtype)
 
     def margins(self, weights: Weights) -> Array:
         """The unnormalised margins $q_i = y_i f(W; x_i)$, shape (points,).
@@ -209,12 +226,15 @@ class Problem(Module):
         return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
 
     def check(self, weights: Weights) -> Weights:
-        """``weights`` in float64, validated; warns where the paper's assumption fails.
+        """``weights`` in the problem's precision, validated.
+
+        Warns where the paper's assumption fails.
 
         Raises:
             ValueError: when the weights do not fit the data or the gradient vanishes there.
         """
         weights = self.network.check(weights, self.data)
+        weights = jax.tree.map(lambda leaf: leaf.astype(self.precision), weights)
         with settings.own():
             log_risk, norm = (float(value) for value in risk_and_slope(self, weights))
             at_zero = level_at_zero(self)
@@ -241,8 +261,11 @@ class Problem(Module):
                 "stays there for ever. Start from weights whose product or gradient is not zero "
                 "(at most one layer may vanish)."
             )
-        smooth = self.network.kinks(weights, self.data) is None  # of others the paper says nothing
-        if log_risk > at_zero + ROUND_OFF and smooth and not self.loss.attained:
+        # Of a network without a degree zero weights need not give zero margins, and of one with
+        # kinks the paper says nothing.
+        special = not self.loss.attained and self.network.degree(weights) is not None
+        special = special and self.network.kinks(weights, self.data) is None
+        if special and log_risk > at_zero + ROUND_OFF:
             warnings.warn(
                 f"R(W(0)) = exp({log_risk:.6g}) exceeds R(0) = exp({at_zero:.6g}), so the "
                 "assumption of Ji and Telgarsky on the start fails: the flow may end at a saddle "

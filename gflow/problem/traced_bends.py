@@ -32,8 +32,8 @@ class TracedBends(AbstractBends):
     def evaluate(
         self, weights: Weights, data: AbstractData, gates: Array, shifts: Array | None
     ) -> tuple[Array, Array]:
-        inputs = jnp.asarray(data.inputs)
-        program = traced(self.apply, weights, inputs[0])
+        points = jnp.asarray(data.points)
+        program = traced(self.apply, weights, points[0])
 
         def one(x: Array, gates: Array, shifts: Array) -> tuple[Any, Array]:
             met: list[Array] = []
@@ -50,7 +50,7 @@ class TracedBends(AbstractBends):
             return out, jnp.concatenate(met)
 
         shifts = jnp.zeros_like(gates) if shifts is None else shifts
-        outputs, z = jax.vmap(one)(inputs, gates, shifts)
+        outputs, z = jax.vmap(one)(points, gates, shifts)
         return data.margins_of(outputs), z
 
 
@@ -63,7 +63,7 @@ def bends_of(
         ValueError: when one is inside a loop or a branch.
     """
     with settings.callers():
-        program = traced(apply, weights, data.inputs[0])
+        program = traced(apply, weights, data.points[0])
     if not holds(program.jaxpr, is_kink):
         return None
     sizes: list[int] = []
@@ -78,5 +78,5 @@ def bends_of(
     def run(*leaves: Any) -> list[Any]:
         return replay(program, list(leaves), is_kink, meet)
 
-    jax.eval_shape(run, *jax.tree.leaves(weights), data.inputs[0])
+    jax.eval_shape(run, *jax.tree.leaves(weights), data.points[0])
     return TracedBends(apply, tuple(sizes), tuple(slopes))

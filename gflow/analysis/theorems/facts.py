@@ -50,7 +50,7 @@ class Facts:
         attrs = record.attrs
         self.record = record
         self.is_descent = attrs["kind"] == "descent"
-        self.deep_linear = "frobenius_norm" in record
+        self.deep_linear = "imbalance_drift" in record
         self.of_classes = "num_classes" in attrs
         self.of_targets = "num_targets" in attrs
         self.log_risk = self["log_risk"]

@@ -141,6 +141,12 @@ class Descent(Module):
             order=carry.order,
         )
 
+    def sound(self, carry: Carry) -> Array:
+        """Whether an iterate is (see `sound`); with mini-batches by the next of them alone."""
+        if self.sampler is not None:
+            return self.evaluate(carry)[0].sound
+        return sound(carry.weights, self.problem.margins(carry.weights))
+
     def step(self, carry: Carry) -> Carry:
         """The iterate after one step."""
         at, carry = self.evaluate(carry)
@@ -276,7 +282,7 @@ def advance(
         elapsed = meter.predict(elapsed, carry.num_steps)
         carry = _with_elapsed(carry, elapsed)
         hits = jnp.concatenate([hits, jnp.array(_timed(watch, elapsed, goals), dtype=bool)])
-    return carry, hits, sound(carry.weights, descent.problem.margins(carry.weights))
+    return carry, hits, descent.sound(carry)
 
 
 def sound(weights: Weights, margins: Array) -> Array:
@@ -309,7 +315,8 @@ def coordinates(
     log_risk: Array,
     small: Mapping[str, Array] | None = None,
 ) -> Coordinates:
-    """What rules look at; NaN for what is not known."""
+    """What rules look at, in float64; NaN for what is not known."""
+    log_risk = jnp.asarray(log_risk, jnp.float64)
     unknown = jnp.full_like(log_risk, jnp.nan)
     return Coordinates(
         log_risk=log_risk,

@@ -21,6 +21,7 @@ from gflow.dynamics.descending.method import (
     Sampler,
     Watch,
     advance,
+    coordinates,
     look,
     same_weights,
 )
@@ -51,8 +52,8 @@ ones, so that where it ends does not depend on the machine's speed."""
 TIME_SLACK = 1e-12
 """Rounding allowed for in a sum of step sizes that should hit a time."""
 
-UNDERFLOW = -650.0
-"""Below this log risk products and squares of gradients of R leave the range of float64."""
+UNDERFLOW = {"float64": -650.0, "float32": -75.0}
+"""Below this log risk products and squares of gradients of R leave the range of the type."""
 
 
 class DescentRun:
@@ -88,7 +89,10 @@ class DescentRun:
                 f"`optimizer` is a {type(optimizer).__name__}; expected an optax optimiser such as "
                 "optax.sgd(0.1), or one of gflow's rules such as gflow.loss_scaled(0.1)."
             )
-        sampler = None if batch_size is None else Sampler(jax.random.key(seed), batch_size)
+        sampler = None
+        if batch_size is not None:
+            sampler = Sampler(jax.random.key(seed), batch_size)
+            problem = jax.tree.map(_on_device, problem)  # once, not at every call
         self.descent, self.carry = _started(problem, recorder.start, optimizer, sampler)
         self.seed = None if batch_size is None else seed
         self.recorder, self.rules, self.done = recorder, rules, 0
@@ -150,6 +154,13 @@ class DescentRun:
 
     def tell(self, lead: AbstractRule) -> tuple[float, str]:
         """How far the run is in the coordinate of ``lead``, and what a bar says beside it."""
+        sampler = self.descent.sampler
+        if sampler is not None and lead.variable is None and not lead.of_risk:
+            # The risk is that of all points, many times the work of a step.
+            risk = float(self.recorder.points[-1]["log_risk"])
+            here = coordinates(self.carry.num_steps, self.carry.elapsed, jnp.full((), jnp.nan))
+            epochs = self.num_steps / sampler.batches_an_epoch(self.descent.problem)
+            return float(lead.progress(here)), f"epoch {epochs:.1f}, last saved log R = {risk:.4g}"
         log_risk, (at,) = self._look((lead,))
         return at, f"{self.num_steps} steps, log R = {log_risk:.6g}"
 
@@ -168,9 +179,11 @@ class DescentRun:
         elapsed = self.carry.elapsed
         assert elapsed is not None  # but within `advance`
         names = ("log_time", "num_steps", "log_step_size")
-        self.recorder.add_one(
-            self.carry.weights, {name: np.asarray(getattr(elapsed, name)) for name in names}
-        )
+        values = {name: np.asarray(getattr(elapsed, name)) for name in names}
+        if (sampler := self.descent.sampler) is not None:
+            steps = sampler.batches_an_epoch(self.descent.problem)
+            values["num_epochs"] = np.asarray(self.num_steps / steps)
+        self.recorder.add_one(self.carry.weights, values)
 
     def close(self) -> None:
         """Record the last point, if it is not there yet."""
@@ -281,7 +294,10 @@ class DescentRun:
     def _explained(self, usual: str) -> str:
         """With the risk, and its underflow as the reason where it is one."""
         log_risk, _ = self._look(())
-        if log_risk < UNDERFLOW and not self.descent.meter.on_log_risk:
+        if (
+            log_risk < UNDERFLOW[self.descent.problem.precision]
+            and not self.descent.meter.on_log_risk
+        ):
             usual = (
                 "the gradient of R underflows there: minimise log R instead, with "
                 "gflow.on_log_risk(optimizer) or gflow.loss_scaled(rate)"
@@ -323,11 +339,13 @@ def _started(
             f"`optimizer` cannot be started: its `init` raises {type(error).__name__}: {error}. "
             "Expected an optax optimiser of the weights as they are, a pytree of arrays."
         ) from error
+    # Whether two answers agree is told in float64, whatever the run computes in.
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=np.float64), weights)
     failures: list[Exception] = []
     forms = (opened, with_extra_arguments, without_extra_arguments)
     for each in (form(optimizer) for form in forms):
         try:
-            descent = Descent(problem, each, StepMeter.of(each, weights), sampler)
+            descent = Descent(problem, each, StepMeter.of(each, wide), sampler)
             carry = descent.start(weights)
             arrays, rest = eqx.partition((descent, carry), eqx.is_array)
             leaves, structure = jax.tree.flatten(rest)
@@ -390,6 +408,10 @@ def _watch(events: list[Event], descent: Descent) -> tuple[Watch, Goals, list[Ev
     order = [event for group in groups.values() for event in group]
     watch = Watch(rules["cheap"], rules["costly"], rules["timed"], every=every)
     return watch, Goals(**goals), order
+
+
+def _on_device(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if eqx.is_array(leaf) else leaf
 
 
 def _goal(event: Event) -> Array:

@@ -106,7 +106,7 @@ class StepMeter(Module):
         is_zero = jnp.log(jnp.abs(step)) < elapsed.log_time + math.log(SINGLE)
         step = jnp.where((step < 0) & is_zero, 0.0, step)
         log_step = jnp.log(jnp.maximum(step, 0.0))
-        log_step = log_step - log_risk if self.on_log_risk else log_step
+        log_step = log_step - jnp.asarray(log_risk, jnp.float64) if self.on_log_risk else log_step
         return elapsed.add(step, log_step, state)
 
     def _after(self, elapsed: Elapsed, num_steps: Array) -> Elapsed:
@@ -136,8 +136,9 @@ class StepMeter(Module):
     ) -> Elapsed:
         r"""After an update at weights with the given $\log R$ and $g = \nabla\log R$."""
         updates = jax.tree.map(lambda u, g: jnp.asarray(u, g.dtype), updates, log_gradient)
-        along = -inner_product(updates, log_gradient)
-        squared_norm = inner_product(log_gradient, log_gradient)
+        log_risk = jnp.asarray(log_risk, jnp.float64)
+        along = jnp.asarray(-inner_product(updates, log_gradient), jnp.float64)
+        squared_norm = jnp.asarray(inner_product(log_gradient, log_gradient), jnp.float64)
         stands = squared_norm == 0
         log_rate = jnp.log(jnp.maximum(along, 0.0)) - jnp.log(jnp.where(stands, 1.0, squared_norm))
         log_step = jnp.where(stands, -jnp.inf, log_rate - log_risk)

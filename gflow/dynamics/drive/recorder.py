@@ -19,6 +19,7 @@ from gflow.problem.abstract_targets import slowest_rate, targets_of
 from gflow.problem.arguments import flag
 from gflow.problem.class_observables import ClassReference, of_classes
 from gflow.problem.data import Dataset, labelled
+from gflow.problem.dense import names
 from gflow.problem.design import others_of
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
@@ -126,7 +127,7 @@ class Recorder:
         count = as_array(np.int64(len(rows)))
         few = problem.data.num_margins <= FEW
         found = _observe(problem, weights, chosen, count, self.reference, few=few)
-        return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
+        return {name: _wide(np.asarray(values)[: len(rows)]) for name, values in found.items()}
 
     @property
     def num_steps(self) -> int:
@@ -174,10 +175,16 @@ class Recorder:
         if self.keep_weights:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
-        found = self._of_data() if self.layers is not None else {}
-        if self.more is not None:
-            found |= self.more()
-        for name, value in found.items():
+        if self.layers is not None:
+            found = self._of_data()
+            for name, value in found.items():
+                row = QUANTITIES[name]
+                constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
+        elif (dense := self.problem.network.dense_layers(self.start)) is not None:
+            least = np.array([min(np.shape(matrix)) ** -0.5 for matrix in dense])
+            row = QUANTITIES["least_ratio"]
+            constants["least_ratio"] = (row.dims, least, row.meaning)
+        for name, value in ({} if self.more is None else self.more()).items():
             row = QUANTITIES[name]
             constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
         return {
@@ -228,6 +235,9 @@ class Recorder:
             if "targets" in self.problem.data.offers:
                 last = tuple(map(np.asarray, self.last))
                 facts["slowest_rate"] = slowest_rate(targets_of(self.problem.data), last)
+        elif self.problem.network.dense_layers(self.start) is not None:
+            layers, rest = names(self.problem.network, self.start)
+            facts |= {"layer_names": layers, "leaf_names": rest or None}
         return facts
 
 
@@ -331,6 +341,11 @@ def _observe(
     shapes = jax.eval_shape(one, rows[0])
     blank = jax.tree.map(lambda leaf: jnp.zeros((rows.shape[0], *leaf.shape), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, count, put, blank)
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    """Real numbers as float64, whatever they were computed in."""
+    return values.astype(np.float64) if values.dtype.kind == "f" else values
 
 
 def _named(weights: Weights) -> list[tuple[str, np.ndarray]]:

@@ -16,7 +16,7 @@ def _switches(problem: Problem, weights: Weights) -> Array:
 
 
 class Hidden:
-    """How often a run is seen on the other side of a kink.
+    """How often a run is seen on the other side of a kink, at some of its points.
 
     Args:
         problem: whose network has kinks of this sort.

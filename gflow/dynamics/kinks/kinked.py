@@ -1,6 +1,5 @@
 """The kinks of a run: its pattern, what happened at each kink, and what it proves by that."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -243,9 +242,7 @@ class Kinked:
 
     def _freeze(self) -> None:
         """The problem in the pattern as it is now."""
-        network = self.problem.network
-        if self.branch is not None:  # which no program asks for
-            network = dataclasses.replace(network, branch=None)  # pyright: ignore
+        network = self.problem.network.without_branch()
         network = Frozen(network, self.bends, self.patterns.frozen())
         self.here = eqx.tree_at(lambda problem: problem.network, self.problem, network)
 

@@ -9,6 +9,7 @@ linear up to one and logarithmic beyond.
 """
 
 from gflow.report.plot.classes import decision_regions as decision_regions, spectra as spectra
+from gflow.report.plot.dense import dense_layers as dense_layers
 from gflow.report.plot.exactness import (
     asymptotes as asymptotes,
     certificate as certificate,
