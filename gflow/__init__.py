@@ -12,6 +12,7 @@
 from gflow.analysis import exact as exact
 from gflow.analysis.compare import compare as compare
 from gflow.analysis.gap_bound import gap_bound as gap_bound
+from gflow.analysis.kinks import kinks as kinks
 from gflow.analysis.ladder import ladder as ladder
 from gflow.analysis.saddles import Plateau as Plateau, Plateaus as Plateaus, saddles as saddles
 from gflow.analysis.theorems import Claim as Claim, Claims as Claims, verify as verify
@@ -47,12 +48,14 @@ from gflow.dynamics.stops import (
 from gflow.problem import datasets as datasets, init as init, observables as observables
 from gflow.problem.data import Dataset as Dataset
 from gflow.problem.frameworks import from_equinox as from_equinox, from_flax as from_flax
+from gflow.problem.kinks import leaky_relu as leaky_relu, relu as relu
 from gflow.problem.losses import (
     AbstractLoss as AbstractLoss,
     Exponential as Exponential,
     Logistic as Logistic,
 )
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
+from gflow.problem.mlp import MLP as MLP
 from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.regression import Regression as Regression

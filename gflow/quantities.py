@@ -20,6 +20,7 @@ DIMENSIONS = {
     "value": 1,
     "output": 0,
     "coordinate": 0,
+    "kink": 0,
     "leaf": 1,
 }
 """The dimensions of records, each with the number of its first entry. Layers count from 1 at the
@@ -101,6 +102,7 @@ class Quantity:
 
 
 POINT, LAYER, PAIR = ("point",), ("point", "layer"), ("point", "pair")
+KINK = ("kink",)
 
 QUANTITIES: dict[str, Quantity] = {
     # Where the run stands.
@@ -444,6 +446,20 @@ QUANTITIES: dict[str, Quantity] = {
         needs=("layers", "classes"),
     ),
     "beyond_hand_over": Quantity(POINT, "1 where the run continues in split coordinates, else 0"),
+    # Kinks.
+    "num_kinks": Quantity(POINT, "kinks met so far: crossed, slid along or left", decades=False),
+    "num_sliding": Quantity(POINT, "units that slide along their kinks here", decades=False),
+    "balance_drift": Quantity(
+        POINT,
+        "largest change of |W_k[j,:]|^2 + b_kj^2 - |W_k+1[:,j]|^2 of a neuron / |W|^2",
+    ),
+    "kink_log_time": Quantity(KINK, "log t at the kink"),
+    "kink_log_risk": Quantity(KINK, "log R at the kink"),
+    "kink_step": Quantity(KINK, "accepted solver steps before the kink"),
+    "kink_layer": Quantity(KINK, "layer of the unit, or number of the activation, from 1"),
+    "kink_neuron": Quantity(KINK, "neuron of the unit, from 0"),
+    "kink_point": Quantity(KINK, "point of the unit, from 0"),
+    "kink_event": Quantity(KINK, "0 crossed, 1 began to slide, 2 left a slide, 3 stepped over"),
     # The function that the network computes.
     "end_to_end": Quantity(
         ("point", "coordinate"),

@@ -136,6 +136,7 @@ def gradient_flow(
             second = second_run(run, options)
             follow(second, progress=progress)
         more, attrs = told(run, options, second)
+        run.recorder.more = run.log_of_kinks
         return run.recorder.record(more, **attrs, wall_time=wall_time)
 
 
@@ -216,7 +217,9 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
     match options.solver:
         case None:
             # Of a risk that is attained, stiffness comes once it nearly is.
-            explicit = problem.loss.attained or not field.dense
+            # To a time pieces between kinks are short, and steps limited by accuracy.
+            kinked = problem.network.kinks(weights, problem.data) is not None
+            explicit = problem.loss.attained or not field.dense or (kinked and clock.knows_time)
             methods = ([diffrax.Dopri8()] if explicit else []) + [GaussNewton()]
             if not problem.loss.attained:
                 split = SlowManifold(rtol=max(rtol, 1e-13))
@@ -230,6 +233,11 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
                 )
         case solver:
             methods = [solver]
+    if options.modified is not None and problem.network.kinks(weights, problem.data) is not None:
+        raise ValueError(
+            "`modified` is given for a network with kinks, at which the derivatives that the "
+            "modified equation consists of do not exist; leave it out."
+        )
     state = FlowState(weights, as_array(np.zeros(())))
     atol = default_atol(state, rtol) if options.atol is None else float(options.atol)
     least = problem.loss.least_log_risk

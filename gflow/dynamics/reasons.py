@@ -51,6 +51,9 @@ class Reason(enum.IntEnum):
     REFUSED = enum.auto()
     FAILED = enum.auto()
     CHECKPOINT_FAILED = enum.auto()
+    NOT_UNIQUE = enum.auto()
+    HIDDEN_KINK = enum.auto()
+    STUCK = enum.auto()
 
     @property
     def status(self) -> str:
@@ -167,4 +170,18 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.REFUSED: ("refused", "{why}"),
     Reason.FAILED: ("failed", "{why}"),
     Reason.CHECKPOINT_FAILED: ("checkpoint_failed", "{why}"),
+    Reason.HIDDEN_KINK: (
+        "precision_lost",
+        f"{_SHORTER}: the network has a kink of which gflow does not know (as jax.nn.relu has), at "
+        "which the field jumps; the flow slides along it, and no step is short enough. Write "
+        "gflow.relu, gflow.leaky_relu or gflow.MLP: kinks that are known are located",
+    ),
+    Reason.NOT_UNIQUE: (
+        "not_unique",
+        "the flow can go on in two ways: {why}; choose one with the network's `branch`",
+    ),
+    Reason.STUCK: (
+        "precision_lost",
+        "at log R = {log_risk:.6g} no way on from a kink was found: {why}",
+    ),
 }

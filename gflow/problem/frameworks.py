@@ -23,6 +23,8 @@ from gflow.problem.network import AbstractNetwork, Array, Network, Weights, floa
 if TYPE_CHECKING:
     import xarray as xr
 
+    from gflow.problem.bends import AbstractBends
+
 Layers = Callable[[Any], Sequence[Any]]
 
 STATEFUL = (
@@ -292,6 +294,15 @@ class FrameworkNetwork(AbstractNetwork):
 
     def dense_layers(self, weights: Weights) -> tuple[Array, ...] | None:
         return self.network.dense_layers(weights)
+
+    def kinks(self, weights: Weights, data: AbstractData) -> "AbstractBends | None":
+        return self.network.kinks(weights, data)
+
+    def hidden_kinks(self, weights: Weights, data: AbstractData) -> bool:
+        return self.network.hidden_kinks(weights, data)
+
+    def switches(self, weights: Weights, data: AbstractData) -> Array:
+        return self.network.switches(weights, data)
 
     def design(self, data: AbstractData) -> AbstractDesign | None:
         return self.network.design(data)

@@ -14,7 +14,7 @@ that live in these coordinates.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,12 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from gflow.problem import settings
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import is_number, numbers_of, shown
 from gflow.problem.array import Array as Array, as_array as as_array
 from gflow.problem.convolutions import in_fast_layout
 from gflow.problem.design import AbstractDesign
+from gflow.problem.kinks import check_branch, holds, is_switch, replay, side_of, traced
 from gflow.problem.module import Module
+
+if TYPE_CHECKING:
+    from gflow.problem.bends import AbstractBends
 
 FEW_POINTS = 8
 """Points on which the degree of a network is tried."""
@@ -37,6 +42,9 @@ OFF_DEGREE = 1e-2
 
 AT_ONCE = 2**20
 """Numbers in the points that a network of any kind is evaluated on at once."""
+
+SWITCHED = 64
+"""Points at which it is looked on which side a network is of kinks that gflow does not know."""
 
 Weights = PyTree[Array]
 """A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
@@ -100,6 +108,30 @@ class AbstractNetwork(Module):
 
     def degree(self, weights: Weights) -> float | None:
         """The L with $f(aW; x) = a^L f(W; x)$ for a > 0; None where none is known."""
+        return None
+
+    def kinks(self, weights: Weights, data: AbstractData) -> "AbstractBends | None":
+        """The kinks of the network that are known; None if there are none."""
+        return None
+
+    def hidden_kinks(self, weights: Weights, data: AbstractData) -> bool:
+        """Whether the network has kinks of which gflow does not know where they are."""
+        return False
+
+    def switches(self, weights: Weights, data: AbstractData) -> Array:
+        """On which side the network is of each of these, (switches,); pure JAX."""
+        return jnp.zeros((0,), bool)
+
+    def branch_side(self) -> int | None:
+        """The side of a kink to take where the flow is not unique, 1 or -1; None for neither."""
+        return None
+
+    def without_branch(self) -> "AbstractNetwork":
+        """The network without that choice, of which no program knows."""
+        return self
+
+    def balances(self, weights: Weights) -> Array | None:
+        """What the flow conserves for each neuron, one number each; None where none is known."""
         return None
 
     # An implicit solver moves along few vectors K_j at all its stages. What follows serves it; a
@@ -263,19 +295,25 @@ class Network(AbstractNetwork):
             tried at the start.
         layers: ``layers(weights)``, the dense matrices to be observed, from input to output and of
             shape (outputs, inputs) each: entries of the weights, chosen, transposed or cut out.
+        branch: where the flow goes from a kink of a ``gflow.relu`` in ``apply`` that is not unique;
+            see ``gflow.MLP``.
     """
 
     apply: Callable[[Any, Array], Array] = eqx.field(static=True)
     homogeneity: float | None = eqx.field(static=True)
     chain: Callable[[Any], Sequence[Array]] | None = eqx.field(static=True)
+    branch: str | None = eqx.field(static=True)
 
     def __init__(
         self,
         apply: Callable[[Any, Array], Array],
         homogeneity: float | None = None,
         layers: Callable[[Any], Sequence[Array]] | None = None,
+        branch: str | None = None,
     ):
         self.apply, self.homogeneity, self.chain = apply, homogeneity, layers
+        check_branch(branch)
+        self.branch = branch
 
     def __check_init__(self):
         if not callable(self.apply):
@@ -355,6 +393,39 @@ class Network(AbstractNetwork):
         (parts, rest), (cotangents, of_rest) = _in_parts(points), _in_parts(cotangent, points)
         return jax.lax.scan(add, in_fast_layout(of_some)(rest, of_rest), (parts, cotangents))[0]
 
+    def branch_side(self) -> int | None:
+        return side_of(self.branch)
+
+    def without_branch(self) -> "Network":
+        return Network(self.apply, self.homogeneity, self.chain)
+
+    def hidden_kinks(self, weights: Weights, data: AbstractData) -> bool:
+        with settings.callers():
+            return holds(traced(self.apply, weights, data.points[0]).jaxpr, is_switch)
+
+    def kinks(self, weights: Weights, data: AbstractData) -> "AbstractBends | None":
+        from gflow.problem.traced_bends import bends_of  # it builds on this module
+
+        return bends_of(self.apply, weights, data)
+
+    def switches(self, weights: Weights, data: AbstractData) -> Array:
+        points = jnp.asarray(data.points)[:SWITCHED]
+        program = traced(self.apply, weights, points[0])
+
+        def one(x: Array) -> Array:
+            met: list[Array] = []
+
+            def meet(equation: Any, operands: list[Any]) -> Array:
+                other = operands[1] if len(operands) == 2 else jnp.zeros_like(operands[0])
+                found = equation.primitive.bind(*operands, **equation.params)
+                met.append(jnp.broadcast_to(operands[0] > other, found.shape).reshape(-1))
+                return found
+
+            replay(program, [*jax.tree.leaves(weights), x], is_switch, meet, loops=False)
+            return jnp.concatenate(met) if met else jnp.zeros((0,), bool)
+
+        return jax.vmap(one)(points).reshape(-1)
+
     def check(self, weights: Weights, data: AbstractData) -> Weights:
         weights = float_leaves("weights", weights)
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
@@ -404,6 +475,19 @@ class Network(AbstractNetwork):
                 f"{two[worst]:.6g} instead of 2^{self.homogeneity:g} times {one[worst]:.6g}; "
                 "expected the degree of the network, or None if it has none, as with biases."
             )
+
+
+def pullback_by_vjp(
+    network: AbstractNetwork, weights: Weights, data: AbstractData
+) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
+    """What ``AbstractNetwork.pullback`` asks for, by reverse differentiation."""
+    coordinates, vjp = jax.vjp(lambda at: network.coordinates(at, data), weights)
+
+    def pull(cotangent: Array) -> tuple[Weights, Array]:
+        (gradient,) = vjp(cotangent)
+        return gradient, squared_norm(gradient)
+
+    return coordinates, pull
 
 
 def float_leaves(argument: str, weights: Weights) -> Weights:

@@ -261,8 +261,10 @@ class Problem(Module):
                 "stays there for ever. Start from weights whose product or gradient is not zero "
                 "(at most one layer may vanish)."
             )
-        # Of a network without a degree zero weights need not give zero margins.
+        # Of a network without a degree zero weights need not give zero margins, and of one with
+        # kinks the paper says nothing.
         special = not self.loss.attained and self.network.degree(weights) is not None
+        special = special and self.network.kinks(weights, self.data) is None
         if special and log_risk > at_zero + ROUND_OFF:
             warnings.warn(
                 f"R(W(0)) = exp({log_risk:.6g}) exceeds R(0) = exp({at_zero:.6g}), so the "

@@ -26,6 +26,8 @@ $d_0 … d_L$, $\gamma$ the maximum margin and $\bar u$ its direction:
    the record's own weights and support vectors, is in ``gflow.analysis.theorems.sharp``. They
    are rows of a flow only: descent does not conserve the matrices that fix the constants.
 
+Of networks with kinks see ``gflow.analysis.theorems.kink_claims``.
+
 Of several classes the statements are others: ``gflow.analysis.theorems.class_claims``; of targets
 ``gflow.analysis.theorems.target_claims``.
 
@@ -39,6 +41,7 @@ import numpy as np
 from gflow.analysis.theorems import bounds, class_claims, limit_claims, rates, target_claims
 from gflow.analysis.theorems.claims import Claim as Claim, Claims as Claims
 from gflow.analysis.theorems.facts import Facts
+from gflow.analysis.theorems.kink_claims import of_kinks
 from gflow.analysis.theorems.sharp import sharp_laws
 from gflow.problem import settings
 
@@ -66,10 +69,13 @@ def verify(record: "xr.Dataset") -> Claims:
     """
     facts = Facts(_checked(record))
     rows = [bounds.risk_decreases(facts), bounds.energy_identity(facts)]
+    located = "num_kinks" in facts.record
     if facts.of_targets:
+        rows += of_kinks(facts) if located else []
         return Claims(rows + _of_targets(facts), facts.title)
     rows.append(limit_claims.risk_vanishes(facts))
     if facts.of_classes:
+        rows += of_kinks(facts) if located else []
         return Claims(rows + _of_classes(facts), facts.title)
     if facts.deep_linear:
         rows += [
@@ -83,6 +89,8 @@ def verify(record: "xr.Dataset") -> Claims:
         ]
     if "smoothed_margin" in facts.record:
         rows.append(bounds.smoothed_margin(facts))
+    if located:
+        rows += of_kinks(facts)
     if facts.deep_linear:
         rows += [
             rates.kkt_residual(facts),

@@ -35,6 +35,8 @@ class Action(enum.Enum):
     """The run goes on if the slope is that of no saddle."""
     WALL = enum.auto()
     """Float64 weights end here."""
+    KINK = enum.auto()
+    """The network has a kink here, behind which the run goes on in another pattern of gates."""
 
     @property
     def passes(self) -> bool:

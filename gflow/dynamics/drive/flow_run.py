@@ -26,6 +26,9 @@ from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.kinks.hidden import Hidden
+from gflow.dynamics.kinks.kinked import MENDED, Kinked, NotUniqueError, StuckError
+from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
 from gflow.dynamics.march.loop import lanes_at
@@ -36,7 +39,7 @@ from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
 from gflow.problem.memo import once_per_object
-from gflow.problem.network import Weights, as_array
+from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.observables import imbalance
 from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
 
@@ -90,6 +93,10 @@ class FlowRun:
         self._to_save = set(map(id, self.saves))
         self.problem, self.clock = plan.field.problem, plan.field.clock
         weights, log_risk = recorder.start, at_start.log_risk
+        self.kinked = Kinked.of(self.problem, weights) if plan.methods else None
+        """The kinks of the network, which the run follows piece by piece; None if it has none."""
+        self.hidden = Hidden.of(self.problem, weights) if self.kinked is None else None
+        """Kinks that gflow does not know of, if there are some."""
         self.first_slope = at_start.slope
         loss = self.problem.loss
         self.above_zero = not loss.attained and log_risk > level_at_zero(self.problem) + ROUND_OFF
@@ -118,6 +125,8 @@ class FlowRun:
         self.seated = False
         self.pending: list[tuple[FlowState, np.ndarray, np.ndarray]] = []
         """Points that are recorded but not observed yet: states, clock values and step counts."""
+        if self.kinked is not None and self.end is None:
+            self._begin_on_kinks(self.kinked)
         if plan.methods:
             self._begin_leg(0)
         else:
@@ -144,7 +153,8 @@ class FlowRun:
 
     @property
     def widest(self) -> int:
-        return 1 if self.split_run is not None else widest_for(self.recorder.start)
+        alone = self.split_run is not None or self.kinked is not None
+        return 1 if alone else widest_for(self.recorder.start)
 
     def fail(self, error: Exception) -> None:
         self.end = Reason.FAILED.end(why=f"{type(error).__name__}: {error}")
@@ -173,8 +183,9 @@ class FlowRun:
         if self.split_run is not None:
             return [self.split_run.progress(rule) for rule in rules]
         (weights, scaled_time), num_steps = self.stand.state, self.stand.num_steps
-        log_risk = risk_and_slope(self.problem, weights)[0]
-        return progress_of(rules, self.problem, weights, log_risk, scaled_time, num_steps)
+        problem = self.plan.field.problem
+        log_risk = risk_and_slope(problem, weights)[0]
+        return progress_of(rules, problem, weights, log_risk, scaled_time, num_steps)
 
     def tell(self, lead: AbstractRule) -> tuple[float, str]:
         """How far the run is in the coordinate of ``lead``, and what a bar says beside it."""
@@ -211,6 +222,10 @@ class FlowRun:
         """What the record says of the run as a whole."""
         used = [*self.used, *([self.split_run.name] if self.split_run is not None else [])]
         found = {"solver": ", then ".join(used), **self.told}
+        if self.kinked is not None:
+            found |= self.kinked.facts()
+        elif self.hidden is not None:
+            found |= self.hidden.facts()
         if self.plan.methods:
             evaluations, iterations = self.counts + np.array(self.leg_counts)
             found |= {
@@ -323,6 +338,7 @@ class FlowRun:
         """Observe a block of states, the first of which count."""
         rows = list(range(len(s)))
         scaled_time = np.asarray(states.scaled_time)[rows]
+        kinked = self.kinked
 
         def more(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {
@@ -330,9 +346,12 @@ class FlowRun:
                 "num_steps": steps,
                 "beyond_hand_over": np.zeros(len(rows), dtype=bool),
                 **readings(self.clock, s, scaled_time, found["log_risk"], *self.energy),
+                **({} if kinked is None else kinked.at_points(states.weights, len(rows))),
             }
 
-        self.recorder.add(states.weights, rows, more)
+        if self.hidden is not None:
+            self.hidden.see(states.weights, len(rows))
+        self.recorder.add(states.weights, rows, more, self.plan.field.problem)
 
     # ---------------------------------------------------------------------------------------------
     # Events
@@ -348,6 +367,8 @@ class FlowRun:
         else:
             return
         program, others = self._program, [*self.ends, *self._turns()]
+        if self.kinked is not None:
+            others.append(_KINK)
         ahead = self.saves[self.done :]
         self.agenda = Agenda(ahead, others, self.stand.s, self.plan.max_steps)
         self._program = self._member = None
@@ -388,6 +409,10 @@ class FlowRun:
             here, ahead = self.stand.s, event.clock
         return here >= ahead - SAME * max(1.0, abs(ahead))
 
+    def log_of_kinks(self) -> Mapping[str, np.ndarray]:
+        """What happened at the kinks of the network, as variables of a record."""
+        return {} if self.kinked is None else self.kinked.log_of_kinks()
+
     def _act(self, events: Sequence[Event], stand: Stand) -> None:
         """What is to be done at events that happen at one place, saved points first."""
         self._count(events)
@@ -406,6 +431,8 @@ class FlowRun:
                     self._compare(stand)
                 case Action.HAND_OVER:
                     self._hand_over(stand)
+                case Action.KINK:
+                    self._pass_kink(stand)
 
     def _count(self, events: Sequence[Event]) -> None:
         """Count the saved points among events."""
@@ -417,17 +444,108 @@ class FlowRun:
         watched = self.agenda.watched
         reached = self.progress([event.rule for event in watched])
         for event, progress in zip(watched, reached, strict=True):
-            if progress >= event.progress:
+            if event.action is Action.KINK:
+                if progress < event.progress:
+                    continue
+                part = self._part_of_crowd(lane)
+                if part is not None and part < 1:
+                    self._go_back(lane, part)
+                    return
+                if part is not None:
+                    landed.append((_not_longer(lane, part), event))
+                else:
+                    at_kink, trials, spent = land_on_kink(self.plan.field, self.method, lane)
+                    self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
+                    landed.append((at_kink, event))
+            elif progress >= event.progress:
                 goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
                 landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
         lane, event = min(landed, key=lambda each: float(each[0].s))
         report.replace(lane)
         stand = self.stand
         self._act([event], stand)
+        if event.action is Action.KINK:
+            return
         if event.action.saves and self.split_run is None:
             self.record_here()
         if self.end is None and self.split_run is None:
             self._arm()
+
+    def _begin_on_kinks(self, kinked: Kinked) -> None:
+        """Decide about units that begin on their kinks, and follow the pattern of the start."""
+        try:
+            kinked.begin(self._stand.state.weights)
+        except NotUniqueError as error:
+            self.end = Reason.NOT_UNIQUE.end(why=error)
+        self._follow_pattern(kinked)
+
+    def _follow_pattern(self, kinked: Kinked) -> None:
+        field = dataclasses.replace(self.plan.field, problem=kinked.here)
+        self.plan = self.plan._replace(field=field)
+
+    def _pass_kink(self, stand: Stand) -> None:
+        """Go on in the pattern behind the kink where the run stands."""
+        kinked, report = self.kinked, self.report
+        assert kinked is not None
+        assert report is not None
+        self.observe()
+        next_step = float(report.lane.next_step)
+        (weights, scaled_time), s, steps = stand.state, stand.s, stand.num_steps
+        log_risk = float(risk_and_slope(self.plan.field.problem, weights)[0])
+        with np.errstate(divide="ignore"):
+            log_time = float(np.log(np.asarray(scaled_time))) - log_risk
+        try:
+            weights = kinked.pass_(weights, s, log_time, log_risk, steps)
+        except NotUniqueError as error:
+            self.end = Reason.NOT_UNIQUE.end(why=error)
+            return
+        except StuckError as error:
+            self.end = Reason.STUCK.end(why=error, log_risk=log_risk)
+            return
+        self._follow_pattern(kinked)
+        # Far out the shares of the points settle anew behind a kink while log R changes by about
+        # 1: a step that leaps over this is refused, however it is shortened, until it does not.
+        state = FlowState(weights, scaled_time)
+        layer = 1 / float(_fall(self.plan.field, as_array(np.float64(s)), state))
+        next_step = min(next_step, layer) if layer > 0 else next_step
+        self._keep_counts(steps)
+        self._leave(Stand(s, FlowState(weights, scaled_time), steps), next_step)
+        self._meet()
+        self._arm()
+
+    def _part_of_crowd(self, lane: Lane) -> float | None:
+        """The last step's share of what it could be where many kinks are in it, else None.
+
+        What mends a step is of second order in it.
+        """
+        assert self.kinked is not None
+        size = self.kinked.crowd(lane.state.weights)
+        if size is None:
+            return None
+        part = math.sqrt(MENDED / max(size, MENDED / 4))
+        return max(0.8 * part, 0.2) if part < 1 else part
+
+    def _go_back(self, lane: Lane, part: float) -> None:
+        """Refuse the last step, and try a part of it."""
+        s, state, _ = lane.previous
+        self._keep_counts(int(lane.num_steps) - 1)
+        stand = Stand(float(s), state, int(lane.num_steps) - 1)
+        self._leave(stand, part * float(lane.s - s))
+        self.num_rejected += 1
+        self._arm()
+
+    def _keep_counts(self, steps: int) -> None:
+        """Keep the solver's counts of what is left: it begins anew after so many steps."""
+        self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
+        self.leg_began = steps
+
+    def _meet(self) -> None:
+        """Act on the events by the clock that are where the run stands, as a kink may be."""
+        ahead = [*self.saves[self.done : self.done + 1], *self.ends]
+        here = [event for event in ahead if event.clock <= self.stand.s]
+        if here:
+            self.record_here()
+            self._act(here, self.stand)
 
     def _at_saddle(self, stand: Stand) -> None:
         """End the run at a saddle; elsewhere on its level, go on."""
@@ -558,6 +676,19 @@ class FlowRun:
         }
         if self.split_run is None and self.report is not None:
             arrays["lane"] = self.report.lane
+        elif self.split_run is None and self.resumed is not None:
+            arrays["lane"] = self.resumed
+        elif self.split_run is None:  # it has left its lanes, to go on in another way
+            s, state, num_steps = self._stand
+            arrays["stand"] = {
+                "s": np.float64(s),
+                "state": state,
+                "num_steps": np.int64(num_steps),
+                "next_step": np.float64(self.next_step),
+            }
+        if self.kinked is not None:
+            facts["kinked"], more = self.kinked.snapshot()
+            arrays |= more
         return Snapshot(facts, arrays)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -572,6 +703,13 @@ class FlowRun:
                 assert self.plan.split is not None
                 state = snapshot.read(name, SplitState.blank(geometry(self.problem), told))
                 setattr(self, name, OnSplit.restored(self.plan.split, state, told))
+        if self.kinked is not None:
+            self.kinked.restore(facts["kinked"], snapshot.read)
+            self._follow_pattern(self.kinked)
+        if snapshot.holds("stand"):
+            at = snapshot.read("stand", {**_STAND, "state": self._stand.state})
+            self._stand = Stand(float(at["s"]), at["state"], int(at["num_steps"]))
+            self.next_step = float(at["next_step"])
         if snapshot.holds("lane"):
             self._arm()
             member = dataclasses.replace(self.member, goals=self.goals(1))
@@ -589,6 +727,24 @@ class FlowRun:
         rule = self.saves[self.done].rule
         return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
 
+
+@eqx.filter_jit
+def _fall(field: AbstractField, s: Array, state: FlowState) -> Array:
+    r"""$-d\log R/ds$."""
+    log_risk, _, descent = field.direction(state.weights)
+    return field.clock.rate(s, log_risk, descent) * descent
+
+
+def _not_longer(lane: Lane, part: float) -> Lane:
+    """The lane, with a next step no longer than ``part`` of the last."""
+    longest = part * (lane.s - lane.previous[0])
+    return dataclasses.replace(lane, next_step=np.minimum(lane.next_step, longest))
+
+
+_KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)
+"""The run has passed a kink of its network."""
+
+_STAND = {"s": 0.0, "num_steps": 0, "next_step": 0.0}
 
 _FACTS = (
     "leg",

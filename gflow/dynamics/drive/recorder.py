@@ -80,6 +80,8 @@ class Recorder:
         self.points: list[dict[str, Any]] = []
         self.kept: list[Weights] = []
         self.last = weights
+        self.more: Callable[[], Mapping[str, np.ndarray]] | None = None
+        """Gives further variables of the run as a whole, with a row in the table each."""
         self.began = time.perf_counter()
 
     def add(
@@ -87,6 +89,7 @@ class Recorder:
         weights: Weights,
         rows: Sequence[int],
         more: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+        seen: Problem | None = None,
     ) -> None:
         """Add points: their observables, and what the run knows of them.
 
@@ -95,8 +98,10 @@ class Recorder:
             rows: the states to record, in order.
             more: from the observables, by name, with the points on a leading axis, to further
                 variables, and to observables known better than from the weights.
+            seen: the problem as it is there, where it is not that of the run: in a pattern of
+                gates, whose slides the gradient does not see.
         """
-        found = self._observed(weights, rows)
+        found = self._observed(seen or self.problem, weights, rows)
         columns = {**found, **more(found)}
         for k, row in enumerate(rows):
             at = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
@@ -113,13 +118,15 @@ class Recorder:
         columns = {name: np.asarray(value)[None] for name, value in values.items()}
         self.add(buffer, [0], lambda _: columns)
 
-    def _observed(self, weights: Weights, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    def _observed(
+        self, problem: Problem, weights: Weights, rows: Sequence[int]
+    ) -> dict[str, np.ndarray]:
         """The observables of some rows of a buffer, as one call of a compiled program."""
         size = jax.tree.leaves(weights)[0].shape[0]
         chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
         count = as_array(np.int64(len(rows)))
-        few = self.problem.data.num_margins <= FEW
-        found = _observe(self.problem, weights, chosen, count, self.reference, few=few)
+        few = problem.data.num_margins <= FEW
+        found = _observe(problem, weights, chosen, count, self.reference, few=few)
         return {name: _wide(np.asarray(values)[: len(rows)]) for name, values in found.items()}
 
     @property
@@ -177,6 +184,9 @@ class Recorder:
             least = np.array([min(np.shape(matrix)) ** -0.5 for matrix in dense])
             row = QUANTITIES["least_ratio"]
             constants["least_ratio"] = (row.dims, least, row.meaning)
+        for name, value in ({} if self.more is None else self.more()).items():
+            row = QUANTITIES[name]
+            constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
         return {
             "points": columns,
             "constants": constants,

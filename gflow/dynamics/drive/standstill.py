@@ -56,6 +56,8 @@ def why_stalled(field: AbstractField, weights: Weights, first_slope: float, rtol
     log_risk, squared = (float(value) for value in risk_and_slope(problem, weights))
     above, slope = log_risk - level_at_zero(problem), math.sqrt(squared)
     where = {"log_risk": log_risk, "slope": slope}
+    if slope > SADDLE * first_slope and problem.network.hidden_kinks(weights, problem.data):
+        return Reason.HIDDEN_KINK.end(**where)
     if problem.loss.attained and field.clock.knows_time:  # a saddle is no obstacle to such a clock
         rests = slope <= SADDLE * first_slope and log_risk > problem.loss.least_log_risk + RESIDUAL
         if rests:
@@ -141,10 +143,7 @@ def _why_rounded(problem: Problem, weights: Weights) -> str:
                 f": the network computes in {lowest} on its way, with {jnp.finfo(lowest).eps:.0e} "
                 "of round-off; let it compute in the type of its weights, float64"
             )
-        return (
-            ", or the network has a kink there (as ReLU), at which the field jumps and no step "
-            "is short enough"
-        )
+        return ""
     if "margins" not in problem.data.offers:
         return ""
     w, z = np.ravel(end_to_end(layers)), np.asarray(labelled(problem.data).signed_inputs)

@@ -1,0 +1,164 @@
+"""Landing on a kink: the last step made shorter so that it ends where the first unit is past it."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.march.lane import Lane
+from gflow.dynamics.march.method import AbstractMethod, Step
+from gflow.dynamics.stops import AbstractRule, Coordinates
+from gflow.problem.bends import sight, violations
+from gflow.problem.network import Array, Weights
+from gflow.problem.risk import Problem
+
+AIM, ENOUGH = 3.0, 50.0
+"""In units of what counts as past a kink: where a landing aims, and what it is content with. It is
+always a little past the kink, so that round-off cannot put a unit on the wrong side."""
+
+MOST = 60
+"""Trials."""
+
+PATIENCE = 5
+"""One trial in so many is put halfway to the middle."""
+
+REFINED = 12
+"""Newton iterations on a cubic."""
+
+
+class PastKinks(AbstractRule):
+    """How far a frozen network is beyond its pattern: at 1 it is."""
+
+    value: float = 0.0
+    variable = "kinks"
+
+    def progress(self, at: Coordinates) -> Array:
+        found = at.small["kinks"]
+        return jnp.where(jnp.isnan(found), jnp.inf, found)
+
+    def progress_of(self, value: Any) -> Any:
+        return value
+
+    def measure(self, problem: Problem, weights: Weights) -> Array:
+        return jnp.max(_beyond(problem, weights))
+
+
+PAST = PastKinks()
+"""The rule that a run watches."""
+
+
+def _beyond(problem: Problem, weights: Weights) -> Array:
+    return violations(problem.network.pattern, sight(problem, weights))  # pyright: ignore
+
+
+@eqx.filter_jit
+def land_on_kink(
+    field: AbstractField, method: AbstractMethod, lane: Lane
+) -> tuple[Lane, Array, Any]:
+    """Shorten the last accepted step so that it ends just past the first kink in it.
+
+    Every unit that is past its kink at the end has a root of its own. The earliest is looked for in
+    the cubic through values and slopes at the ends of what is known to hold it, which the slopes of
+    the flow give; each trial is a true step of the solver from where the last one began, and a new
+    end.
+
+    Returns:
+        The lane there, the number of trials, and what they add to the solver's tally.
+    """
+    s0, state0, memory0 = lane.previous
+    before = method.tally(memory0)
+
+    def trial(s: Array) -> Step:
+        h = s - s0
+        attempt = method.solve(field, s0, h, state0, memory0)
+        seen = method.look(field, s0, h, state0, attempt)
+        return method.end(field, s0, h, state0, attempt, seen, memory0)
+
+    def beyond(s: Array, state: FlowState) -> tuple[Array, Array]:
+        """How far each unit is past its kink, and the speed of that."""
+        return jax.jvp(
+            lambda weights: _beyond(field.problem, weights),
+            (state.weights,),
+            (field(s, state).weights,),
+        )
+
+    def unfinished(loop: Bracket) -> Array:
+        close = 4 * jnp.finfo(loop.low.dtype).eps * jnp.maximum(jnp.abs(loop.high), 1.0)
+        worst = jnp.max(loop.above[0])
+        return (loop.high - loop.low > close) & (worst > ENOUGH) & (loop.tries < MOST)
+
+    def refine(loop: Bracket) -> Bracket:
+        part = _earliest(loop.below, loop.above, loop.high - loop.low)
+        part = jnp.where(loop.tries % PATIENCE == PATIENCE - 1, (part + 0.5) / 2, part)
+        s = loop.low + (loop.high - loop.low) * part
+        made = trial(s)
+        found = beyond(s, made.state)
+        right = jnp.max(found[0]) > 1
+
+        def chosen(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(right, a, b), new, old)
+
+        return Bracket(
+            low=jnp.where(right, loop.low, s),
+            high=jnp.where(right, s, loop.high),
+            below=chosen(loop.below, found),
+            above=chosen(found, loop.above),
+            end=chosen((made.state, made.memory), loop.end),
+            tries=loop.tries + 1,
+            spent=jax.tree.map(
+                lambda total, a, b: total + a - b, loop.spent, method.tally(made.memory), before
+            ),
+        )
+
+    begun = Bracket(
+        low=s0,
+        high=lane.s,
+        below=beyond(s0, state0),
+        above=beyond(lane.s, lane.state),
+        end=(lane.state, lane.memory),
+        tries=jnp.array(0),
+        spent=jax.tree.map(jnp.zeros_like, before),
+    )
+    last = jax.lax.while_loop(unfinished, refine, begun)
+    landed = eqx.tree_at(
+        lambda at: (at.s, at.state, at.memory, at.step),
+        lane,
+        (last.high, *last.end, jnp.zeros_like(last.high)),
+    )
+    return landed, last.tries, last.spent
+
+
+class Bracket(NamedTuple):
+    """Where a first kink is: not before ``low``, and before ``high``."""
+
+    low: Array
+    high: Array
+    below: tuple[Array, Array]
+    """How far each unit is past its kink at the lower end, and the speed of that."""
+    above: tuple[Array, Array]
+    end: tuple[FlowState, Any]
+    """State and memory at the upper end."""
+    tries: Array
+    spent: Any
+
+
+def _earliest(below: tuple[Array, Array], above: tuple[Array, Array], width: Array) -> Array:
+    """The part of a bracket at which the first unit is where a landing aims."""
+    (f0, d0), (f1, d1) = below, above
+    past = f1 > 1
+    a, b = f0 - AIM, jnp.where(past, jnp.maximum(f1 - AIM, 0.0), 1.0)
+    a = jnp.where(past & jnp.isfinite(a) & (a < 0), a, -1.0)
+    slope0, slope1 = (jnp.where(past & jnp.isfinite(d), width * d, 0.0) for d in (d0, d1))
+    # The cubic of Hermite: a + slope0 x + p x^2 + q x^3.
+    p = 3 * (b - a) - 2 * slope0 - slope1
+    q = slope0 + slope1 - 2 * (b - a)
+    low, high, x = jnp.zeros_like(a), jnp.ones_like(a), a / (a - b)
+    for _ in range(REFINED):
+        value = a + x * (slope0 + x * (p + x * q))
+        low, high = jnp.where(value < 0, x, low), jnp.where(value < 0, high, x)
+        speed = slope0 + x * (2 * p + 3 * x * q)
+        new = x - value / jnp.where(speed == 0, 1.0, speed)
+        x = jnp.where((new > low) & (new < high), new, (low + high) / 2)
+    return jnp.min(jnp.where(past, x, 1.0))

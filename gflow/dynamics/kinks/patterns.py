@@ -1,0 +1,203 @@
+"""The arrays of a pattern, from a host's list of slides."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gflow.problem.array import as_array
+from gflow.problem.bends import (
+    AbstractTangent,
+    NeuronTangent,
+    Pattern,
+    Place,
+    WeightTangent,
+    blank_pattern,
+)
+
+INDEPENDENT = 1e-9
+"""Singular values of unit normals below this are of dependent ones."""
+
+FIRST_SLOTS = 4
+"""Slots of a neuron, or of a network, at first; when more are needed there are twice as many."""
+
+
+class Slide(NamedTuple):
+    """A group of units that slides: its members, their normals relative to the first, and theta."""
+
+    units: np.ndarray
+    alpha: np.ndarray
+    theta: float
+
+
+def neuron_tangent(rows: np.ndarray, num_units: int, slots: int) -> NeuronTangent:
+    """That of one hidden layer, with no slot in use."""
+    shape = num_units, slots, rows.shape[1]
+    return NeuronTangent(
+        units=as_array(np.zeros(num_units * slots, np.int64)),
+        active=as_array(np.zeros(num_units * slots, bool)),
+        across=as_array(np.zeros(shape)),
+        dual=as_array(np.zeros(shape)),
+    )
+
+
+def weight_tangent(num_units: int, slots: int) -> WeightTangent:
+    """That of any network, with no slot in use."""
+    return WeightTangent(
+        units=as_array(np.zeros(slots, np.int64)),
+        active=as_array(np.zeros(slots, bool)),
+        num_units=num_units,
+    )
+
+
+def across_of(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An orthonormal basis of normals (k, d), and the map to their coefficients (k, d)."""
+    sizes = np.linalg.norm(normals, axis=1)
+    left, values, right = np.linalg.svd(normals / sizes[:, None], full_matrices=False)
+    kept = values > INDEPENDENT
+    basis = right[kept]
+    dual = (left[:, kept] / values[kept]) @ basis / sizes[:, None]
+    return basis, dual
+
+
+class Patterns:
+    """The pattern of a run, changed unit by unit.
+
+    Args:
+        place: where the units are.
+        on: which are above their kinks, (n, U).
+        rows: the normals of one hidden layer, (n, d); None for other networks.
+    """
+
+    def __init__(self, place: Place, on: np.ndarray, rows: np.ndarray | None):
+        self.place, self.rows, self.shape = place, rows, on.shape
+        self.slides: dict[int, Slide] = {}
+        """By the number of their first unit."""
+        self.slots = min(FIRST_SLOTS, len(on)) if rows is not None else 0
+        self.pattern = blank_pattern(on, place.lower, self._tangent())
+        self._open()
+
+    def _tangent(self) -> AbstractTangent:
+        if self.rows is not None:
+            return neuron_tangent(self.rows, self.shape[1], self.slots)
+        return weight_tangent(int(np.prod(self.shape)), self.slots)
+
+    def _open(self) -> None:
+        """Arrays of our own, to write to."""
+        import jax
+
+        self.pattern = jax.tree.map(np.array, self.pattern)
+
+    def sliding_in(self, neurons: Sequence[int] | None) -> list[int]:
+        """The first units of the slides of some neurons; of all for None."""
+        if neurons is None:
+            return list(self.slides)
+        wanted = set(neurons)
+        return [unit for unit in self.slides if unit % self.shape[1] in wanted]
+
+    def frozen(self) -> Pattern:
+        """A copy, that no later change reaches."""
+        import jax
+
+        return jax.tree.map(np.array, self.pattern)
+
+    def restore(
+        self, slots: int, slides: dict[int, Slide], read: Callable[[Pattern], Pattern]
+    ) -> None:
+        """The pattern of a checkpoint, which ``read`` gives in the structure of its argument."""
+        self.slots, self.slides = slots, slides
+        on = np.asarray(self.pattern.on)
+        self.pattern = read(blank_pattern(on, self.place.lower, self._tangent()))
+        self._open()
+
+    def gate(self, units: np.ndarray, above: np.ndarray) -> None:
+        """Put units above or below their kinks."""
+        rows, columns = np.divmod(units, self.shape[1])
+        low = self.place.lower[columns]
+        at = self.pattern
+        np.asarray(at.on)[rows, columns] = above
+        np.asarray(at.gates)[rows, columns] = np.where(above, 1.0, low)
+        np.asarray(at.tie)[rows, columns] = 0.0
+
+    def replace(
+        self, neurons: Sequence[int] | None, slides: Mapping[int, Slide], pull: np.ndarray
+    ) -> None:
+        """Other slides for some neurons, or for all.
+
+        Args:
+            neurons: of one hidden layer; None for all slides of the network.
+            slides: by their first unit, all that these have from now on.
+            pull: of all units $b$, (n, U).
+        """
+        for unit in self.sliding_in(neurons):
+            rows, columns = np.divmod(self.slides.pop(unit).units, self.shape[1])
+            np.asarray(self.pattern.tie)[rows, columns] = 0.0
+        self.slides |= slides
+        most = self._most()
+        if most > self.slots:
+            slots = max(FIRST_SLOTS, 2 * self.slots)
+            while slots < most:
+                slots *= 2
+            self.slots = min(slots, len(self.rows)) if self.rows is not None else slots
+            self.pattern = dataclasses.replace(
+                self.pattern,
+                theta=as_array(np.zeros(0)),
+                pull=as_array(np.zeros(0)),
+                tangent=self._tangent(),
+            )
+            count = len(np.asarray(self.pattern.tangent.active))
+            self.pattern = dataclasses.replace(
+                self.pattern, theta=as_array(np.zeros(count)), pull=as_array(-np.ones(count))
+            )
+            self._open()
+            neurons = (
+                None if self.rows is None else sorted({u % self.shape[1] for u in self.slides})
+            )
+        if self.rows is None:
+            self._place(range(len(self.slides)), list(self.slides.values()), pull)
+            np.asarray(self.pattern.tangent.active)[len(self.slides) :] = False
+            return
+        assert neurons is not None
+        for neuron in neurons:
+            own = [self.slides[unit] for unit in self.sliding_in([neuron])]
+            self._place_neuron(neuron, own, pull)
+
+    def _most(self) -> int:
+        """The largest number of slides that share slots."""
+        if self.rows is None:
+            return len(self.slides)
+        counts: dict[int, int] = {}
+        for unit in self.slides:
+            counts[unit % self.shape[1]] = counts.get(unit % self.shape[1], 0) + 1
+        return max(counts.values(), default=0)
+
+    def _place_neuron(self, neuron: int, own: list[Slide], pull: np.ndarray) -> None:
+        tangent, rows = self.pattern.tangent, self.rows
+        assert isinstance(tangent, NeuronTangent)
+        assert rows is not None
+        first = neuron * self.slots
+        np.asarray(tangent.active)[first : first + self.slots] = False
+        across, dual = np.asarray(tangent.across)[neuron], np.asarray(tangent.dual)[neuron]
+        across[:], dual[:] = 0.0, 0.0
+        if own:
+            normals = np.stack([rows[slide.units[0] // self.shape[1]] for slide in own])
+            basis, back = across_of(normals)
+            across[: len(basis)], dual[: len(back)] = basis, back
+        self._place(range(first, first + len(own)), own, pull)
+
+    def _place(self, slots: range, slides: list[Slide], pull: np.ndarray) -> None:
+        """Put slides into slots."""
+        at = self.pattern
+        for slot, slide in zip(slots, slides, strict=True):
+            rows, columns = np.divmod(slide.units, self.shape[1])
+            low = self.place.lower[columns]
+            tie = np.abs(slide.alpha) * (1 - low)
+            up = np.where(slide.alpha > 0, slide.theta, 1 - slide.theta)
+            np.asarray(at.gates)[rows, columns] = low + up * (1 - low)
+            np.asarray(at.slot)[rows, columns] = slot
+            np.asarray(at.tie)[rows, columns] = tie
+            np.asarray(at.theta)[slot] = slide.theta
+            np.asarray(at.pull)[slot] = np.sum(tie * pull[rows, columns])
+            np.asarray(at.tangent.units)[slot] = slide.units[0]
+            np.asarray(at.tangent.active)[slot] = True

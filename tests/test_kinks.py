@@ -1,0 +1,303 @@
+"""Networks with kinks: flows that land on them, cross them, and slide along them."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+import gflow
+from gflow.dynamics.drive import checkpoint as checkpoint_module
+from gflow.dynamics.kinks.decide import Block, decide
+from gflow.problem import kinks as activations
+from gflow.problem.mlp import balances
+
+X = np.array([[1.0, 1, 1], [1, -1, 1], [-1, 1, 1], [-1, -1, 1]]) / np.sqrt(3)
+XOR = gflow.Dataset(X, [1, -1, -1, 1])
+QUIET = {"progress": False}
+LOCATED = 1e-8  # of weights, by default tolerances
+NET = gflow.Network(lambda w, x: (w[1] @ gflow.relu(w[0] @ x))[0], homogeneity=2)
+
+
+def start(width=20, seed=0, d=3):
+    rng = np.random.default_rng(seed)
+    a, w = rng.normal(size=width) * 0.3, rng.normal(size=(width, d)) * 0.5
+    return w, a[None]
+
+
+def last(record):
+    return [record[f"final_weights_{k + 1}"].values for k in range(2)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Activations
+# ---------------------------------------------------------------------------------------------
+
+
+def test_activations_are_what_they_say_and_batch_and_differentiate():
+    z = jnp.array([[-2.0, 3.0], [0.0, -1.0]])
+    np.testing.assert_array_equal(jax.jit(gflow.relu)(z), np.maximum(z, 0.0))
+    np.testing.assert_array_equal(jax.vmap(lambda r: gflow.leaky_relu(r, -1.0))(z), np.abs(z))
+    gates = jax.grad(lambda z: jnp.sum(gflow.leaky_relu(z, 0.1)))(z)
+    np.testing.assert_array_equal(gates, [[0.1, 1.0], [0.1, 0.1]])
+    with pytest.raises(ValueError, match=r"`slope` is 1\.5; expected a number below 1"):
+        gflow.leaky_relu(z, 1.5)
+    with pytest.raises(ValueError, match="`branch` is 'left'; expected 'on' or 'off'"):
+        gflow.MLP(branch="left")
+
+
+def test_kinks_are_found_in_calls_and_refused_in_loops():
+    def deep(w, x):
+        return jax.jit(jax.vmap(lambda z: gflow.leaky_relu(z, 0.1)))(gflow.relu(w @ x))
+
+    bends = gflow.Network(lambda w, x: jnp.sum(deep(w, x))).kinks(np.ones((2, 3)), XOR)
+    assert bends.sizes == (2, 2) and bends.slopes == (0.0, 0.1)
+    looped = gflow.Network(lambda w, x: jax.lax.fori_loop(0, 2, lambda _, z: gflow.relu(z), w[0]))
+    with pytest.raises(ValueError, match=r"inside a `(while|scan)`; expected it outside of loops"):
+        looped.kinks(np.ones(2), XOR)
+    hidden = gflow.Network(lambda w, x: jnp.sum(jax.nn.relu(w @ x)))
+    assert hidden.kinks(np.ones((2, 3)), XOR) is None
+    assert hidden.hidden_kinks(np.ones((2, 3)), XOR)
+    program = activations.traced(lambda x: jax.nn.softmax(x), np.ones(3))
+    assert not activations.holds(program.jaxpr, activations.is_switch)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((np.ones((2, 2)), np.ones((1, 2))), r"`weights\[0\]` has shape \(2, 2\); expected 3 colu"),
+        (((np.ones((2, 3)), np.ones(3)), np.ones((1, 2))), r"`weights\[0\]\[1\]`, a bias, has sh"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        gflow.MLP().check(weights, XOR)
+
+
+def test_biases_are_a_constant_feature_and_cost_homogeneity():
+    w, a = start()
+    (plain,) = (gflow.MLP().coordinates((w, a), XOR),)
+    with_bias = ((w[:, :2], w[:, 2] / np.sqrt(3)), a)
+    flat = gflow.Dataset(X[:, :2], [1, -1, -1, 1])
+    np.testing.assert_allclose(gflow.MLP().coordinates(with_bias, flat), plain, rtol=1e-12)
+    assert gflow.MLP().degree((w, a)) == 2 and gflow.MLP().degree(with_bias) is None
+
+
+# ---------------------------------------------------------------------------------------------
+# Decisions
+# ---------------------------------------------------------------------------------------------
+
+
+def block(normals, base, force, on=True, free=False, lower=0.0):
+    k = len(normals)
+    full = np.broadcast_to
+    return Block(
+        np.arange(k),
+        np.asarray(normals, float),
+        np.asarray(base, float),
+        np.asarray(force, float),
+        None,
+        full(lower, k),
+        full(on, k),
+        full(free, k),
+    )
+
+
+def test_a_kink_is_crossed_or_slid_along_by_its_one_sided_speeds():
+    # z' = base + gate * force, for one weight.
+    for base, force, side in [(1.0, -2.0, 0), (1.0, -0.5, 1), (-1.0, -2.0, -1), (1.0, 2.0, 1)]:
+        (group,) = decide(block([[1.0]], [base], [force], on=False))
+        assert group.side == side
+    (group,) = decide(block([[1.0]], [1.0], [-4.0]))
+    assert group.theta == pytest.approx(0.25)  # 1 - 4 theta = 0
+
+
+def test_points_on_one_ray_share_one_kink():
+    (group,) = decide(block([[1.0, 2.0], [-2.0, -4.0]], [0.1, 0.2], [-1.0, -1.0]))
+    assert group.members.tolist() == [0, 1] and group.alpha.tolist() == [1.0, -2.0]
+    # b_1 theta - 2 b_2 (1 - theta) = -0.1
+    assert group.side == 0 and group.theta == pytest.approx(2.1 / 3)
+
+
+def test_dependent_kinks_are_decided_together():
+    # Four points that span three dimensions, at w = 0: all slide where a mixture of gates rests.
+    groups = decide(block(X, -X.T @ [-0.3, -0.3, -0.3, -0.3], [-1.0] * 4))
+    velocity = -X.T @ np.full(4, -0.3) + X.T @ [-1.0 * group.theta for group in groups]
+    np.testing.assert_allclose(velocity, 0.0, atol=1e-12)
+
+
+def test_a_repelling_kink_is_open_only_where_the_flow_begins_on_it():
+    assert not decide(block([[1.0]], [0.5], [1.0], on=False))[0].open
+    at = block([[1.0]], [-0.5], [1.0], free=True)
+    assert decide(at)[0].open
+    assert [decide(at, side)[0].side for side in (1, -1)] == [1, -1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Flows of one hidden layer
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xor():
+    problem = gflow.Problem(XOR, gflow.MLP())
+    return gflow.gradient_flow(problem, start(), until=gflow.LogRisk(-1e4), save=6, **QUIET)
+
+
+def test_xor_is_learnt_along_its_kinks(xor):
+    assert xor.attrs["status"] == "reached"
+    assert xor.num_steps[-1] <= 300
+    # As the prototype in NumPy and SciPy's DOP853 has it: 24 kinks to -10, 32 to -100.
+    assert xor.num_kinks.values[-1] == 34 and xor.num_sliding.values[-1] == 32
+    assert np.all(xor.balance_drift < 1e-11) and np.all(xor.clock_error < 1e-8)
+    after = xor.smoothed_margin.values[np.isfinite(xor.smoothed_margin.values)]
+    assert np.all(np.diff(after) > 0)
+    assert xor.kkt_residual[-1] < 0.03
+
+
+def test_what_the_theory_says_of_homogeneous_networks_holds(xor):
+    claims = gflow.verify(xor)
+    assert not list(claims.failed), str(claims)
+    for name in ("neurons stay balanced", "smoothed margin grows", "KKT: residual", "law of time"):
+        assert claims[name].holds, str(claims)
+    heavier = xor.assign(balance_drift=xor.balance_drift + 1e-6)
+    assert gflow.verify(heavier)["neurons stay balanced"].holds is False
+
+
+def test_the_log_of_kinks_is_in_the_record_and_its_file(xor, tmp_path):
+    log = gflow.kinks(gflow.load(gflow.save(xor, tmp_path / "xor.nc")))
+    events = log.event.values.tolist()
+    assert len(events) == 34 and set(events) <= {"crossed", "slid", "left"}
+    assert events.count("slid") - events.count("left") == 32
+    assert np.all(np.diff(log.log_time) >= 0) and set(log.layer.values) == {1}
+    with pytest.raises(ValueError, match="`record` has no log of kinks"):
+        gflow.kinks(xor.drop_vars("num_kinks"))
+
+
+def test_a_run_that_is_stopped_among_kinks_goes_on_bit_for_bit(xor, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "SECONDS_A_SEGMENT", 0.0)
+    monkeypatch.setattr(checkpoint_module, "SHARE", 0.0)
+    problem = gflow.Problem(XOR, gflow.MLP())
+    options = {"until": gflow.LogRisk(-1e4), "save": 6, "checkpoint": tmp_path / "x", **QUIET}
+    for steps in (20, 21, 60):
+        stopped = gflow.gradient_flow(problem, start(), max_steps=steps, **options)
+        assert stopped.attrs["status"] == "max_steps"
+    whole = gflow.gradient_flow(problem, start(), **options)
+    for name in xor.data_vars:
+        np.testing.assert_array_equal(xor[name], whole[name], err_msg=name)
+
+
+def smooth_pieces(x, y, w, a, time):
+    """The flow by SciPy, of small steps of an implicit kind: descent in its limit."""
+    m, d = w.shape
+
+    def rhs(_, v):
+        a, w = v[:m], v[m:].reshape(m, d)
+        z = w @ x.T
+        gates = (1 + np.tanh(z / 1e-7)) / 2
+        q = y * (a @ (gates * z))
+        c = y / (1 + np.exp(q)) / len(y)
+        return np.concatenate([(gates * z) @ c, ((a[:, None] * gates * c) @ x).ravel()])
+
+    found = solve_ivp(
+        rhs, (0, time), np.concatenate([a.ravel(), w.ravel()]), "LSODA", rtol=1e-9, atol=1e-11
+    )
+    return found.y[:, -1]
+
+
+@pytest.fixture(scope="module")
+def ten_points():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(10, 3)), np.sign(rng.normal(size=10))
+    return gflow.Dataset(x, y), (rng.normal(size=12) * 0.3, rng.normal(size=(12, 3)) * 0.5)
+
+
+@pytest.fixture(scope="module")
+def to_five(ten_points):
+    data, (a, w) = ten_points
+    options = {"until": gflow.Time(5.0), "save": 3, "solver": diffrax.Tsit5(), **QUIET}
+    problems = [gflow.Problem(data, network) for network in (gflow.MLP(), NET)]
+    return [gflow.gradient_flow(each, (w, a[None]), **options) for each in problems]
+
+
+def test_a_flow_that_slides_is_the_limit_of_smooth_ones(ten_points, to_five):
+    data, (a, w) = ten_points
+    record = to_five[0]
+    assert record.num_sliding[-1] >= 1 and record.attrs["kinks"] == "located"
+    smooth = smooth_pieces(np.asarray(data.inputs), np.asarray(data.labels), w, a, 5.0)
+    got = np.concatenate([last(record)[1].ravel(), last(record)[0].ravel()])
+    np.testing.assert_allclose(got, smooth, atol=2e-6)  # the smooth gates are 1e-7 wide
+
+
+def test_relu_in_a_network_of_ones_own_is_the_same(to_five):
+    one, other = to_five
+    np.testing.assert_array_equal(one.num_kinks, other.num_kinks)
+    for a, b in zip(last(one), last(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=LOCATED)
+
+
+# ---------------------------------------------------------------------------------------------
+# Deep networks, and limits
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_deep_network_of_ties_follows_descent_to_first_order():
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=(4, 2))
+    data = gflow.Regression(np.concatenate([x, x[:1], -2 * x[1:2]]), rng.normal(size=(6, 2)))
+    shapes = ((3, 2), (3, 3), (2, 3))
+    weights = tuple((rng.normal(size=s) * 0.7, rng.normal(size=s[0]) * 0.3) for s in shapes)
+    problem = gflow.Problem(data, gflow.MLP(slope=0.1))
+    options = {"save": 2, "solver": diffrax.Tsit5(), **QUIET}
+    record = gflow.gradient_flow(problem, weights, until=gflow.Time(3.0), **options)
+    assert record.attrs["status"] == "reached" and record.num_kinks[-1] == 7
+    assert record.num_sliding[-1] == 3
+    assert record.balance_drift[-1] < LOCATED
+
+    @jax.jit
+    def descended(eta, steps):
+        def step(_, w):
+            log_risk, gradient = problem.log_risk_and_gradient(w)
+            return jax.tree.map(lambda a, g: a - eta * jnp.exp(log_risk) * g, w, gradient)
+
+        return jax.lax.fori_loop(0, steps, step, jax.tree.map(jnp.asarray, weights))
+
+    def off(eta):
+        found = jax.tree.leaves(descended(eta, round(3.0 / eta)))
+        leaves = [record[f"final_weights_{k + 1}"].values for k in range(len(found))]
+        return max(np.max(np.abs(a - b)) for a, b in zip(found, leaves, strict=True))
+
+    assert off(1e-3) < 2e-3
+    assert off(1e-4) < off(1e-3) / 5  # first order, but for the noise of its zigzag
+
+
+def test_leaky_relu_on_symmetric_data_finds_the_linear_rule():
+    # Lyu, Li, Wang and Arora, arXiv 2110.13905: margin (1 + slope) gamma / 4 from a small start.
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(5, 2))
+    half = half * np.sign(half @ [1.0, 0.5])[:, None] + 0.3 * np.array([1.0, 0.5])
+    data = gflow.Dataset(np.concatenate([half, -half]), np.repeat([1, -1], 5))
+    w = rng.normal(size=(8, 2)) * 1e-3
+    a = np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 8)
+    problem = gflow.Problem(data, gflow.MLP(slope=0.1))
+    flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=2, **QUIET)
+    wanted = 1.1 * data.max_margin().margin / 4
+    assert flow.margin[-1] == pytest.approx(wanted, rel=1e-6)
+    drift = np.abs(balances(tuple(last(flow))) - balances((w, a[None])))
+    assert np.max(drift) < 1e-8
+
+
+def test_an_output_weight_that_changes_sign_on_a_slide_leaves_two_ways():
+    rng = np.random.default_rng(58)  # the first seed where that happens
+    data = gflow.Dataset(rng.normal(size=(6, 2)), np.sign(rng.normal(size=6)))
+    weights = rng.normal(size=(6, 2)), rng.normal(size=(1, 6)) * 0.3
+    options = {"until": gflow.Time(20.0), "save": 2, "solver": diffrax.Tsit5(), **QUIET}
+    none, on, off = (
+        gflow.gradient_flow(gflow.Problem(data, gflow.MLP(branch=branch)), weights, **options)
+        for branch in (None, "on", "off")
+    )
+    assert none.attrs["status"] == "not_unique"
+    assert "neuron 3 in layer 1 at point 3" in none.attrs["message"]
+    assert on.attrs["status"] == off.attrs["status"] == "reached"
+    assert np.max(np.abs(last(on)[0] - last(off)[0])) > 1e-3
