@@ -97,7 +97,7 @@ def from_flax(
             no parameters.
         ImportError: when flax is not installed.
     """
-    import flax.linen
+    import flax.linen  # pyright: ignore[reportMissingImports]
 
     if not isinstance(module, flax.linen.Module):
         raise ValueError(f"`module` is {shown(module)}; expected a module of flax.linen.")
@@ -169,7 +169,7 @@ class FlaxModel(AbstractModel):
     """Whether parameters were given, and are given back, as {"params": ...}."""
 
     def __call__(self, weights: Weights, x: Array) -> Array:
-        import flax.errors
+        import flax.errors  # pyright: ignore[reportMissingImports]
 
         try:
             return self.module.apply({"params": weights}, x[None])[0]

@@ -84,7 +84,7 @@ def photographs(per_class: int = 120, seed: int = 0) -> Dataset:
     _expect_package("skimage", "photographs")
     per_class = positive_count("per_class", per_class)
     rng = np.random.default_rng(seed_of("seed", seed))
-    import skimage.data
+    import skimage.data  # pyright: ignore[reportMissingImports]
     import sklearn.datasets
 
     pictures = [getattr(skimage.data, name)() for name in PHOTOGRAPHS]
