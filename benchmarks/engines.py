@@ -1,4 +1,4 @@
-"""Sweeps on an engine: what a scheduler costs, a killed worker, and results larger than memory.
+"""What do sweeps on an engine cost: a killed worker, many short runs, results beyond memory?
 
 1. The 600 trajectories of `phase_diagram.py` by dask with two workers on this machine, one of which
    is killed (SIGKILL) on the way. Beside it the same sweep in one process: this one, whose result
