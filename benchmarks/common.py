@@ -164,7 +164,8 @@ def walk(
     """The loop of gflow around a solver, to one target; given up after ``limit`` seconds."""
     began, spent = time.perf_counter(), time.process_time()
     state = gflow.FlowState(work.weights, np.zeros(()))
-    method, atol = method_of(solver), default_atol(state, rtol)
+    atol = default_atol(state, rtol)
+    method = method_of(solver, rtol, atol)
     followed = member(work.field, rtol, atol, work.s_end(log_risk), max_steps)
     lane = begun(followed, method, np.float64(work.s_start), state)
     trips = UNLIMITED if limit is None else chunk

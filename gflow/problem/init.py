@@ -236,7 +236,8 @@ def rescaled(
         ValueError: when the network has no dense layers, a layer is zero, or ``frobenius`` is not
             positive.
 
-    >>> [float(np.linalg.norm(matrix)) for matrix in rescaled(gaussian((2, 8, 1)), frobenius=2.0)]
+    >>> layers = rescaled(gaussian((2, 8, 1)), frobenius=2.0)
+    >>> [round(float(np.linalg.norm(matrix)), 12) for matrix in layers]
     [2.0, 2.0]
     """
     frobenius = positive("frobenius", frobenius)

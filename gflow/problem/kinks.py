@@ -23,8 +23,8 @@ from gflow.problem.array import Array
 def relu(z: Array) -> Array:
     r"""The rectifier $\max(z, 0)$, elementwise; its derivative at zero is 0.
 
-    >>> relu(jnp.array([-2.0, 3.0])).tolist()
-    [0.0, 3.0]
+    >>> (relu(jnp.array([-2.0, 3.0])) == jnp.array([0.0, 3.0])).tolist()
+    [True, True]
     """
     return leaky_relu(z, 0.0)
 
