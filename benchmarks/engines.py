@@ -10,7 +10,7 @@
 3. A sweep of several gigabytes on disk (one group, copied), opened lazily and reduced by
    `.mean("seed")` in a process of its own: time and peak memory, beside the same from zarr.
 
-    python benchmarks/engines.py [--quick] [--out FOLDER]
+    python benchmarks/engines.py [--quick] [--count N] [--out FOLDER]
 """
 
 import contextlib
@@ -122,8 +122,8 @@ def _equal(a, b):
 # -------------------------------------------------------------------------------------------------
 
 
-def many(folder, quick):
-    count, few = (2_000, 500) if quick else (100_000, 4_000)
+def many(folder, quick, count):
+    count, few = (2_000, 500) if quick else (count, 4_000)
     gflow.cache_programs(folder / "programs")
     starts = [short(seed) for seed in range(few)]
     batch = tuple(np.stack(layers) for layers in zip(*(w for _, w in starts), strict=True))
@@ -239,15 +239,18 @@ def _reduced(kind, path):
 
 
 def main():
-    options = begin(parser(__doc__))
+    arguments = parser(__doc__)
+    arguments.add_argument("--count", type=int, default=100_000, help="of short trajectories")
+    options = begin(arguments)
     report = Report(__file__, options)
     # Workers are to read what this process writes.
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in (killed, many, larger):
-            found[part.__name__] = part(folder, options.quick)
+        for part in (killed, larger, many):
+            more = (options.count,) if part is many else ()
+            found[part.__name__] = part(folder, options.quick, *more)
             print(part.__name__, json.dumps(found[part.__name__], indent=1), flush=True)
     assert not found["killed"]["variables_that_differ"]
     report.write(None, **found)
