@@ -375,13 +375,13 @@ def _count_stiff(field: AbstractField, lane: Lane, s: Array, made: Any) -> Array
 
     def look() -> Array:
         state, error = made.state, made.error
-        _, image = jax.jvp(
+        slope, image = jax.jvp(
             lambda weights: field(s, FlowState(weights, state.scaled_time)).weights,
             (state.weights,),
             (error.weights,),
         )
         stable = lane.step * size(image) <= STIFF_PRODUCT * size(error.weights)
-        growth = _growth(field(s, state).weights, state.weights)
+        growth = _growth(slope, state.weights)
         stiff = ~stable & (size(image) > GROWTH * growth * size(error.weights))
         return jnp.where(stiff, lane.num_stiff + 1, 0)
 
