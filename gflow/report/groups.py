@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gflow import record
-from gflow.dynamics.drive.members import agreed
+from gflow.dynamics.drive.members import agreed, filled
 from gflow.problem.arguments import file_path, flag
 from gflow.report.grid import Axis, Block, Grid, digest
 
@@ -148,10 +148,10 @@ def merged(parts: Sequence[tuple[np.ndarray, "xr.Dataset"]], count: int) -> "xr.
             shared = next(part[name] for _, part in parts if name in part)
             found[name] = (tuple(column.dims), _values(shared), column.told)
             continue
-        out = _blank(column, (count,))
-        for places, part in parts:
-            out[places] = _of_members(len(places), part.get(name), column)
-        found[name] = ((MEMBER, *column.dims), out, column.told)
+        there = [(places, part[name]) for places, part in parts if name in part]
+        values = filled([(places, _each(len(places), one)) for places, one in there], count)
+        values = values.astype(str) if values.dtype == object else values
+        found[name] = ((MEMBER, *column.dims), values, column.told)
     return record.assemble(found, summary.attrs)
 
 
@@ -324,11 +324,17 @@ def _of_members(count: int, variable: "xr.DataArray | None", column: Column) -> 
     """The values of members, filled up where one has none or fewer."""
     out = _blank(column, (count,))
     if variable is not None:
-        values = _values(variable)
-        if MEMBER not in variable.dims:
-            values = np.broadcast_to(values, (count, *values.shape))
+        values = _each(count, variable)
         out[tuple(map(slice, values.shape))] = values
     return out
+
+
+def _each(count: int, variable: "xr.DataArray") -> np.ndarray:
+    """The values of members, repeated where they share them."""
+    values = _values(variable)
+    if MEMBER in variable.dims:
+        return values
+    return np.broadcast_to(values, (count, *values.shape))
 
 
 def _blank(column: Column, shape: Sequence[int]) -> np.ndarray:
