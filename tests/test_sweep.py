@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +90,21 @@ def test_an_engine_changes_no_bit(found):
     alone = gflow.sweep(start, GRID, until=GOAL, save=3, **HOW)
     for name in alone.data_vars:
         np.testing.assert_array_equal(alone[name].values, found[name].values, err_msg=name)
+
+
+def test_an_ensemble_on_an_engine_is_the_ensemble(monkeypatch):
+    problem, _ = start(2, 0.5, 0)
+    batch = tuple(
+        np.stack(each) for each in zip(*(start(2, 0.5, k)[1] for k in range(3)), strict=True)
+    )
+    given = {"until": GOAL, "save": 3, "progress": False}
+    alone = gflow.ensemble(problem, batch, STEPS, **given)
+    monkeypatch.setattr("gflow.dynamics.ensemble.AT_ONCE", 2)
+    with ThreadPoolExecutor(2) as engine:
+        found = gflow.ensemble(problem, batch, STEPS, executor=engine, **given)
+    assert found.sizes == alone.sizes
+    np.testing.assert_allclose(found.log_risk.values, alone.log_risk.values, rtol=1e-12)
+    np.testing.assert_array_equal(found.status.values, alone.status.values)
 
 
 def test_a_sweep_on_disk_is_opened_when_values_are_asked_for(found, folder):

@@ -223,14 +223,14 @@ def _followed_on(
     executor: cf.Executor, work: Work, lanes: int, tell: Callable[[float], None]
 ) -> Followed:
     """Follow members in the processes of an engine."""
-    begins, count, done = range(0, len(work.starts), AT_ONCE), len(work.starts), 0
+    begins, done = range(0, len(work.starts), AT_ONCE), 0
     parts = [Followed([KeyboardInterrupt()] * len(work.part(i).starts), []) for i in begins]
     with contextlib.suppress(KeyboardInterrupt):
         for k, found in spread(executor, _followed, ((work.part(i), lanes) for i in begins)):
             lost = isinstance(found, BaseException)
             parts[k] = Followed([found] * len(parts[k].members), []) if lost else found
             done += len(parts[k].members)
-            tell(min(done, count))
+            tell(done)
     return Followed(
         [member for part in parts for member in part.members],
         [each for part in parts for each in part.in_lanes or [False] * len(part.members)],
