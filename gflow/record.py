@@ -136,12 +136,28 @@ def save(record: "xr.Dataset", path: str | os.PathLike[str]) -> Path:
     stored = storable(record)
     with whole_file(path) as partial:
         try:
-            stored.to_netcdf(partial, engine="netcdf4", format="NETCDF4")
+            _write(stored, partial)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"`record` cannot be stored: {error}. {path} is as it was before."
             ) from error
     return path
+
+
+def _write(stored: "xr.Dataset", path: Path) -> None:
+    """Into a netCDF file.
+
+    In a worker of dask ``to_netcdf`` asks the scheduler for a lock, several times a variable, which
+    takes a quarter of what following many short trajectories does. No other process writes here.
+    """
+    import netCDF4
+    from xarray.backends import NetCDF4DataStore
+
+    if stored.chunks:  # read from other files as it is written
+        stored.to_netcdf(path, engine="netcdf4", format="NETCDF4")
+        return
+    with netCDF4.Dataset(path, "w", format="NETCDF4") as file:
+        stored.dump_to_store(NetCDF4DataStore(file))
 
 
 def storable(record: "xr.Dataset") -> "xr.Dataset":
