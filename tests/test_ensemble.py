@@ -94,6 +94,7 @@ def test_lane_flow_conserves_the_imbalance_and_follows_its_clock(together):
 
 DEVICES = """
 import jax, numpy as np, gflow
+from gflow.dynamics.drive.flow_lanes import FlowLanes
 data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
 problem = gflow.Problem(data, loss=gflow.Exponential())
 batch = (np.stack([s * data.max_margin().direction[None] for s in (0.1, 0.2, 0.4, 0.8)]),)
@@ -106,14 +107,24 @@ assert (one.status == "reached").all()
 np.testing.assert_array_equal(one.end_to_end.values, two.end_to_end.values)
 np.testing.assert_array_equal(one.log_time.values, two.log_time.values)
 
-# The points of one problem on two devices.
-shared = problem.sharded()
+# The points and the weights of one problem on two devices.
+shared = problem.sharded(weights=True)
 assert len(shared.design.rows.sharding.device_set) == 2
 assert shared.design.rows.addressable_shards[0].data.shape == (10, 2)
+states, advance = [], FlowLanes.advance
+
+def seen(lanes, waiting):
+    found = advance(lanes, waiting)
+    states.extend((lanes.lane.state, lanes.lane.previous))
+    return found
+
+FlowLanes.advance = seen
 flow = gflow.gradient_flow(shared, (batch[0][0],), until=gflow.LogRisk(-20), save=3)
 assert flow.attrs["status"] == "reached"
 for name in ("end_to_end", "log_time", "margin", "direction_error"):
     np.testing.assert_allclose(flow[name].values, one[name].values[0], rtol=1e-7)
+kept = [leaf for leaf in jax.tree.leaves(states) if leaf.shape == (1, 2)]
+assert kept and all(leaf.addressable_shards[0].data.shape == (1, 1) for leaf in kept)
 """
 
 
@@ -123,10 +134,14 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np, gflow
 data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
 problem = gflow.Problem(data, loss=gflow.Exponential())
-shared = problem.sharded(jax.devices())
+shared = problem.sharded(jax.devices(), weights=True)
 assert len(shared.design.rows.sharding.device_set) == 2
 assert [part.data.shape for part in shared.design.rows.addressable_shards] == [(10, 2)]
-start = (0.1 * data.max_margin().direction[None],)
+start = gflow.init.zero_first((2, 4, 1), seed=0)
+with jax.enable_x64(True):
+    first, last = shared.network.placed(start)
+assert [part.data.shape for part in first.addressable_shards] == [(2, 2)]
+assert [part.data.shape for part in last.addressable_shards] == [(1, 2)]
 flow = gflow.gradient_flow(shared, start, until=gflow.LogRisk(-20), save=3, certify=True)
 alone = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-20), save=3, certify=True)
 for name in ("end_to_end", "log_time", "margin", "direction_error"):
@@ -134,7 +149,7 @@ for name in ("end_to_end", "log_time", "margin", "direction_error"):
 """
 
 
-def test_two_processes_share_the_points_of_one_problem():
+def test_two_processes_share_the_points_and_the_weights_of_one_problem():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -278,6 +293,16 @@ def test_points_that_devices_cannot_share_are_refused(problem):
     network = gflow.Network(lambda weights, x: weights[0] @ x, homogeneity=1.0)
     with pytest.raises(ValueError, match="expected a DeepLinear network"):
         gflow.Problem(problem.data, network).sharded()
+    with pytest.raises(ValueError, match="`points` and `weights` are false"):
+        problem.sharded(points=False)
+
+
+def test_weights_that_devices_cannot_share_are_refused(problem):
+    shared = problem.sharded(jax.devices()[:1] * 3, points=False, weights=True)
+    with pytest.raises(ValueError, match=r"`weights\[1\]` has shape \(4, 4\) and there are 3"):
+        gflow.gradient_flow(
+            shared, gflow.init.gaussian((2, 4, 4, 1), seed=0), until=gflow.LogRisk(-1)
+        )
 
 
 def test_wrong_counts_are_refused(problem, batch):

@@ -455,6 +455,7 @@ def progress_of(
     """How far a run at weights, log R, u = tR and a count is in each rule's coordinate."""
     with np.errstate(divide="ignore"):
         log_time = np.log(np.asarray(scaled_time)) - np.asarray(log_risk)
+    weights = problem.network.placed(weights)
     small = {
         rule.variable: _measured(anonymous(rule), problem, weights)
         for rule in rules

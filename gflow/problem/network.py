@@ -20,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
 from gflow.problem import settings
@@ -30,6 +31,7 @@ from gflow.problem.convolutions import in_fast_layout
 from gflow.problem.design import AbstractDesign
 from gflow.problem.kinks import check_branch, holds, is_switch, replay, side_of, traced
 from gflow.problem.module import Module
+from gflow.problem.sharding import check_cut, placed
 
 if TYPE_CHECKING:
     from gflow.problem.bends import AbstractBends
@@ -106,6 +108,10 @@ class AbstractNetwork(Module):
         """
         return self
 
+    def placed(self, weights: Weights) -> Weights:
+        """Weights, or what has their shapes, on the devices that share them."""
+        return weights
+
     def degree(self, weights: Weights) -> float | None:
         """The L with $f(aW; x) = a^L f(W; x)$ for a > 0; None where none is known."""
         return None
@@ -178,6 +184,12 @@ class DeepLinear(AbstractNetwork):
     Its depth and widths are those of the weights it is given. One output for labels -1 and +1, K
     for K classes or K targets.
     """
+
+    mesh: Mesh | None = eqx.field(static=True, default=None, repr=False)
+    """Devices that share the weights: ``Problem.sharded``."""
+
+    def placed(self, weights: Weights) -> Weights:
+        return weights if self.mesh is None else placed(weights, self.mesh)
 
     def layers(self, weights: Weights) -> tuple[Array, ...]:
         return tuple(weights)
@@ -278,6 +290,8 @@ class DeepLinear(AbstractNetwork):
                 f"`weights[0]` has shape {weights[0].shape}; expected {data.dim} columns, the "
                 "dimension of the data's inputs. Weights are ordered from input to output."
             )
+        if self.mesh is not None:
+            check_cut(weights, self.mesh)
         return weights
 
 

@@ -19,16 +19,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gflow.problem import settings
 from gflow.problem.abstract_data import AbstractData
-from gflow.problem.arguments import expect, shown
+from gflow.problem.arguments import expect, flag
 from gflow.problem.design import AbstractDesign
 from gflow.problem.losses import Logistic
 from gflow.problem.memo import once_per_object
 from gflow.problem.module import Module
 from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
+from gflow.problem.sharding import by_rows, mesh_of
 from gflow.problem.soft_margin import CrossEntropy
 from gflow.problem.squared import Squared
 from gflow.problem.terms import AbstractJointLoss
@@ -87,39 +87,60 @@ class Problem(Module):
         self.loss = loss.on(data)
         self.design = self.network.design(self.data)
 
-    def sharded(self, devices: Sequence[Any] | None = None) -> "Problem":
-        """The same problem with its points spread over devices, each of which does its share.
+    def sharded(
+        self,
+        devices: Sequence[Any] | None = None,
+        *,
+        points: bool = True,
+        weights: bool = False,
+    ) -> "Problem":
+        """The same problem with points, weights or both spread over devices.
 
-        For many points: margins, losses and sums over points are computed where the points are, and
-        what they give, a vector as long as an input, is added up. Weights are on every device.
-        Results are those of one device up to the order in which sums are taken.
+        Points: margins, losses and sums over points are computed where the points are, and what
+        they give, a vector as long as an input, is added up. Weights: each layer is cut along its
+        longer axis, the rows if both are alike, and so is all that a solver keeps of it; products
+        of a layer with a vector are computed in parts. Results are those of one device up to the
+        order in which sums are taken.
 
         Args:
-            devices: by default all of this process.
+            devices: by default all of this process; or those of several processes that make the
+                same calls (``jax.devices()`` after ``jax.distributed.initialize``).
+            points: whether to spread the points.
+            weights: whether to spread the weights, of flows.
 
         Raises:
-            ValueError: when the devices cannot have equally many points each, or the network is not
-                deep linear.
+            ValueError: when the devices cannot have equally many points each, the network is not
+                deep linear, or nothing is to be spread. For weights that cannot be spread the flow
+                raises it.
         """
-        devices = list(devices or jax.local_devices())
-        if not all(isinstance(device, jax.Device) for device in devices):
-            raise ValueError(
-                f"`devices` holds {shown(devices[0])}; expected devices, as `jax.devices()`."
-            )
-        if self.design is None:
+        flag("points", points)
+        flag("weights", weights)
+        mesh = mesh_of(devices)
+        if not (points or weights):
+            raise ValueError("`points` and `weights` are false; expected one of them at least.")
+        if self.design is None or not isinstance(self.network, DeepLinear):
             raise ValueError(
                 f"`problem` has a {type(self.network).__name__}; expected a DeepLinear network: "
-                "only its points can be spread over devices."
+                "only its points and weights can be spread over devices."
             )
-        if self.data.num_points % len(devices):
+        if points and self.data.num_points % mesh.size:
             raise ValueError(
-                f"`devices` are {len(devices)} and there are {self.data.num_points} points; "
-                "expected equally many on each. Choose fewer devices, or leave points out."
+                f"`devices` are {mesh.size} and there are {self.data.num_points} points; expected "
+                "equally many on each. Choose fewer devices, leave points out, or spread only the "
+                "weights: `points=False, weights=True`."
             )
-        rows = NamedSharding(Mesh(np.array(devices), ("points",)), PartitionSpec("points"))
-        with settings.own():  # every array of a design has the points on its first axis
-            design = jax.tree.map(lambda x: jax.device_put(np.asarray(x), rows), self.design)
-        return eqx.tree_at(lambda p: p.design, self, design)
+        shared = self
+        if points:
+            with settings.own():  # every array of a design has the points on its first axis
+                shared = eqx.tree_at(lambda p: p.design, shared, by_rows(self.design, mesh))
+        if weights:
+            shared = eqx.tree_at(lambda p: p.network, shared, DeepLinear(mesh))
+        return shared
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether several devices share the weights."""
+        return isinstance(self.network, DeepLinear) and self.network.mesh is not None
 
     def in_precision(self, precision: str) -> "Problem":
         """The same problem with all its numbers of a type, "float64" or "float32".
@@ -283,8 +304,12 @@ def level_at_zero(problem: Problem) -> float:
         return float(problem.log_risk_at_zero())
 
 
-@eqx.filter_jit
 def risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     r"""$\log R$ and $\lVert\nabla\log R\rVert^2$, compiled."""
+    return _risk_and_slope(problem, problem.network.placed(weights))
+
+
+@eqx.filter_jit
+def _risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     log_risk, _, squared_norm = problem.log_risk_gradient_and_norm(weights)
     return log_risk, squared_norm

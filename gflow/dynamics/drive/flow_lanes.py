@@ -17,6 +17,7 @@ from gflow.dynamics.march.lane import Lane, Member, Saved
 from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.network import as_array
+from gflow.problem.sharding import gathered
 from gflow.programs import FEW
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class FlowLanes(AbstractLanes):
             ({name: getattr(lane, name) for name in names}, self.method.tally(lane.memory))
         )
         self.pace.took(time.perf_counter() - began, full=int(made) == trips)
-        rows = jax.tree.map(np.asarray, saved)
+        rows = gathered(saved)
         self.done += float(busy), float(made) * width
         found = []
         for k, run in enumerate(self.seats):

@@ -42,6 +42,7 @@ from gflow.problem.memo import once_per_object
 from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.observables import imbalance
 from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
+from gflow.problem.sharding import gathered
 
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.
@@ -154,6 +155,7 @@ class FlowRun:
     @property
     def widest(self) -> int:
         alone = self.split_run is not None or self.kinked is not None
+        alone |= self.problem.shares_weights
         return 1 if alone else widest_for(self.recorder.start)
 
     def fail(self, error: Exception) -> None:
@@ -197,7 +199,7 @@ class FlowRun:
             self.observe()
             self.split_run.record(self.recorder, self.clock)
             return
-        state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], self.stand.state)
+        state = jax.tree.map(lambda leaf: leaf[None], gathered(self.stand.state))
         self.pending.append((state, np.array([self.stand.s]), np.array([self.stand.num_steps])))
 
     def observe(self) -> None:
@@ -260,7 +262,8 @@ class FlowRun:
 
     def standing(self) -> tuple:
         """Where a lane begins: clock value, state, next step and counts of steps."""
-        s, state, num_steps = self.stand
+        s, (weights, scaled_time), num_steps = self.stand
+        state = FlowState(self.problem.network.placed(weights), scaled_time)
         before = np.float64(self.next_step), np.int64(num_steps), np.int64(self.num_rejected)
         return np.float64(s), state, before
 
@@ -598,7 +601,7 @@ class FlowRun:
         log_risk = float(risk_and_slope(self.problem, weights)[0])
         with np.errstate(divide="ignore"):
             log_time = float(np.log(np.asarray(scaled_time))) - log_risk
-        layers = tuple(map(np.asarray, weights))
+        layers = gathered(tuple(weights))
         start = self.problem.network.layers(self.recorder.start) or ()
         conserved = tuple(map(np.asarray, imbalance(start)))
         return OnSplit.of(self.split, self.problem, layers, log_time, conserved, num_steps)

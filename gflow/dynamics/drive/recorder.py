@@ -125,7 +125,7 @@ class Recorder:
         size = jax.tree.leaves(weights)[0].shape[0]
         chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
         count = as_array(np.int64(len(rows)))
-        few = problem.data.num_margins <= FEW
+        few, weights = problem.data.num_margins <= FEW, problem.network.placed(weights)
         found = _observe(problem, weights, chosen, count, self.reference, few=few)
         return {name: _wide(np.asarray(values)[: len(rows)]) for name, values in found.items()}
 
