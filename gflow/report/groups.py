@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gflow import record
-from gflow.dynamics.drive.members import agreed, filled
+from gflow.dynamics.drive.members import agreed, filled, laid_out
 from gflow.problem.arguments import file_path, flag
 from gflow.report.grid import Axis, Block, Grid, digest
 
@@ -150,7 +150,7 @@ def merged(parts: Sequence[tuple[np.ndarray, "xr.Dataset"]], count: int) -> "xr.
             continue
         there = [(places, part[name]) for places, part in parts if name in part]
         values = filled([(places, _each(len(places), one)) for places, one in there], count)
-        values = values.astype(str) if values.dtype == object else values
+        values = _plain_text(values)
         found[name] = ((MEMBER, *column.dims), values, column.told)
     return record.assemble(found, summary.attrs)
 
@@ -212,7 +212,9 @@ class Folder:
                 "expected one that is: call `gflow.sweep` with this folder again."
             )
         axes = {name: Axis(labels, labels) for name, labels in there["axes"].items()}
-        return cls(path, Grid(axes, there["pieces"]), there["fingerprint"])
+        kept = cls(None, Grid(axes, there["pieces"]), there["fingerprint"])
+        kept.path, kept.summary = path, _summary(there)
+        return kept
 
     def has(self, block: Block) -> bool:
         """Whether a group is done."""
@@ -225,15 +227,22 @@ class Folder:
             return self.memory[block.name]
         return record.load(self.path / block.name)
 
-    def variable(self, block: Block, name: str) -> "xr.DataArray | None":
-        """One variable of a group that is done, and nothing else of its file."""
-        import xarray as xr
+    def variable(self, block: Block, name: str) -> "tuple[tuple[str, ...], np.ndarray] | None":
+        """Dimensions and values of one variable of a group that is done.
+
+        Of a file nothing else is read: what xarray makes of the others takes as long as opening it.
+        """
+        import netCDF4
 
         if self.path is None or block.name in self.memory:
-            return self.memory[block.name].get(name)
+            return _told(self.memory[block.name].get(name))
         # The library is not made for threads, in which dask asks.
-        with ONE_AT_A_TIME, xr.open_dataset(self.path / block.name, engine="netcdf4") as stored:
-            return stored[name].load() if name in stored else None
+        with ONE_AT_A_TIME, netCDF4.Dataset(self.path / block.name) as file:
+            if name not in file.variables:
+                return None
+            stored = file.variables[name]
+            stored.set_auto_maskandscale(False)
+            return stored.dimensions, _plain_text(np.asarray(stored[...]))
 
     def complete(self, summary: Summary) -> None:
         """All groups are done: say so in the manifest."""
@@ -269,7 +278,7 @@ def together(kept: Folder, summary: Summary, lazy: bool | None) -> "xr.Dataset":
     for name in [name for name, column in columns.items() if column.of_all is not None]:
         column = columns.pop(name)
         shared = next(v for block in grid if (v := kept.variable(block, name)) is not None)
-        found[name] = (tuple(column.dims), _values(shared), column.told)
+        found[name] = (tuple(column.dims), shared[1], column.told)
     values = _lazily(kept, columns, size) if lazy else _eagerly(kept, columns)
     for name, column in columns.items():
         found[name] = ((*grid.axes, *column.dims), values[name], column.told)
@@ -280,11 +289,14 @@ def together(kept: Folder, summary: Summary, lazy: bool | None) -> "xr.Dataset":
 def _eagerly(kept: Folder, columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
     """The values of variables, in memory."""
     grid = kept.grid
-    found = {name: _blank(column, grid.shape) for name, column in columns.items()}
+    found = {
+        name: laid_out([], (*grid.shape, *column.sizes), np.dtype(column.kind))
+        for name, column in columns.items()
+    }
     for block in grid:
         group = kept.load(block)
         for name, column in columns.items():
-            found[name][block.box] = _of_block(block, group.get(name), column)
+            found[name][block.box] = _of_block(block, _told(group.get(name)), column)
     return found
 
 
@@ -314,39 +326,41 @@ def _lazily(kept: Folder, columns: Mapping[str, Column], size: int) -> dict[str,
     return {name: of(name, column) for name, column in columns.items()}
 
 
-def _of_block(block: Block, variable: "xr.DataArray | None", column: Column) -> np.ndarray:
-    """The values of a variable on a block."""
-    values = _of_members(block.where.size, variable, column)
-    return values.reshape(*block.shape, *column.sizes)
-
-
-def _of_members(count: int, variable: "xr.DataArray | None", column: Column) -> np.ndarray:
-    """The values of members, filled up where one has none or fewer."""
-    out = _blank(column, (count,))
+def _of_block(
+    block: Block, variable: tuple[tuple[str, ...], np.ndarray] | None, column: Column
+) -> np.ndarray:
+    """The values of a variable on a block, filled up where members have none or fewer."""
+    count = block.where.size
+    parts = []
     if variable is not None:
-        values = _each(count, variable)
-        out[tuple(map(slice, values.shape))] = values
-    return out
+        dims, values = variable
+        parts.append((slice(count), values if MEMBER in dims else _repeated(count, values)))
+    values = laid_out(parts, (count, *column.sizes), np.dtype(column.kind))
+    return values.reshape(*block.shape, *column.sizes)
 
 
 def _each(count: int, variable: "xr.DataArray") -> np.ndarray:
     """The values of members, repeated where they share them."""
     values = _values(variable)
-    if MEMBER in variable.dims:
-        return values
+    return values if MEMBER in variable.dims else _repeated(count, values)
+
+
+def _repeated(count: int, values: np.ndarray) -> np.ndarray:
     return np.broadcast_to(values, (count, *values.shape))
 
 
-def _blank(column: Column, shape: Sequence[int]) -> np.ndarray:
-    """Numbers that are not known are NaN, text is empty."""
-    kind = np.dtype(column.kind)
-    fill = np.nan if kind.kind == "f" else np.zeros((), kind)[()]
-    return np.full((*shape, *column.sizes), fill, kind)
+def _told(variable: "xr.DataArray | None") -> tuple[tuple[str, ...], np.ndarray] | None:
+    if variable is None:
+        return None
+    return tuple(map(str, variable.dims)), _values(variable)
 
 
 def _values(variable: "xr.DataArray") -> np.ndarray:
     """Its values, text of one width."""
-    values = variable.values
+    return _plain_text(variable.values)
+
+
+def _plain_text(values: np.ndarray) -> np.ndarray:
     return values.astype(str) if values.dtype == object else values
 
 

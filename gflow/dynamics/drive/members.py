@@ -110,10 +110,21 @@ def filled(parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.nda
     whole = all(values.shape[1:] == sizes for _, values in parts)
     whole &= sum(len(where) for where, _ in parts) == count
     if kind.kind in "OUST":
-        out = np.full((count, *sizes), "", dtype=object)
-    else:
-        keeps = whole or kind.kind == "b"
-        out = np.full((count, *sizes), 0 if keeps else np.nan, dtype=kind if keeps else np.float64)
+        kind = np.dtype(object)
+    elif not (whole or kind.kind == "b"):
+        kind = np.dtype(np.float64)
+    return laid_out(parts, (count, *sizes), kind)
+
+
+def laid_out(
+    parts: Sequence[tuple[Any, np.ndarray]], shape: tuple[int, ...], kind: np.dtype
+) -> np.ndarray:
+    """Values at their places along the first axis, and at the beginning of all others.
+
+    Elsewhere numbers are NaN, whole ones zero, text is empty and booleans are false.
+    """
+    unknown = {"f": np.nan, "O": "", "U": ""}.get(kind.kind, 0)
+    out = np.full(shape, unknown, kind)
     for where, values in parts:
         out[(where, *map(slice, values.shape[1:]))] = values
     return out
