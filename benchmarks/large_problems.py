@@ -8,7 +8,7 @@ Then two hidden layers of width 2048 and of 4096 to log R = -10, with both ends 
 device, and the weights spread over two virtual devices and over those of two processes. What the
 largest program needs on a device is told beside: its arguments, results and temporary arrays.
 
-    python benchmarks/large_problems.py [--quick] [--only NAME] [--out FOLDER]
+    python benchmarks/large_problems.py [--quick] [--only NAME] [--widths N] [--out FOLDER]
 """
 
 import json
@@ -111,9 +111,10 @@ def main() -> None:
         return
     arguments = parser(__doc__)
     arguments.add_argument("--only", choices=NAMES, nargs="+", default=NAMES, help="these rows")
+    arguments.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     options = begin(arguments)
     report = Report(__file__, options)
-    count, widths = (10_000, (64,)) if options.quick else (POINTS, WIDTHS)
+    count, widths = (10_000, (64,)) if options.quick else (POINTS, options.widths)
     sizes = {"points": (count,), "width": widths}
     rows = [run(name, size) for name in options.only for size in sizes[name.split(", ")[0]]]
     apart = {}
