@@ -4,7 +4,8 @@ With one Jacobian for all stages a Newton correction solves $(I + hA \otimes GS)
 pm, where $A$ is the tableau, $G$ the Gram matrix of the pullbacks and $S$ the curvature in the
 coordinates, both symmetric and of order m. With $G = LL^\top$ and $L^\top S L = Q\Lambda Q^\top$
 
-$$y = LQ\,(I + hA \otimes \Lambda)^{-1}\,Q^\top L^{-1}r,$$
+$$y = LQ\,(I + hA \otimes \Lambda)^{-1}\,Q^\top L^{-1}r, \qquad
+S\,LQ = L^{-\top}Q\,\Lambda, \qquad LQ = G\,L^{-\top}Q,$$
 
 m systems of order p. The decomposition knows nothing of h and is real, so that it serves all
 corrections of a step, and the error estimate. At order 576 it takes half the time of the three
@@ -44,15 +45,11 @@ NEGLIGIBLE = 1e-4
 
 
 class Spectral(NamedTuple):
-    """A decomposition, and the matrix S it is of."""
+    """A decomposition: all of it, since what a loop carries along may be copied in each trip."""
 
     into: Array
     r"""$Q^\top L^{-1}$, shape (m, m)."""
-    out: Array
-    """$LQ$, shape (m, m)."""
     values: Array
-    stiffness: Array
-    """S."""
 
     @classmethod
     def of(cls, gram: Array, stiffness: Array) -> "Spectral":
@@ -61,26 +58,29 @@ class Spectral(NamedTuple):
         root = jnp.linalg.cholesky(gram + ridge * jnp.eye(len(gram)))
         values, vectors = jnp.linalg.eigh(root.T @ (stiffness @ root))
         into = jax.scipy.linalg.solve_triangular(root, vectors, lower=True, trans="T").T
-        return cls(into, root @ vectors, values, stiffness)
+        return cls(into, values)
 
     @classmethod
     def blank(cls, order: int, dtype: jnp.dtype) -> "Spectral":
         """Arrays of the same shapes."""
         nothing = jnp.zeros((order, order), dtype)
-        return cls(nothing, nothing, nothing[0], nothing)
+        return cls(nothing, nothing[0])
 
     def solve(self, tableau: Radau, h: Array, rhs: Array) -> Array:
-        r"""$(I + hA \otimes GS)^{-1}r$, shape (p, m)."""
+        r"""$w = (LQ)^{-1}y$ of $y = (I + hA \otimes GS)^{-1}r$, shape (p, m)."""
         inner = rhs @ self.into.T
         inner = tableau.dual @ jax.lax.complex(inner, jnp.zeros_like(inner))
         scaled = jax.lax.complex(h * self.values, jnp.zeros_like(self.values))
         shifted = 1 + tableau.eigenvalues[:, None] * scaled[None, :]
-        return jnp.real(tableau.vectors @ (inner / shifted)) @ self.out.T
+        return jnp.real(tableau.vectors @ (inner / shifted))
+
+    def forces(self, found: Array) -> Array:
+        """$S y$, from what :meth:`solve` found."""
+        return (found * self.values[None]) @ self.into
 
     def damped(self, factor: Array, rhs: Array) -> Array:
         r"""$(I + c\,SG)^{-1}S r = S(I + c\,GS)^{-1}r$, shape (m,)."""
-        inner = (self.into @ rhs) / (1 + factor * self.values)
-        return self.stiffness @ (self.out @ inner)
+        return (self.values * (self.into @ rhs) / (1 + factor * self.values)) @ self.into
 
 
 class Systems(NamedTuple):
@@ -147,13 +147,13 @@ class Systems(NamedTuple):
         r"""$y = (I + hA \otimes GS)^{-1}r$ and $S y$, both of shape (p, m)."""
 
         def active() -> tuple[Array, Array]:
-            u = self.active.solve(tableau, h, rhs @ self.rows.T)
-            forces = (u @ self.active.stiffness) @ self.rows
+            found = self.active.solve(tableau, h, rhs @ self.rows.T)
+            forces = self.active.forces(found) @ self.rows
             return rhs - h * tableau.matrix @ (forces @ gram), forces
 
         def whole() -> tuple[Array, Array]:
-            y = self.whole.solve(tableau, h, rhs)
-            return y, y @ self.whole.stiffness
+            found = self.whole.solve(tableau, h, rhs)
+            return (found @ self.whole.into) @ gram, self.whole.forces(found)
 
         return jax.lax.cond(self.few, active, whole)
 
