@@ -442,9 +442,9 @@ class Network(AbstractNetwork):
             out = jax.eval_shape(self.apply, weights, data.points[0])
         except Exception as error:  # whatever it is, it is the network's
             raise ValueError(
-                f"{self.called} raises {type(error).__name__}: {str(error).rstrip('.')}. It is given "
-                f"the weights and one point `x` of shape {data.points.shape[1:]}, and is traced by "
-                "JAX."
+                f"{self.called} raises {type(error).__name__}: {str(error).rstrip('.')}. It is "
+                f"given the weights and one point `x` of shape {data.points.shape[1:]}, and is "
+                "traced by JAX."
             ) from error
         expected = data.output_shape
         if getattr(out, "shape", None) != expected:
