@@ -108,7 +108,7 @@ def main():
     growth = rows[-1]["peak_mib"] / rows[0]["peak_mib"] - 1
     sizes: list[dict] = []
     for width in WIDTHS[:1] if options.quick else WIDTHS:
-        peers = DENSE[-1:] if options.quick else DENSE
+        peers = () if options.quick else DENSE
         sizes += beside_weights(width, ("gflow", *peers) if width <= MOST_DENSE else ("gflow",))
     table(sizes, "width:d weights:d method:s peak_mib:.0f why:s")
     per_weight = {name: growth_per_weight(sizes, name) for name in ("gflow", *DENSE)}

@@ -205,6 +205,9 @@ def test_bad_arguments_are_named(shuffled):
         gflow.from_equinox(eqx.nn.Identity())
     with pytest.raises(ValueError, match="another structure"):
         problem.check((np.ones((3, 3)),))
+    flat, start = gflow.from_equinox(eqx.nn.MLP(64, 10, 4, 1, key=jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"^the model raises .*one point `x` of shape \(1, 8, 8\)"):
+        gflow.Problem(PICTURES, flat).check(start)
     with pytest.raises(ValueError, match="expected those of the model"):
         problem.network.model([np.ones(3)])
     with pytest.raises(ValueError, match="`precision` is 'half'; expected one of"):

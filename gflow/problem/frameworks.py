@@ -220,6 +220,12 @@ class Chosen(NamedTuple):
         return [leaves[u.leaf].T if u.transposed else leaves[u.leaf] for u in self.uses]
 
 
+class ModelNetwork(Network):
+    """A network whose function is a model of another library."""
+
+    called = "the model"
+
+
 class FrameworkNetwork(AbstractNetwork):
     """A network that another library defines: what `from_equinox` and `from_flax` return."""
 
@@ -240,7 +246,7 @@ class FrameworkNetwork(AbstractNetwork):
         if not leaves:
             raise ValueError(f"`{argument}` has no weights: no array of real numbers.")
         shapes = tuple(jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves)
-        return cls(forward, structure, shapes, layers, Network(forward, None, layers)), weights
+        return cls(forward, structure, shapes, layers, ModelNetwork(forward, None, layers)), weights
 
     def weights_of(self, record: "xr.Dataset", which: str = "final") -> Weights:
         """The "initial" or "final" weights of a record, as the model has them."""
@@ -289,7 +295,7 @@ class FrameworkNetwork(AbstractNetwork):
         if chain is None:
             found = last_fitting(uses_of(traced.jaxpr, len(self.shapes)))
             chain = Chosen(found) if found else None
-        network = Network(apply, None, chain)
+        network = ModelNetwork(apply, None, chain)
         return FrameworkNetwork(self.forward, self.structure, self.shapes, self.chain, network)
 
     def dense_layers(self, weights: Weights) -> tuple[Array, ...] | None:

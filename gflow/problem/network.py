@@ -14,7 +14,7 @@ that live in these coordinates.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -318,6 +318,9 @@ class Network(AbstractNetwork):
     chain: Callable[[Any], Sequence[Array]] | None = eqx.field(static=True)
     branch: str | None = eqx.field(static=True)
 
+    called: ClassVar[str] = "`apply(weights, x)`"
+    """What is called, in messages."""
+
     def __init__(
         self,
         apply: Callable[[Any, Array], Array],
@@ -453,8 +456,9 @@ class Network(AbstractNetwork):
             out = jax.eval_shape(self.apply, weights, data.points[0])
         except Exception as error:  # whatever it is, it is the network's
             raise ValueError(
-                f"`apply(weights, x)` raises {type(error).__name__}: {error}. It is given the "
-                f"weights and one point `x` of shape {data.points.shape[1:]}, and is traced by JAX."
+                f"{self.called} raises {type(error).__name__}: {str(error).rstrip('.')}. It is "
+                f"given the weights and one point `x` of shape {data.points.shape[1:]}, and is "
+                "traced by JAX."
             ) from error
         expected = data.output_shape
         if getattr(out, "shape", None) != expected:
@@ -467,7 +471,7 @@ class Network(AbstractNetwork):
                 if "classes" in data.offers
                 else f"as many outputs as a point has targets, shape {expected}."
             )
-            raise ValueError(f"`apply(weights, x)` returns {what}; expected {way}")
+            raise ValueError(f"{self.called} returns {what}; expected {way}")
         if self.homogeneity is not None:
             self._check_homogeneity(weights, data)
         return weights
