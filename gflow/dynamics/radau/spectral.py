@@ -34,7 +34,8 @@ RIDGE = 1e-13
 fast corrections converge, not what they converge to."""
 
 LARGE = 150
-"""Above this order the systems are solved by it."""
+"""Above this order the systems are solved by it. At order 90 one run takes two thirds of the time
+with it, four side by side 1.4 times as long: lanes decompose in every correction."""
 
 FEW = 0.5
 """Margins up to this part of the order serve in the place of the coordinates."""
