@@ -11,7 +11,7 @@
 3. A sweep of several gigabytes on disk (one group, copied), opened lazily and reduced by
    `.mean("seed")` in a process of its own: time and peak memory, beside the same from zarr.
 
-    python benchmarks/engines.py [--quick] [--count N] [--out FOLDER]
+    python benchmarks/engines.py [--quick] [--part PART] [--count N] [--out FOLDER]
 """
 
 import contextlib

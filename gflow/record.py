@@ -148,16 +148,21 @@ def _write(stored: "xr.Dataset", path: Path) -> None:
     """Into a netCDF file.
 
     In a worker of dask ``to_netcdf`` asks the scheduler for a lock, several times a variable, which
-    takes a quarter of what following many short trajectories does. No other process writes here.
+    takes a quarter of what following many short trajectories does. No other process writes here,
+    and threads of this one are kept apart by xarray's lock, as the library needs.
     """
-    import netCDF4
     from xarray.backends import NetCDF4DataStore
+    from xarray.backends.netCDF4_ import NETCDF4_PYTHON_LOCK
 
     if stored.chunks:  # read from other files as it is written
         stored.to_netcdf(path, engine="netcdf4", format="NETCDF4")
         return
-    with netCDF4.Dataset(path, "w", format="NETCDF4") as file:
-        stored.dump_to_store(NetCDF4DataStore(file))
+    lock = NETCDF4_PYTHON_LOCK
+    store = NetCDF4DataStore.open(os.fspath(path), mode="w", format="NETCDF4", lock=lock)
+    try:
+        stored.dump_to_store(store)
+    finally:
+        store.close()
 
 
 def storable(record: "xr.Dataset") -> "xr.Dataset":

@@ -110,6 +110,8 @@ def test_an_ensemble_on_an_engine_is_the_ensemble(monkeypatch):
 def test_a_sweep_on_disk_is_opened_when_values_are_asked_for(found, folder):
     lazy = gflow.load(folder / "groups", lazy=True)
     assert lazy.frobenius_norm.chunks is not None
+    saved = gflow.load(gflow.save(lazy, folder / "saved.nc"))
+    xr.testing.assert_equal(saved.frobenius_norm, found.frobenius_norm)
     xr.testing.assert_equal(lazy.load(), found)
     xr.testing.assert_equal(gflow.load(folder / "groups"), found)
     assert lazy.attrs == found.attrs

@@ -232,17 +232,15 @@ class Folder:
 
         Of a file nothing else is read: what xarray makes of the others takes as long as opening it.
         """
-        import netCDF4
+        import xarray as xr
 
         if self.path is None or block.name in self.memory:
             return _told(self.memory[block.name].get(name))
+        others = () if self.summary is None else self.summary.columns.keys() - {name}
+        how: dict[str, Any] = {"engine": "netcdf4", "drop_variables": sorted(others)}
         # The library is not made for threads, in which dask asks.
-        with ONE_AT_A_TIME, netCDF4.Dataset(self.path / block.name) as file:
-            if name not in file.variables:
-                return None
-            stored = file.variables[name]
-            stored.set_auto_maskandscale(False)
-            return stored.dimensions, _plain_text(np.asarray(stored[...]))
+        with ONE_AT_A_TIME, xr.open_dataset(self.path / block.name, **how) as stored:
+            return _told(stored.get(name))
 
     def complete(self, summary: Summary) -> None:
         """All groups are done: say so in the manifest."""
