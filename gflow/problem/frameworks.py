@@ -246,7 +246,9 @@ class FrameworkNetwork(AbstractNetwork):
         if not leaves:
             raise ValueError(f"`{argument}` has no weights: no array of real numbers.")
         shapes = tuple(jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves)
-        return cls(forward, structure, shapes, layers, ModelNetwork(forward, None, layers)), weights
+        return cls(
+            forward, structure, shapes, layers, ModelNetwork(forward, None, layers, None)
+        ), weights
 
     def weights_of(self, record: "xr.Dataset", which: str = "final") -> Weights:
         """The "initial" or "final" weights of a record, as the model has them."""
@@ -295,7 +297,7 @@ class FrameworkNetwork(AbstractNetwork):
         if chain is None:
             found = last_fitting(uses_of(traced.jaxpr, len(self.shapes)))
             chain = Chosen(found) if found else None
-        network = ModelNetwork(apply, None, chain)
+        network = ModelNetwork(apply, None, chain, None)
         return FrameworkNetwork(self.forward, self.structure, self.shapes, self.chain, network)
 
     def dense_layers(self, weights: Weights) -> tuple[Array, ...] | None:
