@@ -27,7 +27,7 @@ from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.hidden import Hidden
-from gflow.dynamics.kinks.kinked import Kinked, Moment, StuckError
+from gflow.dynamics.kinks.kinked import Kinked, StuckError, moment
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.kinks.over import Passed
 from gflow.dynamics.kinks.piece import NotUniqueError
@@ -444,7 +444,10 @@ class FlowRun:
         """Land on the earliest of the watched events that the last step crossed."""
         lane, landed, kink = report.lane, [], False
         watched = self.agenda.watched
-        reached = self.progress([event.rule for event in watched])
+        if len(watched) == 1 and watched[0].action is Action.KINK:
+            reached = [watched[0].progress]  # it is all that the step can have crossed
+        else:
+            reached = self.progress([event.rule for event in watched])
         for event, progress in zip(watched, reached, strict=True):
             if progress < event.progress:
                 continue
@@ -476,31 +479,26 @@ class FlowRun:
         kinked = self.kinked
         assert kinked is not None
         field, tolerance = self.plan.field, self.plan.tolerance
-        found = kinked.over(field, tolerance, lane, lambda: self._moments(lane))
+        found = kinked.over(field, tolerance, lane)
         if isinstance(found, Passed):
             if not found.units:
                 return False
             report.replace(lane)
-            self._go_on_behind(found.state, min(float(report.lane.next_step), found.longest))
+            next_step = min(float(lane.next_step), found.longest)
+            self._go_on_behind(found.state, next_step, float(found.ends[1].fall))
         elif found is not None and found.second < found.part:
             self._go_back(lane, found.part)
         else:
             at_kink, trials, spent = land_on_kink(field, self.method, lane)
             self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
+            if found is not None:  # as much as may be stepped over, or up to the next kink
+                part = max(found.part, min(found.second, 1.0))
+                longest = part * float(lane.s - lane.previous[0])
+                next_step = as_array(np.float64(min(float(at_kink.next_step), longest)))
+                at_kink = dataclasses.replace(at_kink, next_step=next_step)
             report.replace(at_kink)
             self._act([_KINK], self.stand)
         return True
-
-    def _moments(self, lane: Lane) -> tuple[Moment, Moment]:
-        """Where the last step of a lane began and ended."""
-        steps = int(lane.num_steps)
-        return self._moment(lane.previous[1], steps), self._moment(lane.state, steps)
-
-    def _moment(self, state: FlowState, steps: int) -> Moment:
-        log_risk = float(risk_and_slope(self.plan.field.problem, state.weights)[0])
-        with np.errstate(divide="ignore"):
-            log_time = float(np.log(np.asarray(state.scaled_time))) - log_risk
-        return Moment(log_time, log_risk, steps)
 
     def _begin_on_kinks(self, kinked: Kinked) -> None:
         """Decide about units that begin on their kinks, and follow the pattern of the start."""
@@ -519,20 +517,24 @@ class FlowRun:
         kinked, report = self.kinked, self.report
         assert kinked is not None
         assert report is not None
-        at = self._moment(stand.state, stand.num_steps)
         self.observe()
+        weights, scaled_time = stand.state
+        log_risk = risk_and_slope(self.plan.field.problem, weights)[0]
+        at = moment(stand.state, log_risk, stand.num_steps)
         try:
-            weights = kinked.pass_(stand.state.weights, stand.s, at)
+            weights = kinked.pass_(weights, stand.s, at)
         except NotUniqueError as error:
             self.end = Reason.NOT_UNIQUE.end(why=error)
             return
         except StuckError as error:
             self.end = Reason.STUCK.end(why=error, log_risk=at.log_risk)
             return
-        next_step = float(report.lane.next_step)
-        self._go_on_behind(FlowState(weights, stand.state.scaled_time), next_step)
+        state, next_step = FlowState(weights, scaled_time), float(report.lane.next_step)
+        self._follow_pattern(kinked)
+        fall = float(_fall(self.plan.field, as_array(np.float64(stand.s)), state))
+        self._go_on_behind(state, next_step, fall)
 
-    def _go_on_behind(self, state: FlowState, next_step: float) -> None:
+    def _go_on_behind(self, state: FlowState, next_step: float, fall: float) -> None:
         """Go on behind kinks from a state that stands where the run does."""
         kinked, (s, _, steps) = self.kinked, self.stand
         assert kinked is not None
@@ -540,8 +542,7 @@ class FlowRun:
         self._follow_pattern(kinked)
         # Far out the shares of the points settle anew behind a kink while log R changes by about
         # 1: a step that leaps over this is refused, however it is shortened, until it does not.
-        layer = 1 / float(_fall(self.plan.field, as_array(np.float64(s)), state))
-        next_step = min(next_step, layer) if layer > 0 else next_step
+        next_step = min(next_step, 1 / fall) if fall > 0 else next_step
         self._keep_counts(steps)
         self._leave(Stand(s, state, steps), next_step)
         self._meet()

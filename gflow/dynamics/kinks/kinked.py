@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.field import AbstractField
-from gflow.dynamics.kinks.over import Over, Passed, Refused
+from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.kinks.over import End, Over, Passed, Refused
 from gflow.dynamics.kinks.patterns import Slide
 from gflow.dynamics.kinks.piece import Piece
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.bends import AbstractBends
-from gflow.problem.network import Array, AbstractNetwork, Weights, squared_norm
+from gflow.problem.network import AbstractNetwork, Array, Weights, squared_norm
 from gflow.problem.risk import Problem
 
 CROSSED, SLID, LEFT, STEPPED_OVER = 0, 1, 2, 3
 """What happened to a unit at a kink: it crossed, began to slide, left a slide, or crossed in a step
 that was mended."""
+
 
 class Happened(NamedTuple):
     """One entry of the log of kinks."""
@@ -63,6 +64,13 @@ class StuckError(Exception):
     """No way from a kink was found; the message says where."""
 
 
+def moment(state: FlowState, log_risk: Any, step: int) -> Moment:
+    """Where a run stands."""
+    with np.errstate(divide="ignore"):
+        log_time = float(np.log(np.asarray(state.scaled_time))) - float(log_risk)
+    return Moment(log_time, float(log_risk), step)
+
+
 class Kinked:
     """The kinks of one run.
 
@@ -83,6 +91,11 @@ class Kinked:
         self.num_joint = 0
         """Pieces on which units of several layers slide at one point."""
         self.last_s, self.repeated = -1e300, 0
+        self.trust = 1.0
+        """How much of what a rough guess says is left of mended kinks there is, of late."""
+        self.seen: tuple[float, int, End] | None = None
+        """What was seen behind the last kinks that were stepped over: at which clock value, in
+        which pattern, and what."""
 
     @classmethod
     def of(cls, problem: Problem, weights: Weights) -> "Kinked | None":
@@ -190,13 +203,11 @@ class Kinked:
         field: AbstractField,
         tolerance: AbstractTolerance,
         lane: Lane,
-        moments: Callable[[], tuple[Moment, Moment]],
     ) -> Passed | Refused | None:
         """Step over the kinks in the last step of a lane, if the tolerance allows that.
 
         Args:
             field, tolerance, lane: of the run.
-            moments: where the step began and ended, for the log.
 
         Returns:
             None for several hidden layers, where every kink is landed on.
@@ -207,16 +218,26 @@ class Kinked:
         before, ends = self._gates(), (float(s0), float(lane.s))
         if not ends[1] > ends[0]:
             return None
-        found = Over(self.piece, field, tolerance, ends, (state0, lane.state)).go()
+        last, self.seen = self.seen, None
+        known = last is not None and last[:2] == (ends[0], self.num_patterns)
+        seen = last[2] if known else None
+        states = state0, lane.state
+        step = Over(self.piece, field, tolerance, ends, states, seen, self.trust)
+        found = step.go()
+        self.trust = step.trust
         if isinstance(found, Passed) and found.units:
-            begin, end = moments()
-            whole = ends[1] - ends[0]
+            steps, whole = int(lane.num_steps), ends[1] - ends[0]
+            begin, end = (
+                moment(state, look.log_risk, steps)
+                for state, look in zip((state0, found.state), found.ends, strict=True)
+            )
             order = sorted(found.units.items(), key=lambda each: (-each[1], each[0]))
             places = ((unit, _between(begin, end, since / whole)) for unit, since in order)
             count = self.num_kinks
             self._note(places, before, STEPPED_OVER)
             self.num_stepped_over += self.num_kinks - count
             self.last_s, self.repeated = ends[1], 0
+            self.seen = ends[1], self.num_patterns, found.ends[1]
         return found
 
     def _gates(self) -> tuple[np.ndarray, np.ndarray]:
@@ -259,4 +280,12 @@ def _between(begin: Moment, end: Moment, back: float) -> Moment:
     return Moment(log_time, log_risk, end.step)
 
 
-_FACTS = ("num_joint", "num_kinks", "num_stepped_over", "num_patterns", "last_s", "repeated")
+_FACTS = (
+    "num_joint",
+    "num_kinks",
+    "num_stepped_over",
+    "num_patterns",
+    "last_s",
+    "repeated",
+    "trust",
+)

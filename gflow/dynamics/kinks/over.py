@@ -44,6 +44,9 @@ HOPELESS = 30.0
 LONGER = 3.0
 """Behind kinks a step is at most so many times longer than the last one."""
 
+PARTS, AIM = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05), 0.3
+"""Parts of a refused step that are tried next, and what may be left in them by a guess."""
+
 NEWTON = 12
 """Iterations on a cubic."""
 
@@ -61,6 +64,9 @@ class End(NamedTuple):
     pull: Any
     rate: Any
     """Of the clock."""
+    log_risk: Any
+    fall: Any
+    r"""$-d\log R/ds$."""
 
 
 class Passed(NamedTuple):
@@ -73,6 +79,8 @@ class Passed(NamedTuple):
     """All units that were decided about, and how long before the end of the step."""
     longest: float
     """Of a next step, whose kinks may be like these."""
+    ends: tuple[End, End]
+    """What was seen where the step began and, mended, where it ended."""
 
 
 class Refused(NamedTuple):
@@ -90,9 +98,11 @@ class Refused(NamedTuple):
 def _end(field: AbstractField, s: Array, state: FlowState) -> End:
     at = sight(field.problem, state.weights)
     log_risk = field.problem.log_risk(state.weights)
-    rate = field.clock.rate(s, log_risk, squared_norm(at.velocity))
+    square = squared_norm(at.velocity)
+    rate = field.clock.rate(s, log_risk, square)
     beyond = violations(field.problem.network.pattern, at)  # pyright: ignore
-    return End(at.z, rate * at.speed, at.force, beyond, at.theta, at.pull, rate)
+    speed, fall = rate * at.speed, rate * square
+    return End(at.z, speed, at.force, beyond, at.theta, at.pull, rate, log_risk, fall)
 
 
 @eqx.filter_jit
@@ -124,13 +134,10 @@ def _mended(
         there = eqx.tree_at(lambda f: f.problem.network.pattern.gates, field, gates)
         return there(s, state)
 
-    def jump(by: Array, s: Array, state: FlowState) -> FlowState:
-        return jax.jvp(lambda gates: at_gates(gates, s, state), (gates,), (by,))[1]
-
     def plus(*states: FlowState) -> FlowState:
         return jax.tree.map(lambda *leaves: sum(leaves), *states)
 
-    def times(factor: Array, state: FlowState) -> FlowState:
+    def times(factor: Array | float, state: FlowState) -> FlowState:
         return jax.tree.map(lambda leaf: factor * leaf, state)
 
     once = jnp.where(ramp, since / 2, since)
@@ -138,16 +145,16 @@ def _mended(
     longest = jnp.max(once)
     some = jnp.where(longest > 0, longest, 1.0)
     rooted = change * jnp.sqrt(once / some)[None, :]
-    motion = at_gates(gates, s, state)
-    first = jump(change * once[None, :], s, state)
-    together = at_gates(gates + rooted, s, state)
-    together = plus(together, times(-1.0, motion), times(-1.0, jump(rooted, s, state)))
-    together = times(longest, together)
-    second, turned = jax.jvp(
-        lambda s, state: jump(change * twice[None, :], s, state),
-        (s, state),
-        (jnp.ones_like(s), motion),
-    )
+    motion, jump = jax.linearize(lambda gates: at_gates(gates, s, state), gates)
+    first = jump(change * once[None, :])
+    together = plus(at_gates(gates + rooted, s, state), times(-1.0, motion))
+    together = times(longest, plus(together, times(-1.0, jump(rooted))))
+
+    def jumps(s: Array, state: FlowState) -> FlowState:
+        by = change * twice[None, :]
+        return jax.jvp(lambda gates: at_gates(gates, s, state), (gates,), (by,))[1]
+
+    second, turned = jax.jvp(jumps, (s, state), (jnp.ones_like(s), motion))
     carried = jax.jvp(lambda state: at_gates(gates + change, s, state), (state,), (second,))[1]
     later = plus(carried, times(-1.0, turned))
     after = plus(state, first, together, later)
@@ -191,6 +198,8 @@ class Over:
         tolerance: the run's.
         s: where it began and ended.
         states: the states there.
+        start: what was seen where it began, if that is known.
+        trust: how much of a rough guess there has been before.
     """
 
     def __init__(
@@ -200,19 +209,22 @@ class Over:
         tolerance: AbstractTolerance,
         s: tuple[float, float],
         states: tuple[FlowState, FlowState],
+        start: End | None,
+        trust: float,
     ):
         assert piece.rows is not None
         self.piece, self.field, self.tolerance = piece, field, tolerance
         self.s, self.states, self.h = s, states, s[1] - s[0]
         self.rows = piece.rows
         self.squares = np.sum(self.rows**2, 1)
-        self.start = self._look(0, states[0])
+        self.start = self._look(0, states[0]) if start is None else start
         self.end = self._look(1, states[1])
         first = self.end
         self.bend = (np.asarray(first.speed) - self.start.speed) / self.h
         """z'' of the step."""
         self.longest = np.full(piece.num_units, self.h)
         """How long ago the last kink of each neuron may have been that is not passed yet."""
+        self.trust, self.guess = trust, 0.0
         self.units: dict[int, float] = {}
         self.flipped: set[int] = set()
         self.times = np.zeros(0)
@@ -224,19 +236,25 @@ class Over:
     def go(self) -> Passed | Refused:
         """The step with its kinks mended; the pattern is what it was if that cannot be."""
         patterns, state, norm = self.piece.patterns, self.states[1], 0.0
-        kept = patterns.kept()
+        kept, tried = patterns.kept(), False
         for turn in range(TURNS):
             events = self._events(turn)
             if turn == 0:
-                self.times = np.sort(1 - events.since / self.h)
+                self.first, self.times = events, np.sort(1 - events.since / self.h)
             if len(events.neuron) == 0:
                 self.piece.freeze()
+                self.trust = self._trusted(norm) if turn > 0 else self.trust
                 longer = min(0.9 * max(norm, 1e-9) ** (-1 / 3), LONGER) * self.h
-                return Passed(state, norm, self.units, longer)
+                return Passed(state, norm, self.units, longer, (self.start, self.end))
+            guess = self._roughly(events)
+            if turn == 0:
+                self.guess = guess
+            if guess > HOPELESS:
+                norm += guess
+                break
+            tried = True
             try:
-                state, left = state, self._roughly(events)
-                if left <= HOPELESS:
-                    state, left = self._turn(events, state)
+                state, left = self._turn(events, state)
             except NotUniqueError:  # which is said where the run has landed on it
                 left = np.inf
             norm += left
@@ -245,28 +263,49 @@ class Over:
             self.end = self._look(1, state)
         else:
             norm = np.inf
-        patterns.put_back(kept)
-        self.piece.freeze()
-        part = 0.9 * norm ** (-1 / 3) if np.isfinite(norm) else 0.3
+        if tried:
+            patterns.put_back(kept)
+            self.piece.freeze()
         ahead = [*self.times.tolist(), np.inf, np.inf]
-        return Refused(min(max(part, 0.1), 0.9), ahead[0], ahead[1])
+        return Refused(self._part(norm), ahead[0], ahead[1])
 
-    def _roughly(self, events: Events) -> float:
-        """What mending may leave, in units of the tolerance, by the size of what is mended."""
+    def _part(self, norm: float) -> float:
+        """The part of the step after which no more than is allowed is left, by the rough guess."""
+        if not np.isfinite(norm):
+            return 0.3
+        more = norm / max(self.guess, 1e-300)
+        for part in PARTS:
+            if more * self._roughly(self.first, part) <= AIM:
+                return part
+        return PARTS[-1]
+
+    def _trusted(self, norm: float) -> float:
+        """How much of the rough guess was there, a little more of late."""
+        if self.guess <= 0 or norm <= 0:
+            return self.trust
+        now = self.trust * min(max(2 * norm / self.guess, 0.1), 10.0)
+        return float(min(max(np.sqrt(self.trust * now), 1e-4), 1.0))
+
+    def _roughly(self, events: Events, part: float = 1.0) -> float:
+        """What mending a part of the step may leave, in units of the tolerance, by its size."""
         crossing = events.unit >= 0
+        since = np.maximum(events.since - (1 - part) * self.h, 0.0)
         push = np.abs(events.force) * np.sqrt(self.squares)[events.unit // self.piece.num_units]
-        moved = np.where(crossing, push, 0.0) * float(self.end.rate) * events.since
-        part = moved * np.minimum(events.ratio + events.since / self.h / 10, 1.0)
+        moved = np.where(crossing, push, 0.0) * float(self.end.rate) * since
+        ratio = events.ratio * since / np.where(events.since > 0, events.since, 1.0)
+        left = self.trust * moved * np.minimum(ratio + since / self.h / 10, 1.0) ** 2
         leaves = jax.tree.leaves(self.states[1].weights)
         size = np.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in leaves))
-        return float(np.linalg.norm(part) / (size * float(self.tolerance.rtol)))
+        return float(np.linalg.norm(left) / (size * float(self.tolerance.rtol)))
 
     def _turn(self, events: Events, state: FlowState) -> tuple[FlowState, float]:
         """Pass the first kink of each neuron; the mended end, and the norm of what is left."""
         piece, patterns, tree_at = self.piece, self.piece.patterns, eqx.tree_at
         if np.any(events.turned):
             return state, np.inf
-        slid = {n: patterns.units_in([n]) for n in events.neuron.tolist() if n in patterns.of_neuron}
+        slid = {
+            n: patterns.units_in([n]) for n in events.neuron.tolist() if n in patterns.of_neuron
+        }
         patterns.open(list(slid), np.asarray(self.end.theta))
         base = patterns.frozen()
         self._decide(events, slid)

@@ -81,6 +81,8 @@ class Patterns:
         """By the number of their first unit."""
         self.of_neuron: dict[int, list[int]] = {}
         """The first units of the slides of each neuron that slides, of one hidden layer."""
+        self.shown = False
+        """Whether others have the arrays of the pattern."""
         self.slots = min(FIRST_SLOTS, len(on)) if rows is not None else 0
         self.pattern = blank_pattern(on, place.lower, self._tangent())
         self._open()
@@ -94,7 +96,12 @@ class Patterns:
         """Arrays of our own, to write to."""
         import jax
 
-        self.pattern = jax.tree.map(np.array, self.pattern)
+        self.pattern, self.shown = jax.tree.map(np.array, self.pattern), False
+
+    def _own(self) -> None:
+        """Write to arrays that nobody else has."""
+        if self.shown:
+            self._open()
 
     def sliding_in(self, neurons: Sequence[int] | None) -> list[int]:
         """The first units of the slides of some neurons; of all for None."""
@@ -114,10 +121,9 @@ class Patterns:
             self.of_neuron.setdefault(unit % self.shape[1], []).append(unit)
 
     def frozen(self) -> Pattern:
-        """A copy, that no later change reaches."""
-        import jax
-
-        return jax.tree.map(np.array, self.pattern)
+        """The pattern as it is now, that no later change reaches."""
+        self.shown = True
+        return self.pattern
 
     def restore(
         self, slots: int, slides: dict[int, Slide], read: Callable[[Pattern], Pattern]
@@ -131,15 +137,16 @@ class Patterns:
 
     def kept(self) -> tuple[Any, ...]:
         """All of it, to come back to by ``put_back``."""
-        return self.slots, dict(self.slides), self.frozen()
+        return self.slots, dict(self.slides), dict(self.of_neuron), self.frozen()
 
     def put_back(self, kept: tuple[Any, ...]) -> None:
         """Be what it was when it was kept."""
-        self.slots, self.slides, self.pattern = kept
-        self._index()
+        self.slots, self.slides, self.of_neuron, self.pattern = kept
+        self.shown = True
 
     def gate(self, units: np.ndarray, above: np.ndarray) -> None:
         """Put units above or below their kinks."""
+        self._own()
         rows, columns = np.divmod(units, self.shape[1])
         low = self.place.lower[columns]
         at = self.pattern
@@ -157,6 +164,7 @@ class Patterns:
             slides: by their first unit, all that these have from now on.
             pull: of all units $b$, (n, U).
         """
+        self._own()
         for unit in self.sliding_in(neurons):
             rows, columns = np.divmod(self.slides.pop(unit).units, self.shape[1])
             np.asarray(self.pattern.tie)[rows, columns] = 0.0
@@ -205,6 +213,7 @@ class Patterns:
 
         The velocity stays what it is: these gates are those of the slides.
         """
+        self._own()
         tangent = self.pattern.tangent
         assert isinstance(tangent, NeuronTangent)
         for neuron in neurons:
@@ -220,12 +229,13 @@ class Patterns:
             np.asarray(tangent.across)[neuron], np.asarray(tangent.dual)[neuron] = 0.0, 0.0
 
     def slide_singly(self, units: np.ndarray, theta: np.ndarray, force: np.ndarray) -> None:
-        """Let units slide by themselves, of different neurons that do not slide.
+        r"""Let units slide by themselves, of different neurons that do not slide.
 
         Args:
             units: shape (k,).
-            theta, force: $\\theta$ and b of each, likewise.
+            theta, force: $\theta$ and b of each, likewise.
         """
+        self._own()
         at, tangent = self.pattern, self.pattern.tangent
         assert isinstance(tangent, NeuronTangent)
         assert self.rows is not None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.kinks.decide import Block, Group, decide
+from gflow.dynamics.kinks.decide import Alone, Block, Group, decide, decide_alone
 from gflow.dynamics.kinks.patterns import Patterns, Slide
 from gflow.problem.array import Array, as_array
 from gflow.problem.bends import AbstractBends, Frozen, Sight, scale_of, sight, violations
@@ -201,13 +201,45 @@ class Piece:
         """One decision about some units, block by block."""
         if self.rows is None:
             return self._decide_block(weights, seen, units, free)
-        touched: set[int] = set()
-        force = np.asarray(seen.force)
-        neurons = np.unique(units % self.num_units).tolist()
-        for neuron in neurons:
+        force, slides = np.asarray(seen.force), self.patterns.of_neuron
+        neurons, first, count = np.unique(
+            units % self.num_units, return_index=True, return_counts=True
+        )
+        # Most neurons have one unit at its kink, or slide along one that has no other on its ray.
+        single = count == 1
+        for k in np.nonzero(single)[0].tolist():
+            own = slides.get(int(neurons[k]))
+            if own is not None:
+                alike = len(own) == 1 and self.patterns.slides[own[0]].units.tolist()
+                single[k] = alike == [int(units[first[k]])]
+        touched = self._decide_alone(seen, units[first[single]], free)
+        for neuron in neurons[~single].tolist():
             own = units[units % self.num_units == neuron]
             touched |= self.decide_neuron(force, neuron, own, free)
-        return touched, self.put_on_kinks(weights, neurons)
+        return touched, self.put_on_kinks(weights, neurons.tolist())
+
+    def _decide_alone(self, seen: Sight, units: np.ndarray, free: set[int]) -> set[int]:
+        """Decide about units of different neurons, each of which has to do with no other."""
+        if len(units) == 0:
+            return set()
+        rows, pattern, force = self.rows, self.patterns.pattern, np.asarray(seen.force)
+        assert rows is not None
+        points, neurons = np.divmod(units, self.num_units)
+        slid = np.asarray(pattern.sliding)[points, neurons]
+        delta = np.asarray(pattern.gates)[:, neurons] * force[:, neurons]
+        delta[points, np.arange(len(units))] = 0.0
+        pull, lower = force[points, neurons], self.place.lower[neurons]
+        loose = slid | np.isin(units, list(free))
+        on = np.asarray(pattern.on)[points, neurons]
+        block = Alone(rows[points], delta.T @ rows, pull, lower, on, loose)
+        side, theta, open_ = decide_alone(block, self.branch)
+        if self.branch is None and np.any(open_):
+            raise self._not_unique(int(units[np.argmax(open_)]))
+        self.patterns.open(neurons[slid].tolist(), np.asarray(seen.theta))
+        goes = side != 0
+        self.patterns.gate(units[goes], side[goes] > 0)
+        self.patterns.slide_singly(units[~goes], theta[~goes], pull[~goes])
+        return set(units.tolist())
 
     # A neuron of one hidden layer has the velocity sum_i g_i b_i x_i.
     def decide_neuron(
@@ -286,9 +318,7 @@ class Piece:
         padded = np.concatenate([units, np.repeat(units[:1], count - len(units))])
         gates = np.asarray(self.patterns.pattern.gates).copy()
         gates.reshape(-1)[units] = 0.0
-        base, force, normals, later = _block(
-            self.here, weights, as_array(gates), as_array(padded)
-        )
+        base, force, normals, later = _block(self.here, weights, as_array(gates), as_array(padded))
         flat = [np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(normals)]
         ahead = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(base)])
         of_units = np.asarray(later).reshape(count, -1)[: len(units)][:, units]
@@ -322,14 +352,17 @@ class Piece:
         for group in groups:
             members = block.units[group.members]
             if group.open and self.branch is None:
-                point, u = divmod(int(members[0]), self.num_units)
-                raise NotUniqueError(
-                    f"the unit of neuron {self.place.neuron[u]} in layer {self.place.layer[u]} at "
-                    f"point {point} is on its kink, and both ways lead away from it"
-                )
+                raise self._not_unique(int(members[0]))
             if group.side == 0:
                 slides[int(members[0])] = Slide(members, group.alpha, group.theta)
             else:
                 above = (group.alpha > 0) == (group.side > 0)
                 self.patterns.gate(members, above)
         self.patterns.replace(neurons, slides, force)
+
+    def _not_unique(self, unit: int) -> NotUniqueError:
+        point, u = divmod(unit, self.num_units)
+        return NotUniqueError(
+            f"the unit of neuron {self.place.neuron[u]} in layer {self.place.layer[u]} at "
+            f"point {point} is on its kink, and both ways lead away from it"
+        )
