@@ -38,6 +38,12 @@ from gflow.problem.network import squared_norm
 TURNS = 8
 """Kinks of one neuron in a step, before the step is made shorter."""
 
+HEAVY = 0.03
+"""A kink is landed on where its unit's part of the field is more than this part of that of all."""
+
+ALLOWED = 0.3
+"""What mending may leave, in units of the tolerance."""
+
 HOPELESS = 30.0
 """Where more than this is left by a rough guess nothing is mended."""
 
@@ -46,6 +52,12 @@ LONGER = 3.0
 
 PARTS, AIM = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05), 0.3
 """Parts of a refused step that are tried next, and what may be left in them by a guess."""
+
+MANY = 8
+"""Kinks in a refused step after which the next one is made shorter beforehand."""
+
+APART = 1e-6
+"""Kinks closer than this part of a step are at one place."""
 
 NEWTON = 12
 """Iterations on a cubic."""
@@ -92,6 +104,8 @@ class Refused(NamedTuple):
     """The part of the step after which the first kink comes."""
     second: float
     """And the next one."""
+    many: bool
+    """Whether kinks are so many that a step of this length will not do."""
 
 
 @eqx.filter_jit
@@ -116,6 +130,7 @@ def _mended(
     since: Array,
     ramp: Array,
     ratio: Array,
+    curved: Array,
 ) -> tuple[FlowState, Array]:
     """The mended end of a step, and the norm of what is left.
 
@@ -127,6 +142,7 @@ def _mended(
         since: how long ago, of each neuron, (U,).
         ramp: which neurons only left a slide, (U,).
         ratio: the relative change of the jumps in that time.
+        curved: likewise of what slides that have ended differ by.
     """
     gates = field.problem.network.pattern.gates  # pyright: ignore
 
@@ -165,7 +181,8 @@ def _mended(
     several = jnp.sum(jnp.any(change != 0, 0)) > 1
     of_first, of_later = norm(first), norm(later)
     ratio = jnp.minimum(ratio + of_later / jnp.where(of_first > 0, of_first, 1.0), 1.0)
-    left = ratio * of_later + jnp.where(several, norm(together) / 2, 0.0)
+    ended = norm(jump(change * jnp.where(ramp, once, 0.0)[None, :]))
+    left = ratio * of_later + curved * ended + jnp.where(several, norm(together) / 2, 0.0)
     return after, left
 
 
@@ -246,9 +263,10 @@ class Over:
                 self.trust = self._trusted(norm) if turn > 0 else self.trust
                 longer = min(0.9 * max(norm, 1e-9) ** (-1 / 3), LONGER) * self.h
                 return Passed(state, norm, self.units, longer, (self.start, self.end))
-            guess = self._roughly(events)
+            hard = events.turned | self._heavy(events)
+            guess = np.inf if np.any(hard) else self._roughly(events)
             if turn == 0:
-                self.guess = guess
+                self.guess, self.hard = guess, events.since[hard]
             if guess > HOPELESS:
                 norm += guess
                 break
@@ -258,7 +276,7 @@ class Over:
             except NotUniqueError:  # which is said where the run has landed on it
                 left = np.inf
             norm += left
-            if not norm <= 1:
+            if not norm <= ALLOWED:
                 break
             self.end = self._look(1, state)
         else:
@@ -267,17 +285,26 @@ class Over:
             patterns.put_back(kept)
             self.piece.freeze()
         ahead = [*self.times.tolist(), np.inf, np.inf]
-        return Refused(self._part(norm), ahead[0], ahead[1])
+        return Refused(self._part(norm), ahead[0], ahead[1], len(self.times) > MANY)
 
     def _part(self, norm: float) -> float:
         """The part of the step after which no more than is allowed is left, by the rough guess."""
         if not np.isfinite(norm):
-            return 0.3
+            # What comes at one time is landed on, and so is what is not to be mended at all.
+            until = 1 - np.max(self.hard) / self.h if len(self.hard) else 0.3
+            return float(until) if self.times[-1] - self.times[0] > APART else 0.0
         more = norm / max(self.guess, 1e-300)
         for part in PARTS:
             if more * self._roughly(self.first, part) <= AIM:
                 return part
         return PARTS[-1]
+
+    def _heavy(self, events: Events) -> np.ndarray:
+        """Which units that cross are so much of the field that their kinks are landed on."""
+        push = np.abs(self.end.force) * np.sqrt(self.squares)[:, None]
+        whole = np.sqrt(np.sum(push**2))
+        jump = push.reshape(-1)[events.unit] * (1 - self.piece.place.lower[events.neuron])
+        return (events.unit >= 0) & (jump > HEAVY * whole)
 
     def _trusted(self, norm: float) -> float:
         """How much of the rough guess was there, a little more of late."""
@@ -301,8 +328,6 @@ class Over:
     def _turn(self, events: Events, state: FlowState) -> tuple[FlowState, float]:
         """Pass the first kink of each neuron; the mended end, and the norm of what is left."""
         piece, patterns, tree_at = self.piece, self.piece.patterns, eqx.tree_at
-        if np.any(events.turned):
-            return state, np.inf
         slid = {
             n: patterns.units_in([n]) for n in events.neuron.tolist() if n in patterns.of_neuron
         }
@@ -312,8 +337,7 @@ class Over:
         old, new = np.asarray(base.gates), np.asarray(patterns.pattern.gates)
         since, ramp = np.zeros(piece.num_units), np.zeros(piece.num_units, bool)
         since[events.neuron], ramp[events.neuron] = events.since, events.unit < 0
-        weight = events.since**2
-        ratio = np.sqrt(np.sum((weight * events.ratio) ** 2) / max(np.sum(weight**2), 1e-300))
+        ratio, curved = (_mean(events, events.unit >= 0), _mean(events, events.unit < 0))
         field = tree_at(lambda f: f.problem.network.pattern, self.field, base)
         mended, left = _mended(
             field,
@@ -325,6 +349,7 @@ class Over:
             as_array(since),
             as_array(ramp),
             as_array(np.float64(ratio)),
+            as_array(np.float64(curved)),
         )
         self.longest[events.neuron] = events.since
         self.field = tree_at(lambda f: f.problem.network.pattern, field, patterns.frozen())
@@ -377,6 +402,8 @@ class Over:
         since = self.longest[neurons]
         if turn == 0:
             over, run = np.abs(theta - bound), np.abs(theta - self.start.theta[which])
+            pull, pull0 = np.asarray(end.pull)[which], np.asarray(self.start.pull)[which]
+            over, run = np.where(turned, pull, over), np.where(turned, pull - pull0, run)
             since = self.h * np.minimum(over / np.where(run > 0, run, np.inf), 1.0)
         nothing, side = np.zeros(len(which)), np.where(theta > 1, 1.0, -1.0)
         units = np.full(len(which), -1)
@@ -421,6 +448,12 @@ class Over:
         gate = np.where(side > 0, lower, 1.0) - speed / np.where(push == 0, -np.inf, push)
         theta = np.clip((gate - lower) / (1 - lower), 0.0, 1.0)
         patterns.slide_singly(unit[slides], theta[slides], events.force[slides])
+
+
+def _mean(events: Events, which: np.ndarray) -> float:
+    """The root mean square of the ratios of some events, weighted by what is mended of them."""
+    weight = np.where(which, events.since**2, 0.0)
+    return np.sqrt(np.sum((weight * events.ratio) ** 2) / max(np.sum(weight**2), 1e-300))
 
 
 # The cubic through values a and b and slopes c and d at 0 and 1, a <= 0 < b.

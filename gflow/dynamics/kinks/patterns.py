@@ -168,7 +168,7 @@ class Patterns:
         for unit in self.sliding_in(neurons):
             rows, columns = np.divmod(self.slides.pop(unit).units, self.shape[1])
             np.asarray(self.pattern.tie)[rows, columns] = 0.0
-        for neuron in self.of_neuron if neurons is None else neurons:
+        for neuron in list(self.of_neuron) if neurons is None else neurons:
             self.of_neuron.pop(neuron, None)
         self.slides |= slides
         for unit in slides:
