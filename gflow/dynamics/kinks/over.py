@@ -50,7 +50,7 @@ HOPELESS = 30.0
 LONGER = 3.0
 """Behind kinks a step is at most so many times longer than the last one."""
 
-PARTS, AIM = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05), 0.3
+PARTS, AIM = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05), 0.1
 """Parts of a refused step that are tried next, and what may be left in them by a guess."""
 
 MANY = 8
@@ -261,7 +261,7 @@ class Over:
             if len(events.neuron) == 0:
                 self.piece.freeze()
                 self.trust = self._trusted(norm) if turn > 0 else self.trust
-                longer = min(0.9 * max(norm, 1e-9) ** (-1 / 3), LONGER) * self.h
+                longer = min(0.9 * max(norm / ALLOWED, 1e-9) ** (-1 / 3), LONGER) * self.h
                 return Passed(state, norm, self.units, longer, (self.start, self.end))
             hard = events.turned | self._heavy(events)
             guess = np.inf if np.any(hard) else self._roughly(events)
