@@ -122,7 +122,7 @@ class Alone(NamedTuple):
 
 
 def decide_alone(block: Alone, branch: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    r"""What ``decide`` says of blocks of one unit: sides, $\theta$, and whether it is open, (k,)."""
+    r"""What ``decide`` says of blocks of one unit: sides, $\theta$ and whether it is open, (k,)."""
     squares = np.sum(block.normals**2, 1)
     some = np.where(squares > 0, squares, 1.0)
     rest = np.sum(block.normals * block.base, 1)

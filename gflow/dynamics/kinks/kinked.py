@@ -219,8 +219,9 @@ class Kinked:
         if not ends[1] > ends[0]:
             return None
         last, self.seen = self.seen, None
-        known = last is not None and last[:2] == (ends[0], self.num_patterns)
-        seen = last[2] if known else None
+        seen = None
+        if last is not None and last[:2] == (ends[0], self.num_patterns):
+            seen = last[2]
         states = state0, lane.state
         step = Over(self.piece, field, tolerance, ends, states, seen, self.trust)
         found = step.go()

@@ -114,7 +114,8 @@ class Piece:
         self.problem, self.bends, self.branch = problem, bends, branch
         self.place, self.rows = bends.place(), bends.rows(weights, problem.data)
         self.num_units = len(self.place.lower)
-        self.ray, self.num_on_ray = rays(self.rows) if self.rows is not None else (None, None)
+        none = np.zeros(0, np.int64)
+        self.ray, self.num_on_ray = rays(self.rows) if self.rows is not None else (none, none)
         """Of one hidden layer: the number of each point's ray, and how many points are on it."""
         self.patterns = Patterns(self.place, self._start(weights) > 0, self.rows)
         self.here = problem
