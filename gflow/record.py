@@ -70,7 +70,7 @@ def variables(
     """The variables of a record, with dimensions and meanings; arguments as of `build`."""
     found: dict[str, Variable] = {}
     for name, values in points.items():
-        stacked = _countable(np.stack([np.asarray(value) for value in values]))
+        stacked = _countable(np.array([np.asarray(value) for value in values]))
         if name in VARIABLES:
             dims, meaning = VARIABLES[name]
             if (row := QUANTITIES.get(name.removesuffix("_error"))) is not None:

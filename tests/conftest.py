@@ -28,9 +28,10 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Must come before the first import of gflow: from here on its modules are compiled with every
-# annotation of shape and dtype checked at each call.
-jaxtyping.install_import_hook("gflow", "typechecker.checked")
+# Must come before the first import of gflow: from here on the modules whose annotations have shapes
+# are compiled with every annotation checked at each call. Elsewhere that would find little, and
+# take a tenth of all tests' time.
+jaxtyping.install_import_hook(["gflow.problem", "gflow.analysis.exact"], "typechecker.checked")
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ class Agenda:
         first, second = self.passed
         clock = self.by_clock[first : first + size]
         steps = self.by_steps[second : second + size]
-        before = [self.from_s, *(value for value, _ in self.by_clock)][first:]
+        before = [self.by_clock[first - 1][0] if first else self.from_s]
+        before += [value for value, _ in clock]
         longest = []
         for start, (value, events) in zip(before, clock, strict=False):
             pieces = max(event.pieces for event in events)

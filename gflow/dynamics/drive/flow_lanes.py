@@ -22,8 +22,9 @@ from gflow.programs import FEW
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun
 
-TRIPS_AT_FIRST = 64
-"""Steps tried in the first call, before their speed is known."""
+TRIPS_AT_FIRST = 128
+"""Steps tried in the first call, before their speed is known; fewer where few states fit a buffer,
+whose weights are large."""
 
 
 def program_of(member: Member, *more: Hashable) -> Hashable:
@@ -65,8 +66,7 @@ class Report:
     @property
     def stand(self) -> Stand:
         """Where the lane stands."""
-        lane = self.lane
-        return Stand(float(lane.s), lane.state, int(lane.num_steps))
+        return self.lanes.stand_at(self.k)
 
     def row(self, row: int) -> Stand:
         """A saved state."""
@@ -99,8 +99,10 @@ class FlowLanes(AbstractLanes):
             and (not self.many or not all(_equal(column[0], each) for each in column))
             for column in columns
         ]
-        self.pace = Pace(TRIPS_AT_FIRST)
+        self.pace = Pace(min(TRIPS_AT_FIRST, 4 * self.rows))
         self.lane: Lane | None = None
+        self._stands: tuple[Lane, Any] | None = None
+        """Lanes, and on the host where they stand."""
         self.done = np.zeros(2)
 
     @property
@@ -182,6 +184,17 @@ class FlowLanes(AbstractLanes):
         """The lane in place k by itself."""
         assert self.lane is not None
         return _take(self.lane, np.int64(k)) if self.many else self.lane
+
+    def stand_at(self, k: int) -> Stand:
+        """Where the lane in place k stands."""
+        lane = self.lane
+        assert lane is not None
+        if not self.many:
+            return Stand(float(lane.s), lane.state, int(lane.num_steps))
+        if self._stands is None or self._stands[0] is not lane:  # one by one costs a call each
+            self._stands = lane, jax.device_get((lane.s, lane.state, lane.num_steps))
+        s, state, num_steps = jax.tree.map(lambda leaf: leaf[k], self._stands[1])
+        return Stand(float(s), state, int(num_steps))
 
     def put(self, k: int, lane: Lane) -> None:
         """Replace the lane in place k."""

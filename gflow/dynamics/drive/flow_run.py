@@ -362,10 +362,10 @@ class FlowRun:
     def _arm(self) -> None:
         """Act on what is here already, and list what is ahead."""
         while self.end is None and self.split_run is None:
-            here = [event for event in self._turns() if self._is_at(event)]
-            if not here:
+            here = self._first_here(self._turns())
+            if here is None:
                 break
-            self._act(here[:1], self.stand)
+            self._act([here], self.stand)
         else:
             return
         program, others = self._program, [*self.ends, *self._turns()]
@@ -403,13 +403,16 @@ class FlowRun:
             known[log_risk] = math.inf if value is None else float(value)
         return known[log_risk], NO_STEP_COUNT
 
-    def _is_at(self, event: Event) -> bool:
-        """Whether the run stands at an event, or beyond."""
-        if event.watched:
-            here, ahead = self.progress([event.rule])[0], event.progress
-        else:
-            here, ahead = self.stand.s, event.clock
-        return here >= ahead - SAME * max(1.0, abs(ahead))
+    def _first_here(self, events: Sequence[Event]) -> Event | None:
+        """The first of some events at which the run stands, or beyond."""
+        watched = [event for event in events if event.watched]
+        reached = iter(self.progress([event.rule for event in watched]) if watched else [])
+        s = self.stand.s if len(watched) < len(events) else math.nan
+        for event in events:
+            here, ahead = (next(reached), event.progress) if event.watched else (s, event.clock)
+            if here >= ahead - SAME * max(1.0, abs(ahead)):
+                return event
+        return None
 
     def log_of_kinks(self) -> Mapping[str, np.ndarray]:
         """What happened at the kinks of the network, as variables of a record."""

@@ -37,14 +37,16 @@ if TYPE_CHECKING:
 BUFFER = 2**21
 """Numbers in a buffer of states, at most."""
 
-ROWS = 32
-"""States in a buffer, at most."""
+ROWS, ROWS_OF_MANY = 128, 32
+"""States in a buffer, at most, of a run by itself, and of each of several side by side: the host is
+to be asked seldom, and the buffers of all lanes are cleared at each call."""
 
 
 def rows_for(weights: Weights, width: int = 1) -> int:
     """How many states of each of ``width`` members are observed, or saved, in one call."""
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
-    return max(1, min(ROWS, BUFFER // (size * width)))
+    most = ROWS if width == 1 else ROWS_OF_MANY
+    return max(1, min(most, BUFFER // (size * width)))
 
 
 def filled(leaf: np.ndarray, rows: int) -> np.ndarray:
