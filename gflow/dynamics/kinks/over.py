@@ -38,7 +38,7 @@ from gflow.problem.network import squared_norm
 TURNS = 8
 """Kinks of one neuron in a step, before the step is made shorter."""
 
-HEAVY = 0.03
+HEAVY = 0.1
 """A kink is landed on where its unit's part of the field is more than this part of that of all."""
 
 ALLOWED = 0.3
