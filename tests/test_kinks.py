@@ -224,7 +224,7 @@ def to_five(ten_points):
 def test_a_flow_that_slides_is_the_limit_of_smooth_ones(ten_points, to_five):
     data, (a, w) = ten_points
     record = to_five[0]
-    assert record.num_sliding[-1] >= 1 and record.attrs["kinks"] == "located"
+    assert record.num_sliding[-1] >= 1 and record.attrs["kinks"].startswith("located")
     smooth = smooth_pieces(np.asarray(data.inputs), np.asarray(data.labels), w, a, 5.0)
     got = np.concatenate([last(record)[1].ravel(), last(record)[0].ravel()])
     np.testing.assert_allclose(got, smooth, atol=2e-6)  # the smooth gates are 1e-7 wide

@@ -482,6 +482,7 @@ class FlowRun:
         kinked = self.kinked
         assert kinked is not None
         field, tolerance = self.plan.field, self.plan.tolerance
+        self.observe()  # what was saved before the kinks is of the pattern before them
         found = kinked.over(field, tolerance, lane)
         if isinstance(found, Passed):
             if not found.units:
@@ -543,7 +544,6 @@ class FlowRun:
         """Go on behind kinks from a state that stands where the run does."""
         kinked, (s, _, steps) = self.kinked, self.stand
         assert kinked is not None
-        self.observe()
         self._follow_pattern(kinked)
         # Far out the shares of the points settle anew behind a kink while log R changes by about
         # 1: a step that leaps over this is refused, however it is shortened, until it does not.
