@@ -20,7 +20,7 @@ def kinks(record: "xr.Dataset") -> "xr.Dataset":
 
     A *unit* is a neuron at a point of the data, with its pre-activation $z$. It "crossed" its kink
     $z = 0$; began to slide along it ("slid"), $z$ staying zero; "left" a slide to either side; or
-    was "stepped over", in a step that held many kinks.
+    was "stepped over": it crossed in a step that was not ended there but mended.
 
     Args:
         record: of ``gflow.gradient_flow`` for a network with kinks that gflow knows of.

@@ -30,7 +30,7 @@ Shapes: n points, U units a point, C slots for slides, of which some are in use.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -100,6 +100,8 @@ class AbstractTangent(Module):
     """The unit i U + u of each slot, shape (C,); any one where the slot is not in use."""
     active: Array
     """Whether the slot is in use, shape (C,)."""
+    layered: ClassVar[bool] = True
+    """Whether a force put in at one unit may be felt at others."""
 
     @abstractmethod
     def project(
@@ -124,6 +126,7 @@ class NeuronTangent(AbstractTangent):
     """Orthonormal bases of the normals, shape (U, r, d); zero where there are less."""
     dual: Array
     """From a vector across to its coefficients, shape (U, r, d)."""
+    layered: ClassVar[bool] = False
 
     def project(
         self, normals: Callable[[Array], Weights], vector: Weights, bends: AbstractBends
@@ -312,14 +315,15 @@ def sight(problem: Any, weights: Weights) -> Sight:
     def normals(cotangent: Array) -> Weights:
         return vjp((nothing, cotangent.reshape(z.shape)))[0]
 
-    raw = vjp((cotangent, jnp.zeros_like(z)))[0]
+    raw, force = vjp((cotangent, jnp.zeros_like(z)))
     velocity, multipliers = pattern.tangent.project(normals, raw, bends)
-    put_in = (
-        jnp.zeros((z.size,))
-        .at[pattern.tangent.units]
-        .add(jnp.where(pattern.tangent.active, multipliers, 0.0))
-    )
-    force = vjp((cotangent, put_in.reshape(z.shape)))[1]
+    if pattern.tangent.layered:
+        put_in = (
+            jnp.zeros((z.size,))
+            .at[pattern.tangent.units]
+            .add(jnp.where(pattern.tangent.active, multipliers, 0.0))
+        )
+        force = vjp((cotangent, put_in.reshape(z.shape)))[1]
     _, (_, speed) = jax.jvp(lambda w: at(w, jnp.zeros_like(z)), (weights,), (velocity,))
     pull = jax.ops.segment_sum(
         (pattern.tie * force).reshape(-1), pattern.slot.reshape(-1), pattern.theta.shape[0]

@@ -31,7 +31,6 @@ times log(-log R) / -log R."""
 def balance(facts: Facts) -> Claim:
     """The balance of every neuron is conserved."""
     drift, allowed = float(np.max(facts["balance_drift"])), max(BALANCED, 10 * facts.rtol)
-    over = int(facts.record.attrs.get("num_stepped_over", 0))
     return claim(
         "neurons stay balanced",
         "|W_k[j,:]|^2 - |W_k+1[:,j]|^2 of each neuron is conserved, through kinks and along them",
@@ -41,7 +40,7 @@ def balance(facts: Facts) -> Claim:
         f"<= {allowed:.2g}",
         drift <= allowed,
         "the largest of all neurons and saved points",
-        [f"{over} kinks were stepped over"] if over else [],
+        [],
     )
 
 

@@ -27,8 +27,10 @@ from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.hidden import Hidden
-from gflow.dynamics.kinks.kinked import MENDED, Kinked, NotUniqueError, StuckError
+from gflow.dynamics.kinks.kinked import Kinked, StuckError, moment
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
+from gflow.dynamics.kinks.over import Passed
+from gflow.dynamics.kinks.piece import NotUniqueError
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
 from gflow.dynamics.march.loop import lanes_at
@@ -446,36 +448,66 @@ class FlowRun:
 
     def _land(self, report: Report) -> None:
         """Land on the earliest of the watched events that the last step crossed."""
-        lane, landed = report.lane, []
+        lane, landed, kink = report.lane, [], False
         watched = self.agenda.watched
-        reached = self.progress([event.rule for event in watched])
+        if len(watched) == 1 and watched[0].action is Action.KINK:
+            reached = [watched[0].progress]  # it is all that the step can have crossed
+        else:
+            reached = self.progress([event.rule for event in watched])
         for event, progress in zip(watched, reached, strict=True):
+            if progress < event.progress:
+                continue
             if event.action is Action.KINK:
-                if progress < event.progress:
-                    continue
-                part = self._part_of_crowd(lane)
-                if part is not None and part < 1:
-                    self._go_back(lane, part)
-                    return
-                if part is not None:
-                    landed.append((_not_longer(lane, part), event))
-                else:
-                    at_kink, trials, spent = land_on_kink(self.plan.field, self.method, lane)
-                    self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
-                    landed.append((at_kink, event))
-            elif progress >= event.progress:
-                goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
-                landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
-        lane, event = min(landed, key=lambda each: float(each[0].s))
-        report.replace(lane)
-        stand = self.stand
-        self._act([event], stand)
-        if event.action is Action.KINK:
+                kink = True
+                continue
+            goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
+            landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
+        if landed:
+            lane, event = min(landed, key=lambda each: float(each[0].s))
+        if kink and self._meets_kinks(report, lane):
             return
+        if not landed:
+            self._arm()
+            return
+        report.replace(lane)
+        self._act([event], self.stand)
         if event.action.saves and self.split_run is None:
             self.record_here()
         if self.end is None and self.split_run is None:
             self._arm()
+
+    def _meets_kinks(self, report: Report, lane: Lane) -> bool:
+        """Go past the first kinks in the last step of a lane, or all, or go back before them.
+
+        Returns:
+            Whether there were some.
+        """
+        kinked = self.kinked
+        assert kinked is not None
+        field, tolerance = self.plan.field, self.plan.tolerance
+        self.observe()  # what was saved before the kinks is of the pattern before them
+        found = kinked.over(field, tolerance, lane)
+        if isinstance(found, Passed):
+            if not found.units:
+                return False
+            report.replace(lane)
+            next_step = min(float(lane.next_step), found.longest)
+            self._go_on_behind(found.state, next_step, float(found.ends[1].fall))
+        elif found is not None and found.second < found.part:
+            self._go_back(lane, found.part)
+        else:
+            at_kink, trials, spent = land_on_kink(field, self.method, lane)
+            self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
+            if (
+                found is not None and found.many
+            ):  # as much as may be stepped over, or up to the next kink
+                part = max(found.part, min(found.second, 1.0))
+                longest = part * float(lane.s - lane.previous[0])
+                next_step = as_array(np.float64(min(float(at_kink.next_step), longest)))
+                at_kink = dataclasses.replace(at_kink, next_step=next_step)
+            report.replace(at_kink)
+            self._act([_KINK], self.stand)
+        return True
 
     def _begin_on_kinks(self, kinked: Kinked) -> None:
         """Decide about units that begin on their kinks, and follow the pattern of the start."""
@@ -495,41 +527,34 @@ class FlowRun:
         assert kinked is not None
         assert report is not None
         self.observe()
-        next_step = float(report.lane.next_step)
-        (weights, scaled_time), s, steps = stand.state, stand.s, stand.num_steps
-        log_risk = float(risk_and_slope(self.plan.field.problem, weights)[0])
-        with np.errstate(divide="ignore"):
-            log_time = float(np.log(np.asarray(scaled_time))) - log_risk
+        weights, scaled_time = stand.state
+        log_risk = risk_and_slope(self.plan.field.problem, weights)[0]
+        at = moment(stand.state, log_risk, stand.num_steps)
         try:
-            weights = kinked.pass_(weights, s, log_time, log_risk, steps)
+            weights = kinked.pass_(weights, stand.s, at)
         except NotUniqueError as error:
             self.end = Reason.NOT_UNIQUE.end(why=error)
             return
         except StuckError as error:
-            self.end = Reason.STUCK.end(why=error, log_risk=log_risk)
+            self.end = Reason.STUCK.end(why=error, log_risk=at.log_risk)
             return
+        state, next_step = FlowState(weights, scaled_time), float(report.lane.next_step)
+        self._follow_pattern(kinked)
+        fall = float(_fall(self.plan.field, as_array(np.float64(stand.s)), state))
+        self._go_on_behind(state, next_step, fall)
+
+    def _go_on_behind(self, state: FlowState, next_step: float, fall: float) -> None:
+        """Go on behind kinks from a state that stands where the run does."""
+        kinked, (s, _, steps) = self.kinked, self.stand
+        assert kinked is not None
         self._follow_pattern(kinked)
         # Far out the shares of the points settle anew behind a kink while log R changes by about
         # 1: a step that leaps over this is refused, however it is shortened, until it does not.
-        state = FlowState(weights, scaled_time)
-        layer = 1 / float(_fall(self.plan.field, as_array(np.float64(s)), state))
-        next_step = min(next_step, layer) if layer > 0 else next_step
+        next_step = min(next_step, 1 / fall) if fall > 0 else next_step
         self._keep_counts(steps)
-        self._leave(Stand(s, FlowState(weights, scaled_time), steps), next_step)
+        self._leave(Stand(s, state, steps), next_step)
         self._meet()
         self._arm()
-
-    def _part_of_crowd(self, lane: Lane) -> float | None:
-        """The last step's share of what it could be where many kinks are in it, else None.
-
-        What mends a step is of second order in it.
-        """
-        assert self.kinked is not None
-        size = self.kinked.crowd(lane.state.weights)
-        if size is None:
-            return None
-        part = math.sqrt(MENDED / max(size, MENDED / 4))
-        return max(0.8 * part, 0.2) if part < 1 else part
 
     def _go_back(self, lane: Lane, part: float) -> None:
         """Refuse the last step, and try a part of it."""
@@ -739,12 +764,6 @@ def _fall(field: AbstractField, s: Array, state: FlowState) -> Array:
     r"""$-d\log R/ds$."""
     log_risk, _, descent = field.direction(state.weights)
     return field.clock.rate(s, log_risk, descent) * descent
-
-
-def _not_longer(lane: Lane, part: float) -> Lane:
-    """The lane, with a next step no longer than ``part`` of the last."""
-    longest = part * (lane.s - lane.previous[0])
-    return dataclasses.replace(lane, next_step=np.minimum(lane.next_step, longest))
 
 
 _KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)

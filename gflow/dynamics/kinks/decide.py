@@ -107,6 +107,46 @@ def decide(block: Block, branch: int | None = None) -> list[Group]:
     return groups
 
 
+class Alone(NamedTuple):
+    """Many blocks of one unit each, k of them."""
+
+    normals: np.ndarray
+    """Shape (k, d)."""
+    base: np.ndarray
+    """Likewise."""
+    force: np.ndarray
+    """Shape (k,), as are the others; see ``Block``."""
+    lower: np.ndarray
+    on: np.ndarray
+    free: np.ndarray
+
+
+def decide_alone(block: Alone, branch: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r"""What ``decide`` says of blocks of one unit: sides, $\theta$ and whether it is open, (k,)."""
+    squares = np.sum(block.normals**2, 1)
+    some = np.where(squares > 0, squares, 1.0)
+    rest = np.sum(block.normals * block.base, 1)
+    above, below = block.force, block.force * block.lower
+    side = np.where(block.on, 1, -1)
+    repels = above >= below
+    sizes = np.linalg.norm(block.base, axis=1), np.abs(np.where(side > 0, above, below))
+    away = AWAY * np.sqrt(squares) * (sizes[0] + sizes[1] * np.sqrt(squares))
+    slow, fast = rest + below * squares, rest + above * squares
+    open_ = repels & block.free & (slow < -away) & (fast > away)
+    turned = np.where(
+        (side < 0) & (slow > away), 1, np.where((side > 0) & (fast < -away), -1, side)
+    )
+    turned = np.where(open_, side if branch is None else branch, turned)
+    nu = np.minimum(np.maximum(-rest / some, above), below)
+    theta = np.where(repels, (turned > 0) * 1.0, (below - nu) / np.where(repels, 1, below - above))
+    slides = ~repels & (theta > INTERIOR) & (theta < 1 - INTERIOR)
+    return (
+        np.where(slides, 0, np.where(repels, turned, np.where(theta >= 0.5, 1, -1))),
+        theta,
+        open_,
+    )
+
+
 def _solve(
     block: Block, found: list[tuple[np.ndarray, np.ndarray]], force: np.ndarray, branch: int | None
 ) -> tuple[list[Group], np.ndarray]:

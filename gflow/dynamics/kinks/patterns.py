@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,11 @@ class Slide(NamedTuple):
     units: np.ndarray
     alpha: np.ndarray
     theta: float
+
+
+def gates_of_slide(slide: Slide, theta: float, lower: np.ndarray) -> np.ndarray:
+    r"""The gates of its units, of slopes $\kappa$, at a $\theta$."""
+    return lower + np.where(slide.alpha > 0, theta, 1 - theta) * (1 - lower)
 
 
 def neuron_tangent(rows: np.ndarray, num_units: int, slots: int) -> NeuronTangent:
@@ -74,6 +79,10 @@ class Patterns:
         self.place, self.rows, self.shape = place, rows, on.shape
         self.slides: dict[int, Slide] = {}
         """By the number of their first unit."""
+        self.of_neuron: dict[int, list[int]] = {}
+        """The first units of the slides of each neuron that slides, of one hidden layer."""
+        self.shown = False
+        """Whether others have the arrays of the pattern."""
         self.slots = min(FIRST_SLOTS, len(on)) if rows is not None else 0
         self.pattern = blank_pattern(on, place.lower, self._tangent())
         self._open()
@@ -87,20 +96,34 @@ class Patterns:
         """Arrays of our own, to write to."""
         import jax
 
-        self.pattern = jax.tree.map(np.array, self.pattern)
+        self.pattern, self.shown = jax.tree.map(np.array, self.pattern), False
+
+    def _own(self) -> None:
+        """Write to arrays that nobody else has."""
+        if self.shown:
+            self._open()
 
     def sliding_in(self, neurons: Sequence[int] | None) -> list[int]:
         """The first units of the slides of some neurons; of all for None."""
         if neurons is None:
             return list(self.slides)
-        wanted = set(neurons)
-        return [unit for unit in self.slides if unit % self.shape[1] in wanted]
+        return [unit for neuron in neurons for unit in self.of_neuron.get(neuron, ())]
+
+    def units_in(self, neurons: Sequence[int] | None) -> np.ndarray:
+        """All units that slide in some neurons; in all for None."""
+        slides = [self.slides[unit].units for unit in self.sliding_in(neurons)]
+        return np.concatenate(slides) if slides else np.zeros(0, np.int64)
+
+    def _index(self) -> None:
+        """List slides by neuron."""
+        self.of_neuron = {}
+        for unit in self.slides:
+            self.of_neuron.setdefault(unit % self.shape[1], []).append(unit)
 
     def frozen(self) -> Pattern:
-        """A copy, that no later change reaches."""
-        import jax
-
-        return jax.tree.map(np.array, self.pattern)
+        """The pattern as it is now, that no later change reaches."""
+        self.shown = True
+        return self.pattern
 
     def restore(
         self, slots: int, slides: dict[int, Slide], read: Callable[[Pattern], Pattern]
@@ -110,9 +133,20 @@ class Patterns:
         on = np.asarray(self.pattern.on)
         self.pattern = read(blank_pattern(on, self.place.lower, self._tangent()))
         self._open()
+        self._index()
+
+    def kept(self) -> tuple[Any, ...]:
+        """All of it, to come back to by ``put_back``."""
+        return self.slots, dict(self.slides), dict(self.of_neuron), self.frozen()
+
+    def put_back(self, kept: tuple[Any, ...]) -> None:
+        """Be what it was when it was kept."""
+        self.slots, self.slides, self.of_neuron, self.pattern = kept
+        self.shown = True
 
     def gate(self, units: np.ndarray, above: np.ndarray) -> None:
         """Put units above or below their kinks."""
+        self._own()
         rows, columns = np.divmod(units, self.shape[1])
         low = self.place.lower[columns]
         at = self.pattern
@@ -130,11 +164,16 @@ class Patterns:
             slides: by their first unit, all that these have from now on.
             pull: of all units $b$, (n, U).
         """
+        self._own()
         for unit in self.sliding_in(neurons):
             rows, columns = np.divmod(self.slides.pop(unit).units, self.shape[1])
             np.asarray(self.pattern.tie)[rows, columns] = 0.0
+        for neuron in list(self.of_neuron) if neurons is None else neurons:
+            self.of_neuron.pop(neuron, None)
         self.slides |= slides
-        most = self._most()
+        for unit in slides:
+            self.of_neuron.setdefault(unit % self.shape[1], []).append(unit)
+        most = self._most(neurons)
         if most > self.slots:
             slots = max(FIRST_SLOTS, 2 * self.slots)
             while slots < most:
@@ -151,9 +190,7 @@ class Patterns:
                 self.pattern, theta=as_array(np.zeros(count)), pull=as_array(-np.ones(count))
             )
             self._open()
-            neurons = (
-                None if self.rows is None else sorted({u % self.shape[1] for u in self.slides})
-            )
+            neurons = None if self.rows is None else sorted(self.of_neuron)
         if self.rows is None:
             self._place(range(len(self.slides)), list(self.slides.values()), pull)
             np.asarray(self.pattern.tangent.active)[len(self.slides) :] = False
@@ -163,14 +200,62 @@ class Patterns:
             own = [self.slides[unit] for unit in self.sliding_in([neuron])]
             self._place_neuron(neuron, own, pull)
 
-    def _most(self) -> int:
-        """The largest number of slides that share slots."""
-        if self.rows is None:
+    def _most(self, neurons: Sequence[int] | None) -> int:
+        """The largest number of slides that share slots, in some neurons."""
+        if self.rows is None or neurons is None:
             return len(self.slides)
-        counts: dict[int, int] = {}
-        for unit in self.slides:
-            counts[unit % self.shape[1]] = counts.get(unit % self.shape[1], 0) + 1
-        return max(counts.values(), default=0)
+        return max((len(self.of_neuron.get(neuron, ())) for neuron in neurons), default=0)
+
+    # The same for many neurons of one hidden layer at once, of which each slides along one kink.
+
+    def open(self, neurons: Sequence[int], theta: np.ndarray) -> None:
+        """End the slides of neurons of one hidden layer, with the gates that ``theta`` says, (C,).
+
+        The velocity stays what it is: these gates are those of the slides.
+        """
+        self._own()
+        tangent = self.pattern.tangent
+        assert isinstance(tangent, NeuronTangent)
+        for neuron in neurons:
+            first = neuron * self.slots
+            for unit in self.of_neuron.pop(neuron, ()):
+                slide = self.slides.pop(unit)
+                rows, columns = np.divmod(slide.units, self.shape[1])
+                slot = int(np.asarray(self.pattern.slot)[rows[0], columns[0]])
+                gates = gates_of_slide(slide, float(theta[slot]), self.place.lower[columns])
+                np.asarray(self.pattern.gates)[rows, columns] = gates
+                np.asarray(self.pattern.tie)[rows, columns] = 0.0
+            np.asarray(tangent.active)[first : first + self.slots] = False
+            np.asarray(tangent.across)[neuron], np.asarray(tangent.dual)[neuron] = 0.0, 0.0
+
+    def slide_singly(self, units: np.ndarray, theta: np.ndarray, force: np.ndarray) -> None:
+        r"""Let units slide by themselves, of different neurons that do not slide.
+
+        Args:
+            units: shape (k,).
+            theta, force: $\theta$ and b of each, likewise.
+        """
+        self._own()
+        at, tangent = self.pattern, self.pattern.tangent
+        assert isinstance(tangent, NeuronTangent)
+        assert self.rows is not None
+        points, neurons = np.divmod(units, self.shape[1])
+        low, slots, normals = self.place.lower[neurons], neurons * self.slots, self.rows[points]
+        sizes = np.linalg.norm(normals, axis=1)[:, None]
+        np.asarray(at.gates)[points, neurons] = low + theta * (1 - low)
+        np.asarray(at.slot)[points, neurons] = slots
+        np.asarray(at.tie)[points, neurons] = 1 - low
+        np.asarray(at.theta)[slots] = theta
+        np.asarray(at.pull)[slots] = (1 - low) * force
+        np.asarray(tangent.units)[slots] = units
+        np.asarray(tangent.active)[slots] = True
+        np.asarray(tangent.across)[neurons, 0] = normals / sizes
+        np.asarray(tangent.dual)[neurons, 0] = normals / sizes**2
+        for unit, neuron, part in zip(
+            units.tolist(), neurons.tolist(), theta.tolist(), strict=True
+        ):
+            self.slides[unit] = Slide(np.array([unit]), np.ones(1), part)
+            self.of_neuron[neuron] = [unit]
 
     def _place_neuron(self, neuron: int, own: list[Slide], pull: np.ndarray) -> None:
         tangent, rows = self.pattern.tangent, self.rows
@@ -193,8 +278,8 @@ class Patterns:
             rows, columns = np.divmod(slide.units, self.shape[1])
             low = self.place.lower[columns]
             tie = np.abs(slide.alpha) * (1 - low)
-            up = np.where(slide.alpha > 0, slide.theta, 1 - slide.theta)
-            np.asarray(at.gates)[rows, columns] = low + up * (1 - low)
+            gates = gates_of_slide(slide, slide.theta, low)
+            np.asarray(at.gates)[rows, columns] = gates
             np.asarray(at.slot)[rows, columns] = slot
             np.asarray(at.tie)[rows, columns] = tie
             np.asarray(at.theta)[slot] = slide.theta
