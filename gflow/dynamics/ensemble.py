@@ -289,7 +289,7 @@ def _begun(work: Work, i: int) -> FlowRun | DescentRun | Exception:
 
 def _flow_options(work: Work, i: int) -> flow.Options:
     given = {name: value for name, value in work.options.items() if name != "certify"}
-    options = flow.Options(**given, rtol=work.rtol[i])
+    options = flow.Options(**given, rtol=work.rtol[i], many=True)
     flow.check(work.problems[i], options)
     return options
 

@@ -156,6 +156,8 @@ class Options(NamedTuple):
     atol: float | None = None
     function_space: bool = False
     max_steps: int = 1_000_000
+    many: bool = False
+    """Whether others may go beside it, in lanes."""
 
 
 def check(problem: Problem, options: Options) -> None:
@@ -250,7 +252,7 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
     )
     if options.function_space:
         tolerance = FunctionTolerance(tolerance.rtol, problem, tolerance)
-    legs = tuple(method_of(solver, rtol, atol) for solver in methods)
+    legs = tuple(method_of(solver, rtol, atol).among(options.many) for solver in methods)
     return Plan(field, legs, split, tolerance, atol, options.max_steps)
 
 

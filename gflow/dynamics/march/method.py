@@ -44,6 +44,10 @@ class AbstractMethod(Module):
         """The error, relative to the weights, that a step of any length may have."""
         return ROUND_OFF
 
+    def among(self, many: bool) -> "AbstractMethod":
+        """The same, for a member that others may go beside, or for one alone."""
+        return self
+
     @abstractmethod
     def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
         """The memory at the start of a run whose first step may be ``h`` long."""

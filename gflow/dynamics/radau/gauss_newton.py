@@ -1,5 +1,6 @@
 """The implicit solver that makes the cost of a flow nearly independent of its horizon."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -59,11 +60,14 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         tolerance: error of the Newton iteration, relative to each layer, at which a step counts as
             solved. Far below the step tolerance: what is lost here, the conserved matrices lose.
         max_iterations: a step that needs more is rejected.
+        many: whether other members may be beside one, under ``vmap``; it decides which way the
+            linear systems are solved, and gflow's own loop sets it.
     """
 
     stages: int = eqx.field(static=True, default=5)
     tolerance: float = eqx.field(static=True, default=1e-12)
     max_iterations: int = eqx.field(static=True, default=12)
+    many: bool = eqx.field(static=True, default=True)
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = Collocation
@@ -128,13 +132,16 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     def noise(self) -> float:
         return NOISE * self.tolerance
 
+    def among(self, many: bool) -> "GaussNewton":
+        return dataclasses.replace(self, many=many)
+
     def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Solution:
         return newton.at_rest(field, self.stages, s, state.weights, h)
 
     def begin(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Solution
     ) -> Attempt:
-        return newton.begin(field, self.stages, s, h, state.weights, before)
+        return newton.begin(field, self.stages, s, h, state.weights, before, self.many)
 
     def solved(self, attempt: Attempt) -> Array:
         return newton.solved(attempt, self.tolerance, self.max_iterations)

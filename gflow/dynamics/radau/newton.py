@@ -199,9 +199,18 @@ def evaluate(
 
 
 def begin(
-    field: AbstractField, stages: int, s: Array, h: Array, weights: Weights, before: Solution
+    field: AbstractField,
+    stages: int,
+    s: Array,
+    h: Array,
+    weights: Weights,
+    before: Solution,
+    many: bool = True,
 ) -> Attempt:
-    """The predictor: the polynomial of the previous step, for at most three of its lengths."""
+    """The predictor: the polynomial of the previous step, for at most three of its lengths.
+
+    Whether it is one of ``many`` says from which order on its systems are decomposed.
+    """
     tableau, frame = radau(stages), start_frame(field, weights)
     ahead = 1 + jnp.minimum(h / before.step, 3.0) * tableau.nodes
     extrapolate = legendre_values(ahead, stages).T @ tableau.legendre
@@ -217,12 +226,12 @@ def begin(
         offsets=offsets,
         size=jnp.full_like(h, jnp.inf),
         contraction=jnp.ones_like(h),
-        stiffness=_no_stiffness(frame.gram),
+        stiffness=_no_stiffness(frame.gram, many),
     )
 
 
-def _no_stiffness(gram: Array) -> Array | Systems:
-    return Systems.blank(gram) if len(gram) > LARGE else jnp.zeros_like(gram)
+def _no_stiffness(gram: Array, many: bool) -> Array | Systems:
+    return Systems.blank(gram) if len(gram) > LARGE[many] else jnp.zeros_like(gram)
 
 
 def start_frame(field: AbstractField, weights: Weights) -> Frame:
@@ -321,19 +330,20 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         y = growth[:, None] * solve(system, rhs.reshape(p * m)).reshape(p, m)
         z = pulled + jnp.einsum("jab,jb->ja", stiff, y)
         last = growth[-1] ** 2 * stiff[-1]
-    elif m <= LARGE:
-        last = growth[p // 2] ** 2 * stiffness(*middle)
-        y = growth[:, None] * tableau.solve(h * frame.gram @ last, rhs)
-        z = pulled + (y / growth[:, None] ** 2) @ last
-    else:
+    elif isinstance(attempt.stiffness, Systems):
         # Decomposed once a step, and again where corrections do not shrink as fast as they should.
+        known = attempt.stiffness
         last = jax.lax.cond(
             (attempt.count == 0) | ((attempt.count == PATIENCE) & (attempt.contraction > SLOW)),
             lambda: systems(slopes[p // 2], middle),
-            lambda: attempt.stiffness,
+            lambda: known,
         )
         y, forces = last.solve(tableau, h, frame.gram, rhs)
         y, z = growth[:, None] * y, pulled + forces / growth[:, None]
+    else:
+        last = growth[p // 2] ** 2 * stiffness(*middle)
+        y = growth[:, None] * tableau.solve(h * frame.gram @ last, rhs)
+        z = pulled + (y / growth[:, None] ** 2) @ last
     rights = [
         right - (growth * _ratio(jnp.linalg.norm(a), _norms(left)))[:, None, None] * back
         for left, right, a, back in zip(*at.derivatives, frame.lefts, frame.pull(z), strict=True)

@@ -33,9 +33,10 @@ RIDGE = 1e-13
 """Added to a Gram matrix, relative to its largest entry: pullbacks may be dependent. It changes how
 fast corrections converge, not what they converge to."""
 
-LARGE = 150
-"""Above this order the systems are solved by it. At order 90 one run takes two thirds of the time
-with it, four side by side 1.4 times as long: lanes decompose in every correction."""
+LARGE = {False: 60, True: 150}
+"""Above this order the systems are solved by it: of one member, and of one of many, since lanes
+decompose in every correction. At order 90 one run takes three fifths of the time with it, four side
+by side 1.4 times as long."""
 
 FEW = 0.5
 """Margins up to this part of the order serve in the place of the coordinates."""
