@@ -239,6 +239,7 @@ def test_lemma_2_for_several_outputs_holds_at_every_saved_point(flow, start):
 def test_claims_say_where_a_direction_does_not_grow_or_has_not_settled(flow):
     claims = gflow.verify(flow)
     assert claims["Lemma 2: subspaces"].holds
+    assert "not one point each" in claims["classes collapse"].why
     maximal = claims["margin is maximal in its norm"]
     least, most = map(float, re.findall(r"[\d.]+", maximal.bound_text))
     assert least <= gflow.max_margin(PROBLEM.data, norm="nuclear").margin <= most
@@ -292,8 +293,35 @@ def test_one_point_a_class_is_the_closed_form(depth):
     np.testing.assert_allclose(
         flow.end_to_end[1:], exact.end_to_end, atol=1e-8 * np.abs(exact.end_to_end).max()
     )
-    # Neural collapse at all times.
+    # Neural collapse at all times, which no theorem says of four layers.
     assert flow.collapse_variability.max() < 1e-28 and flow.collapse_simplex.max() < 1e-12
+    collapse = gflow.verify(flow)["classes collapse"]
+    assert collapse.holds is (True if depth == 1 else None)
+    assert depth == 1 or "a regular polygon is the smaller one" in collapse.why
+
+
+def test_a_sweep_over_depth_finds_that_two_layers_collapse():
+    problem = gflow.Problem(gflow.Dataset(3 * np.eye(4)[::-1], np.arange(4), num_classes=4))
+
+    def started(depth):
+        weights = gflow.init.gaussian((4,) * (depth + 1), scale=0.3, seed=1)
+        return problem, gflow.init.admissible(weights, problem)
+
+    grid = {"depth": [2, 4]}
+    found = gflow.sweep(started, grid, until=gflow.LogRisk(-1e3), save=12, progress=False)
+    assert set(found.status.values.ravel().tolist()) == {"reached"}
+    values = found.end_to_end_values.isel(point=-1)
+    directions = values.sum("value") ** 2 / (values**2).sum("value")
+    np.testing.assert_allclose(directions.sel(depth=2), 3, atol=1e-3)
+    assert found.collapse_simplex.sel(depth=2).isel(point=-1) < 1e-3
+    assert directions.sel(depth=4) < 2.1  # a polygon
+    # The claim, of one of its runs.
+    alone = gflow.gradient_flow(*started(2), until=gflow.LogRisk(-1e3), save=12)
+    collapse = gflow.verify(alone)["classes collapse"]
+    assert collapse.holds and collapse.value < 1e-2
+    apart = alone.end_to_end_values.copy()
+    apart[:, 2] *= 0.5
+    assert gflow.verify(alone.assign(end_to_end_values=apart))["classes collapse"].holds is False
 
 
 def test_a_network_of_three_outputs_follows_the_same_flow(flow, start):

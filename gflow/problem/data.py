@@ -41,6 +41,9 @@ from gflow.problem.design import (
 from gflow.problem.files import arrays, by_suffix
 from gflow.problem.max_margin import MaxMargin, max_margin
 
+ALIKE = 1e-12
+"""How far entries of the inputs' Gram matrix may differ, relative to the largest, and be the same."""
+
 # The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
 # An attribute would not do: equinox counts whatever a module holds into its tree structure, and
 # solving would make every compiled function compile again. The arrays are read-only, so no entry
@@ -193,6 +196,21 @@ class Dataset(AbstractData):
         margin. Its `inseparable` tells whether there is none.
         """
         return self.max_margin().separable
+
+    @property
+    def classes_alike(self) -> bool:
+        r"""Whether there is one point a class, all of one length and at one angle to each other.
+
+        Then $\langle x_i, x_j\rangle = a\delta_{ij} + b$, $a > 0$, and each permutation of the
+        classes is an isometry of the inputs.
+        """
+        if self.num_classes is None or self.num_points != self.num_classes:
+            return False
+        gram = np.asarray(self.inputs) @ np.asarray(self.inputs).T
+        b = gram[0, 1]
+        a, size = gram[0, 0] - b, np.abs(gram).max()
+        alike = np.abs(gram - a * np.eye(len(gram)) - b).max() <= ALIKE * size
+        return bool(alike and a > ALIKE * size)
 
     def max_margin(self) -> MaxMargin:
         """The hard-margin direction through the origin; solved once and kept."""

@@ -128,6 +128,7 @@ def _of_classes(facts: Facts) -> list[Claim]:
             class_claims.ranks_fall(facts),
             class_claims.subspaces_align(facts),
             class_claims.limit_norm(facts),
+            class_claims.classes_collapse(facts),
             bounds.margin_bound(facts),
             bounds.imbalance(facts),
             class_claims.outputs_conserved(facts),

@@ -259,6 +259,56 @@ def _brackets(facts: Facts) -> tuple[float, float]:
     return float(least), float(np.nanmin(facts["nuclear_margin_bound"]))
 
 
+def classes_collapse(facts: Facts) -> Claim:
+    r"""Of classes that are alike one and two layers make a simplex: K - 1 equal singular values.
+
+    With $X^\top X = aI + b11^\top$ and $P = I - 11^\top/K$ equal shares have
+    $A = PX^\top/(K-1)$, whose singular values are equal, so that any largest margin in the nuclear
+    norm is that of some $W = SA$, S symmetric and positive on $1^\perp$. All shares are positive:
+    all margins are equal, $S_{ii} - S_{ki} = c$ for $k \ne i$, and by symmetry $S = cP$. In the
+    Frobenius norm the solution is unique, and as symmetric as the data.
+    """
+    classes, values = int(facts.record.attrs["num_classes"]), facts["end_to_end_values"]
+    count = min(classes - 1, values.shape[1])
+    apart = (values[:, 0] - values[:, count - 1]) / values[:, 0]
+    told = (
+        "classes collapse",
+        "K classes alike: sigma_{K-1}/sigma_1 of W_L...W_1 -> 1 for one and two layers",
+        OURS,
+        "1 - sigma_{K-1}/sigma_1",
+        float(apart[-1]),
+    )
+    obstacles = []
+    if classes == 2:
+        obstacles.append("two classes have one direction, for which this is trivial")
+    if not facts.classes_alike:
+        obstacles.append("the classes are not one point each, all at one angle to each other")
+    elif _rank(facts) < classes - 1:
+        obstacles.append(f"a layer is narrower than the {classes - 1} directions of a simplex")
+    if facts.depth > 2 and not obstacles:
+        return claim(*told, "-> 0, or a code of lower rank", None, _undecided(facts, values[-1]))
+    found = trend(facts.log_s, apart, floor=MARGIN_FLOOR, rate=1.0, near=NEAR)
+    obstacles += facts.tail_obstacles
+    return limit_claim(*told, "0", found, obstacles, early=facts.before_asymptotics)
+
+
+def _undecided(facts: Facts, values: np.ndarray) -> str:
+    r"""Why nothing is said of three and more layers, and what the record shows.
+
+    Of margin one a simplex has K - 1 singular values 1, a regular polygon two of cK/2,
+    $c = 1/(1 - \cos 2\pi/K)$, both over $\sqrt a$.
+    """
+    classes, power = int(facts.record.attrs["num_classes"]), 2 / facts.depth
+    polygon = 2 * (classes / 2 / (1 - math.cos(2 * math.pi / classes))) ** power
+    directions = float(np.sum(values) ** 2 / np.sum(values**2))
+    least = "the simplex" if polygon >= classes - 1 else "a regular polygon"
+    return (
+        f"no theorem says which KKT point {facts.depth} layers reach; {least} is the smaller one "
+        f"in their quasi-norm, sum sigma^(2/{facts.depth}) = {polygon:.4g} for a polygon and "
+        f"{classes - 1} for a simplex, and the record has {directions:.2f} directions"
+    )
+
+
 def time_law(facts: Facts) -> Claim:
     r"""Risk, time and norm are tied by one law, of every homogeneous network.
 

@@ -58,6 +58,7 @@ class Facts:
         self.depth = record.sizes.get("layer", 0)
         self.exponential_tail = bool(attrs.get("exponential_tail", False))
         self.separable = bool(attrs.get("separable", True))
+        self.classes_alike = bool(attrs.get("classes_alike", False))
         self.max_margin = float(attrs.get("max_margin", math.nan))
         self.loss = str(attrs.get("loss", "unknown loss"))
         self.slope_bound = float(attrs.get("slope_bound", math.inf))

@@ -270,6 +270,7 @@ def _facts_of_layers(problem: Problem) -> dict[str, Any]:
     radius = float(problem.loss.pull_radius(data.num_points))
     return {
         "separable": solution.separable,
+        "classes_alike": data.classes_alike if data.num_classes is not None else None,
         "max_margin": solution.margin if solution.separable else None,
         "margin_upper_bound": solution.margin_upper,
         "pull_radius": None if math.isnan(radius) else radius,
