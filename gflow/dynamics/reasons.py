@@ -146,9 +146,7 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     ),
     Reason.UNCERTAIN_MARGINS: (
         "precision_lost",
-        "at log R = {log_risk:.2g} the margins of float64 weights are uncertain by one; the "
-        "default solver, on data and networks that allow it, goes on in coordinates that lose "
-        "nothing",
+        "at log R = {log_risk:.2g} the margins of float64 weights are uncertain by one; {way}",
     ),
     Reason.RISK_IS_ROUND_OFF: (
         "precision_lost",

@@ -42,7 +42,7 @@ from gflow.problem.files import arrays, by_suffix
 from gflow.problem.max_margin import MaxMargin, max_margin
 
 ALIKE = 1e-12
-"""How far entries of the inputs' Gram matrix may differ, relative to the largest, and be the same."""
+"""How far entries of a Gram matrix that are the same may differ, relative to the largest."""
 
 # The max-margin solutions found so far, by the identity of the data set, for as long as it lives.
 # An attribute would not do: equinox counts whatever a module holds into its tree structure, and

@@ -127,7 +127,7 @@ def _of_classes(facts: Facts) -> list[Claim]:
             limit_claims.norms_grow(facts),
             class_claims.ranks_fall(facts),
             class_claims.subspaces_align(facts),
-            class_claims.limit_norm(facts),
+            class_claims.by_shares(facts, class_claims.limit_norm),
             class_claims.classes_collapse(facts),
             bounds.margin_bound(facts),
             bounds.imbalance(facts),
@@ -140,8 +140,8 @@ def _of_classes(facts: Facts) -> list[Claim]:
         rows.append(bounds.smoothed_margin(facts))
     if facts.deep_linear:
         rows += [
-            rates.kkt_residual(facts),
-            rates.kkt_slackness(facts),
+            class_claims.by_shares(facts, rates.kkt_residual),
+            class_claims.by_shares(facts, rates.kkt_slackness),
             class_claims.time_law(facts),
         ]
     return rows

@@ -5,7 +5,9 @@ statements here are those of K outputs: rank K - 1 in the place of rank one, sub
 singular vectors, two conserved quantities, and a norm of the limit that depends on the depth.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from gflow.analysis.theorems.claims import LYU_LI, PAPER, SOUDRY, Claim, claim
 from gflow.analysis.theorems.facts import Facts
 from gflow.analysis.theorems.limit_claims import (
+    LAST_TIME,
     NEAR,
     TIME_LAW_FLOOR,
     last_with_time,
@@ -27,6 +30,9 @@ OURS = "gflow; see docs/classes.md"
 
 MARGIN_FLOOR = 1e-9
 """Relative gaps between a margin and its bound below this are the solver's tolerance."""
+
+SHARE_NOISE = 10.0
+"""Relative error of a bound made of shares, in round-offs of s."""
 
 PROVEN = 0.02
 """Relative gaps between a margin and its bound up to this count where they fall: modes that are not
@@ -209,11 +215,25 @@ NORMS = {
 """By the depth. Beyond two layers the quasi-norm is not convex, and no bound meets the margin."""
 
 
+def by_shares(facts: Facts, judge: Callable[[Facts], Claim]) -> Claim:
+    """A claim about the shares of points in the slope, judged where float64 has them.
+
+    Shares are told from differences of margins, of size s, to some hundred times the round-off of
+    s: at s = 1e12 to 0.02.
+    """
+    last = last_with_time(facts)
+    if last == len(facts.s) - 1:
+        return judge(facts)
+    found = judge(Facts(facts.record.isel(point=slice(last + 1))))
+    told = f"judged up to s = {facts.s[last]:.4g}: beyond {LAST_TIME:g} shares are round-off"
+    return dataclasses.replace(found, why=f"{found.why}; {told}")
+
+
 def limit_norm(facts: Facts) -> Claim:
     """The margin tends to the largest one in the norm that belongs to the depth.
 
-    With the run's own shares p any margin in that norm is at most the dual norm of A(p), so that
-    the two of them meeting proves that both are optimal.
+    With the run's own shares p, of this point or an earlier one, any margin in that norm is at most
+    the dual norm of A(p), so that the two of them meeting proves that both are optimal.
     """
     norm = NORMS.get(facts.depth)
     if norm is None:
@@ -229,10 +249,11 @@ def limit_norm(facts: Facts) -> Claim:
             "the quasi-norm is not convex, so that no bound meets the margin; the KKT conditions "
             f"are what the theory states, epsilon = {float(facts['kkt_residual'][-1]):.3g}",
         )
-    gap = 1 - facts[norm.margin] / facts[norm.bound]
-    found = trend(facts.log_s, gap, floor=MARGIN_FLOOR, rate=1.0, near=NEAR)
+    gap = 1 - facts[norm.margin] / np.fmin.accumulate(facts[norm.bound])
+    noise = SHARE_NOISE * float(np.finfo(float).eps * facts.s[-1])
+    found = trend(facts.log_s, gap, floor=max(MARGIN_FLOOR, noise), rate=1.0, near=NEAR)
     if found.tends is False and found.exponent > 0 and 0 <= gap[-1] <= PROVEN:
-        reason = f"the margin is proven to {gap[-1]:.1%} of the largest one, and the gap falls"
+        reason = f"the margin is proven to {gap[-1]:.2g} of the largest one, and the gap falls"
         found = found._replace(tends=True, reason=reason)
     return limit_claim(
         "margin is maximal in its norm",

@@ -32,6 +32,17 @@ UNCERTAIN_MARGIN = 1 / float(np.finfo(np.float64).eps)
 """A margin of this size is uncertain by one: which points share the slope is then no longer known
 from float64 weights."""
 
+ONWARDS = (
+    "the default solver, on data and networks that allow it, goes on in coordinates that lose "
+    "nothing"
+)
+NO_FURTHER = (
+    "coordinates that lose nothing are for one output, and a flow of several ends here: risk, "
+    "norms and margins of the record hold, but not what is told from the shares of the points "
+    "beyond log R = -1e10"
+)
+"""Ways on from there, with one output and with several."""
+
 AT_REST = 1e-9
 """A risk that exceeds the least one by this part of it does not fall any more."""
 
@@ -110,7 +121,8 @@ def wall(problem: Problem) -> tuple[float, End]:
     overflow = float(_log_risk(problem.loss, as_array(margins)))
     if overflow > -UNCERTAIN_MARGIN:
         return overflow, Reason.OVERFLOW.end(log_risk=overflow, margin=LARGEST_MARGIN)
-    return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN)
+    way = ONWARDS if problem.data.num_classes is None else NO_FURTHER
+    return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN, way=way)
 
 
 @eqx.filter_jit
