@@ -6,7 +6,8 @@ points that random linear maps classify with a gap. Each flow goes to log R = -1
 `gflow.verify`, and its margin is held against a certified optimum in the norm of its depth.
 Problems of one shape share their programs.
 
-    python benchmarks/class_problems.py [--problems 100] [--first 0] [--quick] [--out FOLDER]
+    python benchmarks/class_problems.py [--problems 100] [--first 0] [--horizon -1e4] [--quick]
+                                        [--out FOLDER]
 """
 
 import collections
@@ -117,12 +118,13 @@ def main():
     found = parser(__doc__)
     found.add_argument("--problems", type=int, default=100)
     found.add_argument("--first", type=int, default=0)
+    found.add_argument("--horizon", type=float, default=HORIZON, help="log R to follow it to")
     options = begin(found)
     report = Report(__file__, options)
     numbers = range(options.first, options.first + (2 if options.quick else options.problems))
     rows = []
     for number in numbers:
-        row = judge(number, -100.0 if options.quick else HORIZON)
+        row = judge(number, -100.0 if options.quick else options.horizon)
         rows.append(row)
         print(
             f"{number:3d} {row['widths']} n={row['points']} {row['data']}, {row['loss']}: "
