@@ -161,6 +161,8 @@ def test_what_the_theory_says_of_homogeneous_networks_holds(xor):
     assert not list(claims.failed), str(claims)
     for name in ("neurons stay balanced", "smoothed margin grows", "KKT: residual", "law of time"):
         assert claims[name].holds, str(claims)
+    limit = claims["margin from a small start"]
+    assert limit.holds is None and "not orthogonally separable: points" in limit.why
     heavier = xor.assign(balance_drift=xor.balance_drift + 1e-6)
     assert gflow.verify(heavier)["neurons stay balanced"].holds is False
 
@@ -318,11 +320,34 @@ def test_leaky_relu_on_symmetric_data_finds_the_linear_rule():
     w = rng.normal(size=(8, 2)) * 1e-3
     a = np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 8)
     problem = gflow.Problem(data, gflow.MLP(slope=0.1))
-    flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=2, **QUIET)
-    wanted = 1.1 * data.max_margin().margin / 4
+    flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=9, **QUIET)
+    wanted = gflow.exact.small_start_margin(data, 0.1)
     assert flow.margin[-1] == pytest.approx(wanted, rel=1e-6)
+    assert gflow.verify(flow)["margin from a small start"].holds
+    off = flow.assign_attrs(small_start_margin=1.001 * wanted)
+    assert gflow.verify(off)["margin from a small start"].holds is False
+    large = gflow.MLP(slope=0.1).small_start((100 * w, a[None]), data)
+    assert large.margin == wanted and "the start is not small" in large.obstacles[0]
     drift = np.abs(balances(tuple(last(flow))) - balances((w, a[None])))
     assert np.max(drift) < 1e-8
+
+
+def test_the_limit_of_orthogonally_separable_data_is_that_of_each_class_alone():
+    # Phuong and Lampert. The margins: 3/sqrt(2), along (1, 1), of one class, sqrt(5) of the other.
+    x = [[2.0, 1], [1, 2], [-1, -2]]
+    data = gflow.Dataset(x, [1, 1, -1])
+    wanted = 1 / (2 * (np.sqrt(2) / 3 + 1 / np.sqrt(5)))
+    assert gflow.exact.small_start_margin(data) == pytest.approx(wanted, rel=1e-12)
+    w = np.array([[1.0, 0], [-1, 0], [0, -1]]) * 1e-3
+    known = gflow.MLP().small_start((w, np.array([[1.0, 1, -1]]) * 1e-3), data)
+    assert known.margin == pytest.approx(wanted) and known.obstacles == ()
+    for outer, why in [([1e-3, 1, 1], "class has no neuron"), ([1e-3, 1e-4, -1e-3], "balanced")]:
+        obstacles = gflow.MLP().small_start((w, np.array([outer])), data).obstacles
+        assert any(why in each for each in obstacles)
+    with pytest.raises(ValueError, match=r"points 0 and 2 of one class have the cosine -0\.8"):
+        gflow.exact.small_start_margin(gflow.Dataset(x, [1, 1, 1]))
+    with pytest.raises(ValueError, match="not symmetric under"):
+        gflow.exact.small_start_margin(data, 0.1)
 
 
 def test_an_output_weight_that_changes_sign_on_a_slide_leaves_two_ways():

@@ -18,6 +18,7 @@ with errors of round-off only, and in logarithms wherever risk or time leaves th
 | `two_layer_riccati` | two layers, $\lambda$-balanced | square loss, whitened data |
 | `simplex_modes` | any depth, balanced | one point a class; cross-entropy, pairwise exponential |
 | `hadamard_modes` | any depth, balanced | one point a class, K = 2^m; cross-entropy |
+| `small_start_margin` | two layers, ReLU or leaky, small start | labels: the margin's limit |
 | `risk_clock` | any | any |
 | `limits` | any depth, any start | separable; exponential tail: asymptotic, with constants |
 
@@ -53,6 +54,7 @@ from gflow.analysis.exact.two_points import (
 )
 from gflow.analysis.law_constants import limits as limits
 from gflow.analysis.laws import Limits as Limits
+from gflow.problem.small_start import small_start_margin as small_start_margin
 
 __all__ = [
     "ExactClassFlow",
@@ -69,6 +71,7 @@ __all__ = [
     "risk_clock",
     "saddle_times",
     "simplex_modes",
+    "small_start_margin",
     "square_loss_mode",
     "two_layer_one_datum",
     "two_layer_riccati",
