@@ -3,6 +3,7 @@
 import diffrax
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
@@ -175,6 +176,31 @@ def test_the_log_of_kinks_is_in_the_record_and_its_file(xor, tmp_path):
     assert np.all(np.diff(log.log_time) >= 0) and set(log.layer.values) == {1}
     with pytest.raises(ValueError, match="`record` has no log of kinks"):
         gflow.kinks(xor.drop_vars("num_kinks"))
+
+
+def test_figures_show_where_neurons_switch_and_when_units_slid(xor):
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ax = gflow.plot.patterns(xor)
+    bars, left = ax.get_lines()
+    ends = bars.get_xdata().reshape(-1, 3)[:, :2]
+    assert np.sum(ends[:, 1] == xor.log_time.values[-1]) == 32 and np.all(np.diff(ends) > 0)
+    assert left.get_label() == "left" and left.get_xdata()[0] in ends[:, 1]
+    assert len(gflow.plot.patterns(xor, "log_risk").get_lines()) == 2
+    layers = zip(start(), last(xor), strict=True)
+    both = {
+        f"weights_{k}": (("point", f"row_{k}", f"column_{k}"), np.stack(layer))
+        for k, layer in enumerate(layers, 1)
+    }
+    (ax,) = gflow.plot.neurons(XOR, xor.isel(point=[0, -1]).assign(both), points=[1])
+    w = last(xor)[0]
+    for line, neuron in zip(ax.get_lines()[::2], w, strict=True):
+        for point in (line.get_xy1(), line.get_xy2()):  # on the line where it switches
+            assert abs(neuron @ [*point, X[0, 2]]) < 1e-12 * np.linalg.norm(neuron)
+    plt.close("all")
+    with pytest.raises(ValueError, match="holds no weights; make it with `keep_weights=True`"):
+        gflow.plot.neurons(XOR, xor)
 
 
 def test_a_run_that_is_stopped_among_kinks_goes_on_bit_for_bit(xor, tmp_path, monkeypatch):
