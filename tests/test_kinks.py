@@ -376,6 +376,29 @@ def test_the_limit_of_orthogonally_separable_data_is_that_of_each_class_alone():
         gflow.exact.small_start_margin(data, 0.1)
 
 
+@pytest.mark.parametrize("inputs", ["orthogonal", "any"])
+def test_neurons_of_a_tiny_start_align_when_they_are_predicted_to(inputs):
+    # Boursier, Pillaud-Vivien and Flammarion: orthogonal inputs; of any others neurons slide too.
+    rng = np.random.default_rng(3)
+    x = 1.3 * np.eye(4) if inputs == "orthogonal" else rng.normal(size=(4, 4))
+    y = np.array([1.0, 0.5, -0.7, -0.4])
+    w = rng.normal(size=(16, 4))
+    weights = 1e-10 * w, 1e-10 * (np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 16))[None]
+    found = gflow.exact.early_alignment(x, y, weights, angle=0.1)
+    moving = np.flatnonzero(np.isfinite(found.time))
+    order = moving[np.argsort(found.time[moving])]
+    assert len(order) >= 12 and np.max(found.num_kinks) >= 2
+    problem = gflow.Problem(gflow.Regression(x, y), gflow.MLP())
+    options = {"save": found.time[order], "keep_weights": True, "solver": diffrax.Tsit5(), **QUIET}
+    until = gflow.Time(found.time[order[-1]] + 1)
+    flow = gflow.gradient_flow(problem, weights, until=until, rtol=1e-10, **options)
+    for j, turned in zip(order, flow.weights_1.values[1:], strict=False):
+        cosine = turned[j] @ found.direction[j] / np.linalg.norm(turned[j])
+        assert np.arccos(cosine) == pytest.approx(0.1, abs=LOCATED)
+    with pytest.raises(ValueError, match=r"`weights\[1\]` of neuron 0 is smaller than the neuron"):
+        gflow.exact.early_alignment(x, y, (w, 0.9 * weights[1] / 1e-10))
+
+
 def test_an_output_weight_that_changes_sign_on_a_slide_leaves_two_ways():
     rng = np.random.default_rng(58)  # the first seed where that happens
     data = gflow.Dataset(rng.normal(size=(6, 2)), np.sign(rng.normal(size=6)))
