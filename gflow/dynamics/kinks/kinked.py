@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.kinks.over import End, Over, Passed, Refused
+from gflow.dynamics.kinks.mending import End
+from gflow.dynamics.kinks.over import Over, Passed, Refused
 from gflow.dynamics.kinks.patterns import Slide
 from gflow.dynamics.kinks.piece import Piece
 from gflow.dynamics.march.lane import Lane
