@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 
 import gflow
 from gflow.problem.network import check_weights, end_to_end, widths
@@ -165,3 +166,19 @@ def test_the_degree_of_networks_in_single_precision_is_believed():
         lambda w, x: w.astype(jnp.float32) @ x.astype(jnp.float32), homogeneity=1.0
     )
     single.check(np.ones(2), DATA)
+
+
+def test_the_layers_of_an_mlp_come_back_from_a_record_with_their_biases():
+    weights = (np.ones((3, 2)), (np.full((2, 3), 2.0), np.full(2, 3.0)))
+    names = [f"final_weights_{k}" for k in range(1, 4)]
+    leaves = jax.tree.leaves(weights)
+    axes = [
+        [f"{name}_{axis}" for axis in range(leaf.ndim)]
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    record = xr.Dataset(dict(zip(names, zip(axes, leaves, strict=True), strict=True)))
+    found = gflow.MLP().weights_of(record)
+    assert jax.tree.structure(found) == jax.tree.structure(weights)
+    assert [np.shape(m) for m in gflow.MLP().dense_layers(found)] == [(3, 2), (2, 3)]
+    with pytest.raises(ValueError, match="no 'initial_weights_1'"):
+        gflow.MLP().weights_of(record, "initial")

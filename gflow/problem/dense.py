@@ -8,11 +8,15 @@ the rest is known.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from gflow.problem.network import AbstractNetwork, Weights
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def places(network: AbstractNetwork, weights: Weights) -> tuple[np.ndarray, ...] | None:
@@ -110,3 +114,29 @@ def replaced(network: AbstractNetwork, weights: Weights, matrices: Sequence[np.n
         for part, leaf in zip(np.split(flat, ends), leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, parts)
+
+
+def leaves_of(record: "xr.Dataset", which: str, count: int | None = None) -> list[np.ndarray]:
+    """The arrays of the "initial" or "final" weights of a record.
+
+    Args:
+        record: of a run.
+        which: "initial" or "final".
+        count: how many there are to be; None for all.
+
+    Raises:
+        ValueError: when the record has none, or fewer.
+    """
+    prefix = f"{which}_weights_"
+    found = sorted(
+        int(number)
+        for name in record.variables
+        if (number := str(name).removeprefix(prefix)) != str(name) and number.isdigit()
+    )
+    wanted = range(1, (count or max(found, default=1)) + 1)
+    missing = [f"{prefix}{k}" for k in wanted if k not in found]
+    if missing:
+        raise ValueError(
+            f"`record` has no {missing[0]!r}; expected a record of a run of this network."
+        )
+    return [record[f"{prefix}{k}"].values for k in wanted]

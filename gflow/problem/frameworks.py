@@ -17,6 +17,7 @@ import numpy as np
 
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import shown
+from gflow.problem.dense import leaves_of
 from gflow.problem.design import AbstractDesign
 from gflow.problem.network import AbstractNetwork, Array, Network, Weights, float_leaves
 
@@ -252,13 +253,8 @@ class FrameworkNetwork(AbstractNetwork):
 
     def weights_of(self, record: "xr.Dataset", which: str = "final") -> Weights:
         """The "initial" or "final" weights of a record, as the model has them."""
-        names = [f"{which}_weights_{k}" for k in range(1, len(self.shapes) + 1)]
-        missing = [name for name in names if name not in record]
-        if missing:
-            raise ValueError(
-                f"`record` has no {missing[0]!r}; expected a record of a run of this network."
-            )
-        return jax.tree.unflatten(self.structure, [record[name].values for name in names])
+        leaves = leaves_of(record, which, len(self.shapes))
+        return jax.tree.unflatten(self.structure, leaves)
 
     def model(self, weights: "Weights | xr.Dataset") -> Any:
         """The framework's model with these weights, in the types that it had.

@@ -9,7 +9,7 @@ its bias. Without biases the network is homogeneous of degree L.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -21,9 +21,13 @@ from gflow.problem.arguments import numbers_of
 from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends, Place
 from gflow.problem.data import labelled
+from gflow.problem.dense import leaves_of
 from gflow.problem.kinks import check_branch, checked_slope, leaky_relu, side_of
 from gflow.problem.network import AbstractNetwork, Weights, check_weights, pullback_by_vjp
 from gflow.problem.small_start import SmallStart, of_two_layers
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class MLP(AbstractNetwork):
@@ -60,6 +64,23 @@ class MLP(AbstractNetwork):
 
     def degree(self, weights: Weights) -> float | None:
         return float(len(weights)) if all(bias is None for _, bias in parts(weights)) else None
+
+    def weights_of(self, record: "xr.Dataset", which: str = "final") -> Weights:
+        """The "initial" or "final" weights of a record.
+
+        Raises:
+            ValueError: when the record has none.
+        """
+        layers: list[Any] = []
+        for leaf in leaves_of(record, which):
+            if leaf.ndim == 1:
+                layers[-1] = (layers[-1], leaf)
+            else:
+                layers.append(leaf)
+        return tuple(layers)
+
+    def dense_layers(self, weights: Weights) -> tuple[Array, ...]:
+        return tuple(matrix for matrix, _ in parts(weights))
 
     def coordinates(self, weights: Weights, data: AbstractData) -> Array:
         h = jnp.asarray(data.inputs)

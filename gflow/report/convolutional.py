@@ -81,26 +81,6 @@ class Convolutional(eqx.Module):
         return self.dense[-1](x)
 
 
-class TwoLayers(eqx.Module):
-    """Two dense layers without biases on the pixels of a picture; arguments as above."""
-
-    dense: list[eqx.nn.Linear]
-    activation: Activation = eqx.field(static=True)
-
-    def __init__(
-        self, num_pixels: int, width: int, num_classes: int, activation: Activation, key: jax.Array
-    ):
-        first, second = jax.random.split(key)
-        self.dense = [
-            eqx.nn.Linear(num_pixels, width, use_bias=False, key=first),
-            eqx.nn.Linear(width, num_classes, use_bias=False, key=second),
-        ]
-        self.activation = activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.dense[1](self.activation(self.dense[0](x.reshape(-1))))
-
-
 def largest_of_four(x: jax.Array) -> jax.Array:
     """Max-pooling of 2 by 2 without overlap, (channels, rows, columns); an odd edge is left out.
 
