@@ -357,7 +357,7 @@ def main():
         limits=limits(),
         orthogonal=orthogonal(),
         many=many(options.quick),
-        fuzz=fuzz(3 if options.quick else 6),
+        fuzz=fuzz(3 if options.quick else 30),
     )
 
 

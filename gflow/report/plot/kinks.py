@@ -70,7 +70,7 @@ def neurons(
     )[1][0]
     reach = 1.2 * float(np.abs(inputs[:, :2]).max())
     for ax, at in zip(panels, points, strict=True):
-        if "one output" in data.offers and "margins" in data.offers:
+        if "one output" in data.offers:  # labels -1 and +1
             draw_points(ax, data)
         else:
             ax.scatter(*inputs[:, :2].T, s=13, color="0.6", zorder=4)
