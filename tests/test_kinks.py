@@ -3,6 +3,7 @@
 import diffrax
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
@@ -161,6 +162,8 @@ def test_what_the_theory_says_of_homogeneous_networks_holds(xor):
     assert not list(claims.failed), str(claims)
     for name in ("neurons stay balanced", "smoothed margin grows", "KKT: residual", "law of time"):
         assert claims[name].holds, str(claims)
+    limit = claims["margin from a small start"]
+    assert limit.holds is None and "not orthogonally separable: points" in limit.why
     heavier = xor.assign(balance_drift=xor.balance_drift + 1e-6)
     assert gflow.verify(heavier)["neurons stay balanced"].holds is False
 
@@ -173,6 +176,31 @@ def test_the_log_of_kinks_is_in_the_record_and_its_file(xor, tmp_path):
     assert np.all(np.diff(log.log_time) >= 0) and set(log.layer.values) == {1}
     with pytest.raises(ValueError, match="`record` has no log of kinks"):
         gflow.kinks(xor.drop_vars("num_kinks"))
+
+
+def test_figures_show_where_neurons_switch_and_when_units_slid(xor):
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ax = gflow.plot.patterns(xor)
+    bars, left = ax.get_lines()
+    ends = bars.get_xdata().reshape(-1, 3)[:, :2]
+    assert np.sum(ends[:, 1] == xor.log_time.values[-1]) == 32 and np.all(np.diff(ends) > 0)
+    assert left.get_label() == "left" and left.get_xdata()[0] in ends[:, 1]
+    assert len(gflow.plot.patterns(xor, "log_risk").get_lines()) == 2
+    layers = zip(start(), last(xor), strict=True)
+    both = {
+        f"weights_{k}": (("point", f"row_{k}", f"column_{k}"), np.stack(layer))
+        for k, layer in enumerate(layers, 1)
+    }
+    (ax,) = gflow.plot.neurons(XOR, xor.isel(point=[0, -1]).assign(both), points=[1])
+    w = last(xor)[0]
+    for line, neuron in zip(ax.get_lines()[::2], w, strict=True):
+        for point in (line.get_xy1(), line.get_xy2()):  # on the line where it switches
+            assert abs(neuron @ [*point, X[0, 2]]) < 1e-12 * np.linalg.norm(neuron)
+    plt.close("all")
+    with pytest.raises(ValueError, match="holds no weights; make it with `keep_weights=True`"):
+        gflow.plot.neurons(XOR, xor)
 
 
 def test_a_run_that_is_stopped_among_kinks_goes_on_bit_for_bit(xor, tmp_path, monkeypatch):
@@ -318,11 +346,57 @@ def test_leaky_relu_on_symmetric_data_finds_the_linear_rule():
     w = rng.normal(size=(8, 2)) * 1e-3
     a = np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 8)
     problem = gflow.Problem(data, gflow.MLP(slope=0.1))
-    flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=2, **QUIET)
-    wanted = 1.1 * data.max_margin().margin / 4
+    flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=9, **QUIET)
+    wanted = gflow.exact.small_start_margin(data, 0.1)
     assert flow.margin[-1] == pytest.approx(wanted, rel=1e-6)
+    assert gflow.verify(flow)["margin from a small start"].holds
+    off = flow.assign_attrs(small_start_margin=1.001 * wanted)
+    assert gflow.verify(off)["margin from a small start"].holds is False
+    large = gflow.MLP(slope=0.1).small_start((100 * w, a[None]), data)
+    assert large.margin == wanted and "the start is not small" in large.obstacles[0]
     drift = np.abs(balances(tuple(last(flow))) - balances((w, a[None])))
     assert np.max(drift) < 1e-8
+
+
+def test_the_limit_of_orthogonally_separable_data_is_that_of_each_class_alone():
+    # Phuong and Lampert. The margins: 3/sqrt(2), along (1, 1), of one class, sqrt(5) of the other.
+    x = [[2.0, 1], [1, 2], [-1, -2]]
+    data = gflow.Dataset(x, [1, 1, -1])
+    wanted = 1 / (2 * (np.sqrt(2) / 3 + 1 / np.sqrt(5)))
+    assert gflow.exact.small_start_margin(data) == pytest.approx(wanted, rel=1e-12)
+    w = np.array([[1.0, 0], [-1, 0], [0, -1]]) * 1e-3
+    known = gflow.MLP().small_start((w, np.array([[1.0, 1, -1]]) * 1e-3), data)
+    assert known.margin == pytest.approx(wanted) and known.obstacles == ()
+    for outer, why in [([1e-3, 1, 1], "class has no neuron"), ([1e-3, 1e-4, -1e-3], "balanced")]:
+        obstacles = gflow.MLP().small_start((w, np.array([outer])), data).obstacles
+        assert any(why in each for each in obstacles)
+    with pytest.raises(ValueError, match=r"points 0 and 2 of one class have the cosine -0\.8"):
+        gflow.exact.small_start_margin(gflow.Dataset(x, [1, 1, 1]))
+    with pytest.raises(ValueError, match="not symmetric under"):
+        gflow.exact.small_start_margin(data, 0.1)
+
+
+@pytest.mark.parametrize("inputs", ["orthogonal", "any"])
+def test_neurons_of_a_tiny_start_align_when_they_are_predicted_to(inputs):
+    # Boursier, Pillaud-Vivien and Flammarion: orthogonal inputs; of any others neurons slide too.
+    rng = np.random.default_rng(3)
+    x = 1.3 * np.eye(4) if inputs == "orthogonal" else rng.normal(size=(4, 4))
+    y = np.array([1.0, 0.5, -0.7, -0.4])
+    w = rng.normal(size=(16, 4))
+    weights = 1e-10 * w, 1e-10 * (np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 16))[None]
+    found = gflow.exact.early_alignment(x, y, weights, angle=0.1)
+    moving = np.flatnonzero(np.isfinite(found.time))
+    order = moving[np.argsort(found.time[moving])]
+    assert len(order) >= 12 and np.max(found.num_kinks) >= 2
+    problem = gflow.Problem(gflow.Regression(x, y), gflow.MLP())
+    options = {"save": found.time[order], "keep_weights": True, "solver": diffrax.Tsit5(), **QUIET}
+    until = gflow.Time(found.time[order[-1]] + 1)
+    flow = gflow.gradient_flow(problem, weights, until=until, rtol=1e-10, **options)
+    for j, turned in zip(order, flow.weights_1.values[1:], strict=False):
+        cosine = turned[j] @ found.direction[j] / np.linalg.norm(turned[j])
+        assert np.arccos(cosine) == pytest.approx(0.1, abs=LOCATED)
+    with pytest.raises(ValueError, match=r"`weights\[1\]` of neuron 0 is smaller than the neuron"):
+        gflow.exact.early_alignment(x, y, (w, 0.9 * weights[1] / 1e-10))
 
 
 def test_an_output_weight_that_changes_sign_on_a_slide_leaves_two_ways():

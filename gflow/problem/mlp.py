@@ -20,9 +20,11 @@ from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import numbers_of
 from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends, Place
+from gflow.problem.data import labelled
 from gflow.problem.dense import leaves_of
 from gflow.problem.kinks import check_branch, checked_slope, leaky_relu, side_of
 from gflow.problem.network import AbstractNetwork, Weights, check_weights, pullback_by_vjp
+from gflow.problem.small_start import SmallStart, of_two_layers
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -96,6 +98,15 @@ class MLP(AbstractNetwork):
 
     def balances(self, weights: Weights) -> Array:
         return balances(weights)
+
+    def small_start(self, weights: Weights, data: AbstractData) -> SmallStart | None:
+        layers = parts(weights)
+        if len(layers) != 2 or any(bias is not None for _, bias in layers):
+            return None
+        if "one output" not in data.offers:
+            return None
+        inner, outer = (np.asarray(matrix) for matrix, _ in layers)
+        return of_two_layers(labelled(data), self.slope, inner, outer[0])
 
     def check(self, weights: Weights, data: AbstractData) -> Weights:
         if isinstance(weights, np.ndarray | jax.Array) or not isinstance(weights, Sequence):

@@ -35,6 +35,7 @@ from gflow.problem.sharding import check_cut, placed
 
 if TYPE_CHECKING:
     from gflow.problem.bends import AbstractBends
+    from gflow.problem.small_start import SmallStart
 
 FEW_POINTS = 8
 """Points on which the degree of a network is tried."""
@@ -138,6 +139,10 @@ class AbstractNetwork(Module):
 
     def balances(self, weights: Weights) -> Array | None:
         """What the flow conserves for each neuron, one number each; None where none is known."""
+        return None
+
+    def small_start(self, weights: Weights, data: AbstractData) -> "SmallStart | None":
+        """The margin's limit from a small start; None where no theorem speaks of the network."""
         return None
 
     # An implicit solver moves along few vectors K_j at all its stages. What follows serves it; a

@@ -18,6 +18,8 @@ with errors of round-off only, and in logarithms wherever risk or time leaves th
 | `two_layer_riccati` | two layers, $\lambda$-balanced | square loss, whitened data |
 | `simplex_modes` | any depth, balanced | one point a class; cross-entropy, pairwise exponential |
 | `hadamard_modes` | any depth, balanced | one point a class, K = 2^m; cross-entropy |
+| `early_alignment` | two layers, ReLU or leaky, tiny start | any: where neurons turn, and when |
+| `small_start_margin` | two layers, ReLU or leaky, small start | labels: the margin's limit |
 | `risk_clock` | any | any |
 | `limits` | any depth, any start | separable; exponential tail: asymptotic, with constants |
 
@@ -33,6 +35,10 @@ from gflow.analysis.exact.classes import (
 from gflow.analysis.exact.diagonal import (
     diagonal_network as diagonal_network,
     one_datum_diagonal as one_datum_diagonal,
+)
+from gflow.analysis.exact.early_alignment import (
+    EarlyAlignment as EarlyAlignment,
+    early_alignment as early_alignment,
 )
 from gflow.analysis.exact.one_datum import (
     one_datum_balanced as one_datum_balanced,
@@ -53,13 +59,16 @@ from gflow.analysis.exact.two_points import (
 )
 from gflow.analysis.law_constants import limits as limits
 from gflow.analysis.laws import Limits as Limits
+from gflow.problem.small_start import small_start_margin as small_start_margin
 
 __all__ = [
+    "EarlyAlignment",
     "ExactClassFlow",
     "ExactFlow",
     "Limits",
     "SquareLossFlow",
     "diagonal_network",
+    "early_alignment",
     "hadamard_modes",
     "limits",
     "one_datum_balanced",
@@ -69,6 +78,7 @@ __all__ = [
     "risk_clock",
     "saddle_times",
     "simplex_modes",
+    "small_start_margin",
     "square_loss_mode",
     "two_layer_one_datum",
     "two_layer_riccati",

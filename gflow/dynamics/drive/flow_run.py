@@ -498,9 +498,8 @@ class FlowRun:
         else:
             at_kink, trials, spent = land_on_kink(field, self.method, lane)
             self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
-            if (
-                found is not None and found.many
-            ):  # as much as may be stepped over, or up to the next kink
+            if found is not None and found.many:
+                # As much as may be stepped over, or up to the next kink.
                 part = max(found.part, min(found.second, 1.0))
                 longest = part * float(lane.s - lane.previous[0])
                 next_step = as_array(np.float64(min(float(at_kink.next_step), longest)))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.kinks.over import End, Over, Passed, Refused
+from gflow.dynamics.kinks.mending import End
+from gflow.dynamics.kinks.over import Over, Passed, Refused
 from gflow.dynamics.kinks.patterns import Slide
 from gflow.dynamics.kinks.piece import Piece
 from gflow.dynamics.march.lane import Lane
@@ -124,6 +125,18 @@ class Kinked:
             "num_stepped_over": over,
             "num_joint_slides": self.num_joint,
             "homogeneity": self.problem.network.degree(self.start),
+            **self._small_start(),
+        }
+
+    def _small_start(self) -> dict[str, Any]:
+        """What is known of the margin's limit, if the start is small enough."""
+        known = self.problem.network.small_start(self.start, self.problem.data)
+        if known is None:
+            return {}
+        return {
+            "small_start_slope": known.slope,
+            "small_start_margin": known.margin,
+            "small_start_obstacles": "; ".join(known.obstacles) or None,
         }
 
     def at_points(self, weights: Weights, count: int) -> dict[str, np.ndarray]:

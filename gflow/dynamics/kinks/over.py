@@ -1,39 +1,27 @@
 r"""Stepping over kinks: what a step did with the wrong gates is mended afterwards.
 
-A step from $s_0$ to $s_1$ is made in one pattern of gates, whose field is F. If unit k passes its
-kink at $s_k$ in it, the true field has since been larger by $D_k$, the derivative of F in the
-gate times the change of the gate: to the new side's, or to that of a slide. With
-$\tau_k = s_1 - s_k$ the difference of the true end and the end of the step is
-
-$$\sum_k \tau_kD_k + \sum_k\frac{\tau_k^2}{2}\,(F_+'D_k - D_k'F) + O(\tau^3)$$
-
-at $s_1$, by Taylor's formula for both flows, $F_+$ with the new gates. Where a slide has ended in
-the step the velocity has not jumped but begun to differ, $D(s)$ from zero at $s_k$, and what mends
-it is $\tau_kD_k/2$. Rates of clocks are not linear in the gates; what several of them do together
-is added with the weights $\sqrt{\tau_k\tau_l}$, for the smaller one.
-
-What is left is of third order. It is estimated by the second-order term times what the fields
-change by in that time, relatively, and a step is taken where that is within the run's tolerance.
-In a narrow network, or by a tight tolerance, that is a step just behind its kink; in a wide one,
-where a unit is a small part of the field, a step may pass many.
+A step is made in one pattern of gates, ``crossings.py`` finds when units passed their kinks in it,
+and ``mending.py`` adds what the right gates would have done since. It is taken where what that
+leaves is within the run's tolerance. In a narrow network, or by a tight tolerance, that is a step
+just behind its kink; in a wide one, where a unit is a small part of the field, a step may pass
+many.
 
 Each neuron's kinks are passed in their order, one in each *turn*; in the next turn the mended
 end is the end of a step with the new gates. One hidden layer only.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.kinks.crossings import Events, how_long_ago, mean_ratio, root_of_cubic
+from gflow.dynamics.kinks.mending import End, mended, seen_at
 from gflow.dynamics.kinks.piece import NotUniqueError, Piece
 from gflow.dynamics.march.tolerance import AbstractTolerance
-from gflow.problem.array import Array, as_array
-from gflow.problem.bends import sight, violations
-from gflow.problem.network import squared_norm
+from gflow.problem.array import as_array
 
 TURNS = 8
 """Kinks of one neuron in a step, before the step is made shorter."""
@@ -58,27 +46,6 @@ MANY = 8
 
 APART = 1e-6
 """Kinks closer than this part of a step are at one place."""
-
-NEWTON = 12
-"""Iterations on a cubic."""
-
-
-class End(NamedTuple):
-    """An end of a step in a pattern; speeds are those in the clock."""
-
-    z: Any
-    """(n, U), as are the next two."""
-    speed: Any
-    force: Any
-    beyond: Any
-    """See ``violations``."""
-    theta: Any
-    pull: Any
-    rate: Any
-    """Of the clock."""
-    log_risk: Any
-    fall: Any
-    r"""$-d\log R/ds$."""
 
 
 class Passed(NamedTuple):
@@ -106,104 +73,6 @@ class Refused(NamedTuple):
     """And the next one."""
     many: bool
     """Whether kinks are so many that a step of this length will not do."""
-
-
-@eqx.filter_jit
-def _end(field: AbstractField, s: Array, state: FlowState) -> End:
-    at = sight(field.problem, state.weights)
-    log_risk = field.problem.log_risk(state.weights)
-    square = squared_norm(at.velocity)
-    rate = field.clock.rate(s, log_risk, square)
-    beyond = violations(field.problem.network.pattern, at)  # pyright: ignore
-    speed, fall = rate * at.speed, rate * square
-    return End(at.z, speed, at.force, beyond, at.theta, at.pull, rate, log_risk, fall)
-
-
-@eqx.filter_jit
-def _mended(
-    field: AbstractField,
-    tolerance: AbstractTolerance,
-    s: Array,
-    before: FlowState,
-    state: FlowState,
-    change: Array,
-    since: Array,
-    ramp: Array,
-    ratio: Array,
-    curved: Array,
-) -> tuple[FlowState, Array]:
-    """The mended end of a step, and the norm of what is left.
-
-    Args:
-        field: with the gates of the step.
-        tolerance: whose norm it is.
-        s, before, state: the clock at the end, and the states at both ends.
-        change: of the gates, (n, U).
-        since: how long ago, of each neuron, (U,).
-        ramp: which neurons only left a slide, (U,).
-        ratio: the relative change of the jumps in that time.
-        curved: likewise of what slides that have ended differ by.
-    """
-    gates = field.problem.network.pattern.gates  # pyright: ignore
-
-    def at_gates(gates: Array, s: Array, state: FlowState) -> FlowState:
-        there = eqx.tree_at(lambda f: f.problem.network.pattern.gates, field, gates)
-        return there(s, state)
-
-    def plus(*states: FlowState) -> FlowState:
-        return jax.tree.map(lambda *leaves: sum(leaves), *states)
-
-    def times(factor: Array | float, state: FlowState) -> FlowState:
-        return jax.tree.map(lambda leaf: factor * leaf, state)
-
-    once = jnp.where(ramp, since / 2, since)
-    twice = jnp.where(ramp, 0.0, since**2 / 2)
-    longest = jnp.max(once)
-    some = jnp.where(longest > 0, longest, 1.0)
-    rooted = change * jnp.sqrt(once / some)[None, :]
-    motion, jump = jax.linearize(lambda gates: at_gates(gates, s, state), gates)
-    first = jump(change * once[None, :])
-    together = plus(at_gates(gates + rooted, s, state), times(-1.0, motion))
-    together = times(longest, plus(together, times(-1.0, jump(rooted))))
-
-    def jumps(s: Array, state: FlowState) -> FlowState:
-        by = change * twice[None, :]
-        return jax.jvp(lambda gates: at_gates(gates, s, state), (gates,), (by,))[1]
-
-    second, turned = jax.jvp(jumps, (s, state), (jnp.ones_like(s), motion))
-    carried = jax.jvp(lambda state: at_gates(gates + change, s, state), (state,), (second,))[1]
-    later = plus(carried, times(-1.0, turned))
-    after = plus(state, first, together, later)
-
-    def norm(error: FlowState) -> Array:
-        return tolerance.norm(error, before, after)
-
-    several = jnp.sum(jnp.any(change != 0, 0)) > 1
-    of_first, of_later = norm(first), norm(later)
-    ratio = jnp.minimum(ratio + of_later / jnp.where(of_first > 0, of_first, 1.0), 1.0)
-    ended = norm(jump(change * jnp.where(ramp, once, 0.0)[None, :]))
-    left = ratio * of_later + curved * ended + jnp.where(several, norm(together) / 2, 0.0)
-    return after, left
-
-
-class Events(NamedTuple):
-    """What happened first to each of k neurons in a step."""
-
-    neuron: np.ndarray
-    since: np.ndarray
-    """How long before the end of the step."""
-    unit: np.ndarray
-    """The unit that crosses its kink, -1 where a slide ends."""
-    speed: np.ndarray
-    """Of its z there."""
-    force: np.ndarray
-    """b there."""
-    side: np.ndarray
-    """Where it goes, 1 or -1; for a slide that ends that of the gates."""
-    ratio: np.ndarray
-    """How much b and the speed change in that time, relatively."""
-    turned: np.ndarray
-    """Whether a slide ends since its kink begins to repel."""
 
 
 class Over:
@@ -248,7 +117,7 @@ class Over:
         """Parts of the step at which first kinks come."""
 
     def _look(self, which: int, state: FlowState) -> End:
-        return jax.device_get(_end(self.field, as_array(np.float64(self.s[which])), state))
+        return jax.device_get(seen_at(self.field, as_array(np.float64(self.s[which])), state))
 
     def go(self) -> Passed | Refused:
         """The step with its kinks mended; the pattern is what it was if that cannot be."""
@@ -337,9 +206,9 @@ class Over:
         old, new = np.asarray(base.gates), np.asarray(patterns.pattern.gates)
         since, ramp = np.zeros(piece.num_units), np.zeros(piece.num_units, bool)
         since[events.neuron], ramp[events.neuron] = events.since, events.unit < 0
-        ratio, curved = (_mean(events, events.unit >= 0), _mean(events, events.unit < 0))
+        ratio, curved = (mean_ratio(events, events.unit >= 0), mean_ratio(events, events.unit < 0))
         field = tree_at(lambda f: f.problem.network.pattern, self.field, base)
-        mended, left = _mended(
+        after, left = mended(
             field,
             self.tolerance,
             as_array(np.float64(self.s[1])),
@@ -353,9 +222,9 @@ class Over:
         )
         self.longest[events.neuron] = events.since
         self.field = tree_at(lambda f: f.problem.network.pattern, field, patterns.frozen())
-        mended = jax.tree.map(np.asarray, mended)
-        weights = piece.put_on_kinks(mended.weights, events.neuron.tolist())
-        return FlowState(weights, mended.scaled_time), float(left)
+        after = jax.tree.map(np.asarray, after)
+        weights = piece.put_on_kinks(after.weights, events.neuron.tolist())
+        return FlowState(weights, after.scaled_time), float(left)
 
     def _events(self, turn: int) -> Events:
         """The first kink of each neuron that is past one at the end of the step."""
@@ -369,12 +238,14 @@ class Over:
         side, longest = np.sign(z), self.longest[neurons]
         if turn == 0:
             z0, speed0, force0 = (np.asarray(x)[points, neurons] for x in self.start[:3])
-            part, speed = _root(side * z0, side * speed0 * self.h, side * z, side * speed * self.h)
+            part, speed = root_of_cubic(
+                side * z0, side * speed0 * self.h, side * z, side * speed * self.h
+            )
             since, speed = self.h * (1 - part), side * speed / self.h
             force = force0 + part * (force - force0)
             change = np.abs(end.force[points, neurons] - force0) / (np.abs(force) + 1e-300)
         else:
-            since, speed = _ago(z, speed, self.bend[points, neurons], longest)
+            since, speed = how_long_ago(z, speed, self.bend[points, neurons], longest)
             change = np.zeros(len(past))
         bent = np.abs(self.bend[points, neurons]) * since / (np.abs(speed) + 1e-300)
         ratio = np.minimum(change * since / self.h + bent, 1.0)
@@ -448,33 +319,3 @@ class Over:
         gate = np.where(side > 0, lower, 1.0) - speed / np.where(push == 0, -np.inf, push)
         theta = np.clip((gate - lower) / (1 - lower), 0.0, 1.0)
         patterns.slide_singly(unit[slides], theta[slides], events.force[slides])
-
-
-def _mean(events: Events, which: np.ndarray) -> float:
-    """The root mean square of the ratios of some events, weighted by what is mended of them."""
-    weight = np.where(which, events.since**2, 0.0)
-    return np.sqrt(np.sum((weight * events.ratio) ** 2) / max(np.sum(weight**2), 1e-300))
-
-
-# The cubic through values a and b and slopes c and d at 0 and 1, a <= 0 < b.
-def _root(a: Any, c: Any, b: Any, d: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Where in [0, 1] cubics of Hermite pass zero, and their slopes there."""
-    p, q = 3 * (b - a) - 2 * c - d, c + d - 2 * (b - a)
-    low, high = np.zeros_like(b), np.ones_like(b)
-    x = np.clip(-a / np.where(b > a, b - a, 1.0), 0.0, 1.0)
-    for _ in range(NEWTON):
-        value, slope = a + x * (c + x * (p + x * q)), c + x * (2 * p + 3 * x * q)
-        low, high = np.where(value < 0, x, low), np.where(value < 0, high, x)
-        new = x - value / np.where(slope == 0, 1.0, slope)
-        x = np.where((new >= low) & (new <= high), new, (low + high) / 2)
-    return x, c + x * (2 * p + 3 * x * q)
-
-
-def _ago(z: Any, speed: Any, bend: Any, longest: Any) -> tuple[np.ndarray, np.ndarray]:
-    """How long ago z was zero that bends like this, at most so long, and its speed there."""
-    out, along = np.abs(z), speed * np.sign(z)
-    bend = bend * np.sign(z)
-    root = np.sqrt(np.maximum(along**2 - 2 * bend * out, 0.0))
-    whole = along + root
-    since = np.minimum(2 * out / np.where(whole > 0, whole, 1e-300), longest)
-    return since, (along - bend * since) * np.sign(z)

@@ -15,6 +15,7 @@ from gflow.report.plot.exactness import (
     certificate as certificate,
     orders as orders,
 )
+from gflow.report.plot.kinks import neurons as neurons, patterns as patterns
 from gflow.report.plot.layers import modes as modes, singular_values as singular_values
 from gflow.report.plot.many import ensemble as ensemble, gaps as gaps
 from gflow.report.plot.plane import animation as animation, decision_lines as decision_lines

@@ -79,7 +79,7 @@ def _picture(data: "Dataset", ax: "Axes | None" = None) -> "tuple[Axes, float]":
     if data.dim != 2:
         raise ValueError(f"`data` has {data.dim} features; decision lines are drawn in two.")
     ax = axes_of(ax, (3.4, 3.1))
-    _draw_data(ax, data)
+    draw_points(ax, data)
     reach = 1.06 * float(np.abs(data.inputs).max())
     solution = data.max_margin()
     if solution.separable:
@@ -108,9 +108,10 @@ def _legend_above(ax: "Axes") -> None:
     )
 
 
-def _draw_data(ax: "Axes", data: "Dataset") -> None:
+def draw_points(ax: "Axes", data: "Dataset") -> None:
+    """The first two features of data with labels -1 and +1."""
     for label, color, marker in ((1, COLORS[0], "o"), (-1, COLORS[1], "X")):
-        points = np.asarray(data.inputs)[np.asarray(data.labels) == label]
+        points = np.asarray(data.inputs)[np.asarray(data.labels) == label, :2]
         ax.scatter(
             *points.T,
             s=13,
