@@ -21,8 +21,8 @@ import optax
 from common import Report, begin, dressed, parser, seconds, table, two_panels
 
 import gflow
-from gflow.problem.network import squared_norm
 from gflow.problem.observables import imbalance, lemma_constant, singular
+from gflow.problem.weights import squared_norm
 
 WIDTHS = (2, 3, 2, 1)
 STEPS = 1_000_000

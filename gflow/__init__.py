@@ -47,6 +47,7 @@ from gflow.dynamics.stops import (
 )
 from gflow.problem import datasets as datasets, init as init, observables as observables
 from gflow.problem.data import Dataset as Dataset
+from gflow.problem.deep_linear import DeepLinear as DeepLinear
 from gflow.problem.frameworks import from_equinox as from_equinox, from_flax as from_flax
 from gflow.problem.kinks import leaky_relu as leaky_relu, relu as relu
 from gflow.problem.losses import (
@@ -56,7 +57,7 @@ from gflow.problem.losses import (
 )
 from gflow.problem.max_margin import MaxMargin as MaxMargin, max_margin as max_margin
 from gflow.problem.mlp import MLP as MLP
-from gflow.problem.network import DeepLinear as DeepLinear, Network as Network
+from gflow.problem.network import Network as Network
 from gflow.problem.polynomial_tail import PolynomialTail as PolynomialTail
 from gflow.problem.regression import Regression as Regression
 from gflow.problem.risk import Problem as Problem

@@ -12,8 +12,8 @@ from scipy.special import log_softmax
 
 import gflow
 from gflow.problem.class_observables import ClassReference, of_classes
+from gflow.problem.deep_linear import end_to_end
 from gflow.problem.design import ClassDesign, contrasts
-from gflow.problem.network import end_to_end
 from gflow.problem.terms import Diagonal
 
 ROUND_OFF = 1e-12

@@ -6,7 +6,7 @@ import pytest
 import xarray as xr
 
 import gflow
-from gflow.problem.network import check_weights, end_to_end, widths
+from gflow.problem.deep_linear import check_weights, end_to_end, widths
 
 DATA = gflow.Dataset([[0.5, 0.1], [-0.2, 0.9], [0.3, 0.3]], [1, -1, 1])
 WEIGHTS = gflow.init.gaussian((2, 4, 3, 1), seed=1)

@@ -9,7 +9,7 @@ import pytest
 import gflow
 from gflow.dynamics.descending import optimizers
 from gflow.dynamics.descending.step_meter import works_entry_by_entry
-from gflow.problem.network import inner_product
+from gflow.problem.weights import inner_product
 
 PROBLEM = gflow.Problem(gflow.datasets.two_point(), loss=gflow.Logistic())
 WEIGHTS = (np.array([[0.5, -0.2], [0.1, 0.4]]), np.array([[0.3, 0.7]]))

@@ -26,10 +26,11 @@ from gflow.dynamics.clocks import LogTime
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.problem import settings
 from gflow.problem.arguments import numbers_of
+from gflow.problem.array import Array
 from gflow.problem.curvature import ends_of_spectrum, relative_hessian
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Weights, squared_norm
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights, squared_norm
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -26,8 +26,10 @@ from gflow.dynamics.modified import ORDERS, ModifiedEquation
 from gflow.dynamics.stops import Time
 from gflow.problem import settings
 from gflow.problem.arguments import numbers_of, positive
-from gflow.problem.network import Array, Weights, end_to_end
+from gflow.problem.array import Array
+from gflow.problem.deep_linear import end_to_end
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 from gflow.record import versions
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from gflow.dynamics.split.geometry import Geometry
 from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.split.state import SplitState, split
 from gflow.problem.data import Dataset
-from gflow.problem.network import Weights, check_weights
+from gflow.problem.deep_linear import check_weights
 from gflow.problem.observables import imbalance
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     import xarray as xr

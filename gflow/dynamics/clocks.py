@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem.arguments import positive
+from gflow.problem.array import Array, as_array
 from gflow.problem.module import Module
-from gflow.problem.network import Array, as_array
 
 Numbers = Any
 """A number or an array of NumPy's: the same comes back."""

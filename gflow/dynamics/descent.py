@@ -15,8 +15,8 @@ from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count, seed_of, shown
-from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     import xarray as xr

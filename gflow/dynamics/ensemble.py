@@ -26,8 +26,8 @@ from gflow.dynamics.stops import AbstractRule, AnyOf
 from gflow.names import SETTINGS, all_names, check_names
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, positive_count, shown
-from gflow.problem.network import Weights, float_leaves
 from gflow.problem.risk import ROUND_OFF, Problem
+from gflow.problem.weights import Weights, float_leaves
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gflow.dynamics.clocks import AbstractClock
+from gflow.problem.array import Array
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Factors, Weights
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Factors, Weights
 
 
 class FlowState(NamedTuple):

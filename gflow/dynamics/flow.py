@@ -30,8 +30,9 @@ from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.stops import AbstractRule, AnyOf, rules_on
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, expect, flag, number, positive_count
-from gflow.problem.network import Weights, as_array
+from gflow.problem.array import as_array
 from gflow.problem.risk import Problem, level_at_zero
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -36,19 +36,12 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField
 from gflow.problem.arguments import is_number, shown
+from gflow.problem.array import Array, as_array
 from gflow.problem.curvature import Slope, relative_gradient
 from gflow.problem.module import Module
-from gflow.problem.network import (
-    AbstractNetwork,
-    Array,
-    Factors,
-    Weights,
-    as_array,
-    inner_product,
-    move,
-    squared_norm,
-)
+from gflow.problem.network import AbstractNetwork
 from gflow.problem.risk import Problem, risk_and_slope
+from gflow.problem.weights import Factors, Weights, inner_product, move, squared_norm
 
 ORDERS = (1, 2)
 

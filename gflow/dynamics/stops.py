@@ -19,11 +19,13 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.problem import observables
 from gflow.problem.abstract_targets import targets_of
 from gflow.problem.arguments import is_number, numbers_of, shown, whole
+from gflow.problem.array import Array, as_array
+from gflow.problem.deep_linear import end_to_end
 from gflow.problem.logarithms import log_expm1
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Weights, as_array, end_to_end
 from gflow.problem.risk import Problem
 from gflow.problem.target_observables import Modes, padded_targets
+from gflow.problem.weights import Weights
 from gflow.quantities import quantity
 
 LARGE = 10.0

@@ -40,7 +40,8 @@ import numpy as np
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array, as_array
 from gflow.problem.module import Module
-from gflow.problem.network import AbstractNetwork, Factors, Weights, move, squared_norm
+from gflow.problem.network import AbstractNetwork
+from gflow.problem.weights import Factors, Weights, move, squared_norm
 
 
 class Place(NamedTuple):

@@ -21,11 +21,12 @@ import numpy as np
 from gflow.problem.array import Array, as_array
 from gflow.problem.conserved import Kept, drift, imbalance, kept
 from gflow.problem.data import labelled
+from gflow.problem.deep_linear import end_to_end
 from gflow.problem.module import Module
-from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.observables import kkt, smoothed_margin
 from gflow.problem.risk import Problem
 from gflow.problem.singular import leading
+from gflow.problem.weights import Weights, squared_norm
 
 
 class Spectrum(NamedTuple):

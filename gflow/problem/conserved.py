@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem import settings
+from gflow.problem.array import Array, as_array
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.singular import EXACT, both_ways, norm_of, spectral_norm
+from gflow.problem.weights import Weights
 
 FORMED = 128
 """Width between two layers up to which their matrix is formed: in 0.5 ms, as long as a sketch."""

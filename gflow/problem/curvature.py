@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gflow.problem.network import Array, Weights
+from gflow.problem.array import Array
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 Slope = Callable[[Weights], tuple[Array, Weights, Array]]
 r"""$\log R$, $\nabla\log R$ and its squared norm, as ``Problem.log_risk_gradient_and_norm``."""

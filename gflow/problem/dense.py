@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from gflow.problem.network import AbstractNetwork, Weights
+from gflow.problem.network import AbstractNetwork
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     import xarray as xr

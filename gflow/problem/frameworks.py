@@ -17,9 +17,11 @@ import numpy as np
 
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import shown
+from gflow.problem.array import Array
 from gflow.problem.dense import leaves_of
 from gflow.problem.design import AbstractDesign
-from gflow.problem.network import AbstractNetwork, Array, Network, Weights, float_leaves
+from gflow.problem.network import AbstractNetwork, Network
+from gflow.problem.weights import Weights, float_leaves
 
 if TYPE_CHECKING:
     import xarray as xr

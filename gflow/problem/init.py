@@ -22,9 +22,10 @@ from gflow.problem.arguments import (
     whole,
 )
 from gflow.problem.data import labelled
+from gflow.problem.deep_linear import check_weights, end_to_end
 from gflow.problem.dense import replaced
-from gflow.problem.network import Weights, check_weights, end_to_end
 from gflow.problem.risk import ROUND_OFF, Problem, level_at_zero, risk_and_slope
+from gflow.problem.weights import Weights
 
 LayerWeights = tuple[np.ndarray, ...]
 

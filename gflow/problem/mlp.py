@@ -3,7 +3,7 @@ r"""Fully connected networks with a kink between their layers.
 $$f(x) = W_L\,\phi(\cdots\phi(W_2\,\phi(W_1x + b_1) + b_2)\cdots) + b_L, \qquad
 \phi(z) = \max(z, \kappa z).$$
 
-Conventions for weights are those of ``network.py``; a layer with a bias is a pair of its matrix and
+Conventions for weights are those of ``deep_linear.py``; a layer with a bias is a pair of its matrix and
 its bias. Without biases the network is homogeneous of degree L.
 """
 
@@ -21,10 +21,12 @@ from gflow.problem.arguments import numbers_of
 from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends, Place
 from gflow.problem.data import labelled
+from gflow.problem.deep_linear import check_weights
 from gflow.problem.dense import leaves_of
 from gflow.problem.kinks import check_branch, checked_slope, leaky_relu, side_of
-from gflow.problem.network import AbstractNetwork, Weights, check_weights, pullback_by_vjp
+from gflow.problem.network import AbstractNetwork, pullback_by_vjp
 from gflow.problem.small_start import SmallStart, of_two_layers
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -1,10 +1,5 @@
 r"""Networks: how weights turn a data point into a margin.
 
-Conventions, said once: ``weights[k]`` has shape ``(widths[k + 1], widths[k])``, ``k = 0`` touches
-the input and is the paper's $W_1$. For labels -1 and +1 there is one output, ``widths[-1] == 1``,
-and the end-to-end vector of a deep linear network is $w = (W_L \cdots W_1)^\top$; for K classes
-there are K outputs, and $W = W_L \cdots W_1$ has shape (K, d).
-
 Every network offers *coordinates* $c(W) \in \mathbb R^m$ in which the margins are linear,
 $q = A\,c(W)$ (``design.py``). For a deep linear network $c = w$, or the contrasts of $W$, so that
 no per-example work is ever done; for any other network $c = q$ itself and $A$ is the identity.
@@ -14,24 +9,22 @@ that live in these coordinates.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Float, PyTree
 
 from gflow.problem import settings
 from gflow.problem.abstract_data import AbstractData
-from gflow.problem.arguments import is_number, numbers_of, shown
-from gflow.problem.array import Array as Array, as_array as as_array
+from gflow.problem.arguments import is_number, shown
+from gflow.problem.array import Array
 from gflow.problem.convolutions import in_fast_layout
 from gflow.problem.design import AbstractDesign
 from gflow.problem.kinks import check_branch, holds, is_switch, replay, side_of, traced
 from gflow.problem.module import Module
-from gflow.problem.sharding import check_cut, placed
+from gflow.problem.weights import Factors, Weights, float_leaves, move, squared_norm
 
 if TYPE_CHECKING:
     from gflow.problem.bends import AbstractBends
@@ -48,19 +41,6 @@ AT_ONCE = 2**20
 
 SWITCHED = 64
 """Points at which it is looked on which side a network is of kinks that gflow does not know."""
-
-Weights = PyTree[Array]
-"""A tuple of layer matrices for a deep linear network, any pytree of arrays for another."""
-
-
-class Factors(NamedTuple):
-    """Vectors of weight space: vector j is ``lefts[k][j].T @ rights[k][j]`` in array k.
-
-    Shapes (vectors, rank, rows) and (vectors, rank, columns), of one rank for all arrays.
-    """
-
-    lefts: list[Array]
-    rights: list[Array]
 
 
 class AbstractNetwork(Module):
@@ -181,123 +161,6 @@ class AbstractNetwork(Module):
             return Factors([ones] * len(leaves), rights)
 
         return coordinates, pull
-
-
-class DeepLinear(AbstractNetwork):
-    r"""The deep linear network $x \mapsto W_L \cdots W_1 x$ of any widths.
-
-    Its depth and widths are those of the weights it is given. One output for labels -1 and +1, K
-    for K classes or K targets.
-    """
-
-    mesh: Mesh | None = eqx.field(static=True, default=None, repr=False)
-    """Devices that share the weights: ``Problem.sharded``."""
-
-    def placed(self, weights: Weights) -> Weights:
-        return weights if self.mesh is None else placed(weights, self.mesh)
-
-    def layers(self, weights: Weights) -> tuple[Array, ...]:
-        return tuple(weights)
-
-    def degree(self, weights: Weights) -> float:
-        return float(len(weights))
-
-    def design(self, data: AbstractData) -> AbstractDesign:
-        return data.design()
-
-    def coordinates(self, weights: Weights, data: AbstractData) -> Array:
-        if data.rows is None:
-            return left_products(weights)[0]
-        return _chain(weights, as_array(data.rows))[0].reshape(-1)
-
-    def pullback(
-        self, weights: Weights, data: AbstractData
-    ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
-        # With l_k = W_L ... W_{k+1} (a row) and r_k = W_{k-1} ... W_1 cbar (a column) the pullback
-        # is the outer product l_k^T r_k^T, of squared norm |l_k|^2 |r_k|^2: vector times matrix
-        # only, each matrix read twice and its gradient written once.
-        if data.rows is not None:
-            return self._pullback_of_rows(weights, data.rows)
-        lefts = left_products(weights)
-
-        def pull(cotangent: Array) -> tuple[Weights, Array]:
-            right = cotangent
-            gradient = []
-            squared_norm = jnp.zeros((), cotangent.dtype)
-            for left, matrix in zip(lefts[1:], weights, strict=True):
-                gradient.append(jnp.outer(left, right))
-                squared_norm = squared_norm + jnp.sum(left**2) * jnp.sum(right**2)
-                right = matrix @ right
-            return tuple(gradient), squared_norm
-
-        return lefts[0], pull
-
-    # The same with q rows P: l_k = P W_L ... W_{k+1}, r_k = Cbar (W_{k-1} ... W_1)^T, both as
-    # rows, and the norm |l_k^T r_k|_F^2 = <l_k l_k^T, r_k r_k^T>.
-    def _pullback_of_rows(
-        self, weights: Weights, rows: np.ndarray
-    ) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
-        lefts = _chain(weights, as_array(rows))
-
-        def pull(cotangent: Array) -> tuple[Weights, Array]:
-            right = cotangent.reshape(lefts[0].shape)
-            gradient = []
-            squared_norm = jnp.zeros((), cotangent.dtype)
-            for left, matrix in zip(lefts[1:], weights, strict=True):
-                gradient.append(left.T @ right)
-                squared_norm = squared_norm + jnp.sum((left @ left.T) * (right @ right.T))
-                right = right @ matrix.T
-            return tuple(gradient), squared_norm
-
-        return lefts[0].reshape(-1), pull
-
-    def no_vectors(self, weights: Weights) -> Factors:
-        rank = max(1, jnp.shape(weights[-1])[0] - 1)
-        layers = [jnp.asarray(matrix) for matrix in weights]
-        none = [jnp.zeros((0, rank, 1), matrix.dtype) for matrix in layers]
-        pairs = list(zip(none, layers, strict=True))
-        return Factors(
-            [jnp.repeat(each, matrix.shape[0], 2) for each, matrix in pairs],
-            [jnp.repeat(each, matrix.shape[1], 2) for each, matrix in pairs],
-        )
-
-    # The pullback of v is (W_L ... W_{k+1})^T (W_{k-1} ... W_1 v)^T in layer k, an outer product;
-    # with K outputs it is a sum of several, one a row that margins see. W_0 + sum_j c_j K_j with
-    # such K_j is applied to vectors without being formed: all stages of a step share the products
-    # with W_0, and the rest costs as little as the vectors.
-    def along(
-        self, weights: Weights, vectors: Factors, coefficients: Array, data: AbstractData
-    ) -> tuple[Array, Callable[[Array], Factors]]:
-        layers, stages = list(zip(weights, *vectors, strict=True)), coefficients.shape[0]
-        first = np.ones((1, 1)) if data.rows is None else data.rows
-        row, rows = (
-            jnp.broadcast_to(jnp.asarray(first, coefficients.dtype), (stages, *first.shape)),
-            [],
-        )
-        for matrix, left, right in reversed(layers):
-            rows.append(row)
-            row = row @ matrix + _combined(coefficients, row, left, right)
-        shape = row.shape
-
-        def pull(cotangents: Array) -> Factors:
-            column, columns = cotangents.reshape(-1, *shape[1:]), []
-            for matrix, left, right in layers:
-                columns.append(column)
-                column = column @ matrix.T + _combined(coefficients, column, right, left)
-            return Factors(rows[::-1], columns)
-
-        return row.reshape(stages, -1), pull
-
-    def check(self, weights: Weights, data: AbstractData) -> Weights:
-        weights = check_weights(weights, data.num_outputs, data.rows_in_words)
-        if weights[0].shape[1] != data.dim:
-            raise ValueError(
-                f"`weights[0]` has shape {weights[0].shape}; expected {data.dim} columns, the "
-                "dimension of the data's inputs. Weights are ordered from input to output."
-            )
-        if self.mesh is not None:
-            check_cut(weights, self.mesh)
-        return weights
 
 
 class Network(AbstractNetwork):
@@ -513,38 +376,6 @@ def pullback_by_vjp(
     return coordinates, pull
 
 
-def float_leaves(argument: str, weights: Weights) -> Weights:
-    """Any pytree of weights as float64 NumPy arrays.
-
-    Raises:
-        ValueError: that names a leaf which is not to be trained: a function, a setting, an integer.
-    """
-
-    def converted(path: Any, leaf: Any) -> np.ndarray:
-        where = argument + jax.tree_util.keystr(path)
-        try:
-            kind = np.asarray(leaf).dtype.kind
-        except TypeError:  # a random key
-            kind = "O"
-        if kind in "fV":
-            return numbers_of(where, leaf)
-        outside = (
-            "Keep the rest out of the weights: `arrays, rest = equinox.partition(model, "
-            "equinox.is_inexact_array)`, with `equinox.combine(arrays, rest)` in the network."
-        )
-        if kind in "iub":
-            raise ValueError(
-                f"`{where}` is of the type {np.asarray(leaf).dtype}, {shown(leaf)}; expected real "
-                f"numbers with a decimal point: every leaf is trained. {outside}"
-            )
-        raise ValueError(
-            f"`{where}` is {shown(leaf)}; expected an array of real numbers: every leaf is "
-            f"trained. {outside}"
-        )
-
-    return jax.tree_util.tree_map_with_path(converted, weights)
-
-
 def _in_parts(array: Array, points: Array | None = None) -> tuple[Array, Array]:
     """Parts of equal size, on a leading axis, and the rest of what has points on its first axis.
 
@@ -556,151 +387,3 @@ def _in_parts(array: Array, points: Array | None = None) -> tuple[Array, Array]:
     some = max(1, AT_ONCE * len(points) // points.size)
     whole = len(points) // some * some
     return array[:whole].reshape(-1, some, *array.shape[1:]), array[whole:]
-
-
-def left_products(weights: Weights) -> list[Array]:
-    r"""The rows $l_k = W_L \cdots W_{k+1}$ for k = 0 … L; ``l_0`` is $w$, ``l_L`` is [1].
-
-    Evaluated from the output, vector times matrix: 2P flops for P weights.
-    """
-    return _chain(weights, jnp.ones_like(jnp.asarray(weights[-1])[:, 0]))
-
-
-def _chain(weights: Weights, first: Array) -> list[Array]:
-    r"""The products ``first`` $W_L \cdots W_{k+1}$ for k = 0 … L."""
-    rows = [jnp.asarray(first, jnp.result_type(*weights))]
-    for matrix in reversed(weights):
-        rows.append(rows[-1] @ matrix)
-    return rows[::-1]
-
-
-def _combined(coefficients: Array, rows: Array, first: Array, second: Array) -> Array:
-    r"""``rows[i] @ sum_j`` $c_{ij}$ ``first[j].T @ second[j]`` for every stage i.
-
-    Args:
-        coefficients: shape (stages, J).
-        rows: shape (stages, q, a).
-        first: shape (J, r, a).
-        second: shape (J, r, b).
-
-    Returns:
-        Shape (stages, q, b).
-    """
-    stages, q, _ = rows.shape
-    num, rank, width = first.shape
-    parts = rows.reshape(stages * q, width) @ first.reshape(num * rank, width).T
-    weighted = coefficients[:, None, :, None] * parts.reshape(stages, q, num, rank)
-    found = weighted.reshape(stages * q, num * rank) @ second.reshape(num * rank, second.shape[2])
-    return found.reshape(stages, q, second.shape[2])
-
-
-def end_to_end(weights: Weights) -> Float[Array, "..."]:
-    r"""The end-to-end vector $w = (W_L \cdots W_1)^\top$, shape (d,), of a network of one output.
-
-    Of K outputs the matrix $W_L \cdots W_1$, shape (K, d).
-
-    >>> import numpy as np
-    >>> end_to_end((np.array([[1.0, 2.0]]), np.array([[3.0]]))).tolist()
-    [3.0, 6.0]
-    """
-    if jnp.shape(weights[-1])[0] == 1:
-        return left_products(weights)[0]
-    *before, last = weights
-    return _chain(before, last)[0] if before else jnp.asarray(last)
-
-
-def move(weights: Weights, vectors: Factors, coefficients: Array) -> Weights:
-    """``weights + coefficients @ vectors``."""
-    moves = [combined(coefficients, a, b) for a, b in zip(*vectors, strict=True)]
-    return jax.tree.map(jnp.add, weights, shaped(moves, weights))
-
-
-def combined(coefficients: Array, left: Array, right: Array) -> Array:
-    """``coefficients @ vectors`` of the factors in one array, shape (rows, columns)."""
-    scaled = coefficients[:, None, None] * left
-    return scaled.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
-
-
-def shaped(leaves: list[Array], weights: Weights) -> Weights:
-    """The arrays in ``leaves`` as a tree of the weights' structure and shapes."""
-    old, structure = jax.tree.flatten(weights)
-    shaped = [new.reshape(jnp.shape(leaf)) for new, leaf in zip(leaves, old, strict=True)]
-    return jax.tree.unflatten(structure, shaped)
-
-
-def squared_norm(tree: PyTree[Array]) -> Array:
-    """Sum of the squares of all entries of a pytree."""
-    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))  # pyright: ignore
-
-
-def inner_product(a: Weights, b: Weights) -> Array:
-    r"""$\langle a, b\rangle$, summed over all arrays of two pytrees of one structure.
-
-    Matrices are reduced by a vector times matrix product: XLA vectorises that on a CPU but not a
-    plain sum, which would take longer than the rest of a step of descent.
-    """
-
-    def leaf(x: Array, y: Array) -> Array:
-        product = x * y
-        if product.ndim < 2:
-            return jnp.sum(product)
-        product = product.reshape(-1, product.shape[-1])
-        return jnp.sum(jnp.ones((product.shape[0],), product.dtype) @ product)
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))  # pyright: ignore
-
-
-def widths(weights: Weights) -> tuple[int, ...]:
-    """The widths $(d_0, d_1, …, d_L)$ of a deep linear network; ``depth = len(widths) - 1``."""
-    return (weights[0].shape[1], *(matrix.shape[0] for matrix in weights))
-
-
-def check_weights(
-    weights: Sequence[Any], num_outputs: int | None = 1, wanted: str = "one row, of one output"
-) -> tuple[np.ndarray, ...]:
-    """The layers of a deep linear network as float64 NumPy matrices, validated.
-
-    Args:
-        weights: from input to output.
-        num_outputs: that they have to have; None for any number.
-        wanted: how many rows the last layer has therefore, in words.
-
-    Raises:
-        ValueError: when there is no layer, a layer is not a finite matrix, neighbours do not fit,
-            or there is another number of outputs.
-    """
-    if isinstance(weights, np.ndarray | jax.Array) or not isinstance(weights, Sequence):
-        raise ValueError(
-            f"`weights` is a {type(weights).__name__}; expected a tuple of matrices from input to "
-            "output. For one layer write `(matrix,)`."
-        )
-    if len(weights) == 0:
-        raise ValueError("`weights` is empty; expected at least one matrix, shape (1, d).")
-    checked: list[np.ndarray] = []
-    for k, layer in enumerate(weights):
-        matrix = numbers_of(f"weights[{k}]", layer)
-        if matrix.ndim != 2:
-            raise ValueError(
-                f"`weights[{k}]` has shape {matrix.shape}; expected a matrix, "
-                "shape (width after the layer, width before it)."
-            )
-        if 0 in matrix.shape:
-            raise ValueError(
-                f"`weights[{k}]` has shape {matrix.shape}; expected widths of at least 1."
-            )
-        if not np.all(np.isfinite(matrix)):
-            raise ValueError(
-                f"`weights[{k}]` has NaN or infinite entries; expected finite numbers."
-            )
-        if checked and matrix.shape[1] != checked[-1].shape[0]:
-            raise ValueError(
-                f"`weights[{k}]` has shape {matrix.shape}; expected {checked[-1].shape[0]} "
-                f"columns, the rows of `weights[{k - 1}]`. Weights are ordered from input to "
-                "output."
-            )
-        checked.append(matrix)
-    if num_outputs is not None and checked[-1].shape[0] != num_outputs:
-        raise ValueError(
-            f"`weights[{len(checked) - 1}]` has shape {checked[-1].shape}; expected {wanted}."
-        )
-    return tuple(checked)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.problem.array import Array, as_array
 from gflow.problem.conserved import (
     Kept,
     drift,
@@ -32,17 +33,10 @@ from gflow.problem.curvature import (
     sharpness_error as sharpness_error,
 )
 from gflow.problem.data import labelled
+from gflow.problem.deep_linear import end_to_end
 from gflow.problem.dense import beside
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.module import Module
-from gflow.problem.network import (
-    Array,
-    Weights,
-    as_array,
-    end_to_end,
-    inner_product,
-    squared_norm,
-)
 from gflow.problem.risk import Problem
 from gflow.problem.singular import Singular as Singular, singular as singular, singulars
 from gflow.problem.target_observables import (
@@ -52,6 +46,7 @@ from gflow.problem.target_observables import (
     kernel_movement as kernel_movement,
     mode_strengths as mode_strengths,
 )
+from gflow.problem.weights import Weights, inner_product, squared_norm
 
 
 def misalignment(before: Singular, after: Singular) -> Array:

@@ -23,15 +23,18 @@ import numpy as np
 from gflow.problem import settings
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.arguments import expect, flag
+from gflow.problem.array import Array
+from gflow.problem.deep_linear import DeepLinear
 from gflow.problem.design import AbstractDesign
 from gflow.problem.losses import Logistic
 from gflow.problem.memo import once_per_object
 from gflow.problem.module import Module
-from gflow.problem.network import AbstractNetwork, Array, DeepLinear, Weights
+from gflow.problem.network import AbstractNetwork
 from gflow.problem.sharding import by_rows, mesh_of
 from gflow.problem.soft_margin import CrossEntropy
 from gflow.problem.squared import Squared
 from gflow.problem.terms import AbstractJointLoss
+from gflow.problem.weights import Weights
 
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.problem import settings
-from gflow.problem.network import Array, as_array
+from gflow.problem.array import Array, as_array
 
 EXACT = 48 * 48
 """Entries up to which all of a matrix is decomposed. Up to there that takes 0.4 ms, like the other

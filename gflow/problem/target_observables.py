@@ -23,11 +23,12 @@ from gflow.problem.abstract_targets import AbstractTargets
 from gflow.problem.arguments import numbers_of
 from gflow.problem.array import Array, as_array
 from gflow.problem.conserved import Kept, drift, kept
+from gflow.problem.deep_linear import end_to_end
 from gflow.problem.module import Module
-from gflow.problem.network import Weights, end_to_end, squared_norm
 from gflow.problem.nuclear import least_nuclear
 from gflow.problem.risk import Problem
 from gflow.problem.singular import leading
+from gflow.problem.weights import Weights, squared_norm
 
 FAINT = 200.0
 """A mode counts as begun from this part of its target on, in `modes_learnt`."""

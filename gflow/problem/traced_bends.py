@@ -13,7 +13,7 @@ from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends, Place
 from gflow.problem.kinks import holds, is_kink, replay, traced
-from gflow.problem.network import Weights
+from gflow.problem.weights import Weights
 
 
 class TracedBends(AbstractBends):

@@ -22,9 +22,10 @@ from gflow.dynamics.stops import LogRisk
 from gflow.problem import init, settings
 from gflow.problem.data import Dataset
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic
-from gflow.problem.network import Network, Weights
+from gflow.problem.network import Network
 from gflow.problem.regression import Regression
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -16,7 +16,7 @@ import numpy as np
 
 from gflow.problem.abstract_data import AbstractData
 from gflow.problem.data import Dataset, labelled
-from gflow.problem.network import widths
+from gflow.problem.deep_linear import widths
 from gflow.problem.risk import Problem
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import numpy as np
 from gflow.dynamics.descending.optimizers import describe
 from gflow.dynamics.ensemble import check_options
 from gflow.problem.arguments import expect_unmasked, shown
-from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 TRIED = 16
 """Axes of so many values are tried at each of them, longer ones at their ends and middle."""

@@ -26,9 +26,10 @@ import optax
 
 from gflow.dynamics.descending.step_meter import Elapsed, StepMeter
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
+from gflow.problem.array import Array
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Weights, inner_product
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights, inner_product
 
 BOUND_SLACK = 1e-9
 """Rounding allowed for in the bound on log R: the rule may be asked too often, never too late."""

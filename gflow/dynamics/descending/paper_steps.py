@@ -11,9 +11,10 @@ import optax
 from gflow.dynamics.descending.optimizers import transformation
 from gflow.problem import settings
 from gflow.problem.arguments import A_PROBLEM, between, expect, shown, whole
+from gflow.problem.array import Array
 from gflow.problem.module import Module
-from gflow.problem.network import Array, inner_product
 from gflow.problem.risk import Problem
+from gflow.problem.weights import inner_product
 
 
 @settings.own()

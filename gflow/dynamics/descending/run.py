@@ -39,8 +39,9 @@ from gflow.dynamics.drive.events import Action, Course, Event
 from gflow.dynamics.drive.recorder import Recorder
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule, anonymous
-from gflow.problem.network import Array, Weights
+from gflow.problem.array import Array
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 MISALIGNMENT_EVERY = 100
 """Steps between two tests of a `Misalignment` rule, which needs singular vectors."""

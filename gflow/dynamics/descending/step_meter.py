@@ -23,8 +23,9 @@ import numpy as np
 import optax
 
 from gflow.dynamics.descending.optimizers import with_extra_arguments
+from gflow.problem.array import Array
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Weights, inner_product
+from gflow.problem.weights import Weights, inner_product
 
 SINGLE = float(np.finfo(np.float32).eps)
 """A negative step that is smaller than the time so far by this factor is a zero with round-off."""

@@ -28,7 +28,8 @@ from gflow.dynamics.descending.optimizers import (
     with_extra_arguments,
 )
 from gflow.problem.arguments import between, positive
-from gflow.problem.network import Array, inner_product
+from gflow.problem.array import Array
+from gflow.problem.weights import inner_product
 
 Schedule = Callable[[Any], Any]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Event
 from gflow.dynamics.march.lane import Goals
-from gflow.problem.network import as_array
+from gflow.problem.array import as_array
 
 
 class Agenda:

@@ -24,8 +24,8 @@ from jaxtyping import PyTree
 
 from gflow.dynamics.drive.recorder import Recorder
 from gflow.dynamics.reasons import End
-from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 from gflow.record import versions, whole_file
 
 SCHEMA = "gflow-checkpoint-2"

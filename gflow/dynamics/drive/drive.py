@@ -28,8 +28,8 @@ from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule
 from gflow.problem import settings
 from gflow.problem.arguments import file_path, flag
-from gflow.problem.network import Weights
 from gflow.problem.one_thread import one_thread
+from gflow.problem.weights import Weights
 
 NARROW = 4096
 """Weights up to which members gain by going side by side: beyond, the products of one member's

@@ -10,8 +10,9 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime, progress_of, save_grid
-from gflow.problem.network import Weights, as_array
+from gflow.problem.array import as_array
 from gflow.problem.risk import Problem, risk_and_slope
+from gflow.problem.weights import Weights
 
 NO_STEP_COUNT = int(np.iinfo(np.int64).max)
 

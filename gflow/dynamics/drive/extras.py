@@ -10,8 +10,9 @@ import numpy as np
 
 from gflow.names import check_names, made_from
 from gflow.problem import settings
-from gflow.problem.network import Array, Weights
+from gflow.problem.array import Array
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 Observable = Callable[[Problem, Weights], Array]
 

@@ -16,7 +16,7 @@ from gflow.dynamics.field import FlowState
 from gflow.dynamics.march.lane import Lane, Member, Saved
 from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
-from gflow.problem.network import as_array
+from gflow.problem.array import as_array
 from gflow.problem.sharding import gathered
 from gflow.programs import FEW
 

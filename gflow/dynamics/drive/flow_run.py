@@ -40,11 +40,12 @@ from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
+from gflow.problem.array import Array, as_array
 from gflow.problem.memo import once_per_object
-from gflow.problem.network import Array, Weights, as_array
 from gflow.problem.observables import imbalance
 from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
 from gflow.problem.sharding import gathered
+from gflow.problem.weights import Weights
 
 COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
 """Log risks at which the run on the weights is compared with the continuation, and handed over.

@@ -15,8 +15,9 @@ from gflow.dynamics.split.observables import observables
 from gflow.dynamics.split.slow_manifold import SlowManifold, difference
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, Coordinates
-from gflow.problem.network import Weights, as_array
+from gflow.problem.array import as_array
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun

@@ -17,16 +17,18 @@ from gflow.names import merged
 from gflow.problem import observables as obs
 from gflow.problem.abstract_targets import slowest_rate, targets_of
 from gflow.problem.arguments import flag
+from gflow.problem.array import Array, as_array
 from gflow.problem.class_observables import ClassReference, of_classes
 from gflow.problem.data import Dataset, labelled
+from gflow.problem.deep_linear import widths
 from gflow.problem.dense import names
 from gflow.problem.design import others_of
 from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
-from gflow.problem.network import Array, Weights, as_array, widths
 from gflow.problem.nuclear import least_nuclear
 from gflow.problem.risk import Problem, level_at_zero
 from gflow.problem.target_observables import TargetReference, of_targets, padded_targets
+from gflow.problem.weights import Weights
 from gflow.programs import FEW, by_size
 from gflow.quantities import QUANTITIES
 

@@ -12,11 +12,13 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule
+from gflow.problem.array import Array, as_array
 from gflow.problem.data import labelled
+from gflow.problem.deep_linear import end_to_end
 from gflow.problem.losses import AbstractJointLoss
 from gflow.problem.memo import once_per_object
-from gflow.problem.network import Array, Weights, as_array, end_to_end
 from gflow.problem.risk import Problem, level_at_zero, risk_and_slope
+from gflow.problem.weights import Weights
 
 SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:

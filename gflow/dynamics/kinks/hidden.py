@@ -6,8 +6,9 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from gflow.problem.network import Array, Weights
+from gflow.problem.array import Array
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 
 @eqx.filter_jit

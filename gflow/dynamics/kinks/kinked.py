@@ -15,9 +15,11 @@ from gflow.dynamics.kinks.patterns import Slide
 from gflow.dynamics.kinks.piece import Piece
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.tolerance import AbstractTolerance
+from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends
-from gflow.problem.network import AbstractNetwork, Array, Weights, squared_norm
+from gflow.problem.network import AbstractNetwork
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights, squared_norm
 
 CROSSED, SLID, LEFT, STEPPED_OVER = 0, 1, 2, 3
 """What happened to a unit at a kink: it crossed, began to slide, left a slide, or crossed in a step

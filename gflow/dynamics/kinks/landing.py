@@ -10,9 +10,10 @@ from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule, Coordinates
+from gflow.problem.array import Array
 from gflow.problem.bends import sight, violations
-from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 AIM, ENOUGH = 3.0, 50.0
 """In units of what counts as past a kink: where a landing aims, and what it is content with. It is

@@ -26,7 +26,7 @@ from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
 from gflow.problem.bends import sight, violations
-from gflow.problem.network import squared_norm
+from gflow.problem.weights import squared_norm
 
 
 class End(NamedTuple):

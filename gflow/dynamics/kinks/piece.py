@@ -13,8 +13,8 @@ from gflow.dynamics.kinks.decide import Alone, Block, Group, decide, decide_alon
 from gflow.dynamics.kinks.patterns import Patterns, Slide
 from gflow.problem.array import Array, as_array
 from gflow.problem.bends import AbstractBends, Frozen, Sight, scale_of, sight, violations
-from gflow.problem.network import Weights
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 AT_KINK = 1e-9
 """Units whose pre-activation is below this part of its scale are at their kinks, when one is."""

@@ -11,7 +11,7 @@ from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.loop import observe
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule
-from gflow.problem.network import Array
+from gflow.problem.array import Array
 
 
 @eqx.filter_jit

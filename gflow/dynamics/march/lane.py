@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.stops import AbstractRule
+from gflow.problem.array import Array
 from gflow.problem.module import Module
-from gflow.problem.network import Array
 
 
 class Goals(Module):

@@ -28,7 +28,8 @@ from gflow.dynamics.march.lane import Lane, Member, Rows, Saved, strong
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
-from gflow.problem.network import Array, Weights, squared_norm
+from gflow.problem.array import Array
+from gflow.problem.weights import Weights, squared_norm
 from gflow.programs import ONCE, by_size, compiled
 
 SHARE = 4, 5

@@ -11,8 +11,8 @@ import optimistix
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.control import ROUND_OFF
+from gflow.problem.array import Array
 from gflow.problem.module import Module
-from gflow.problem.network import Array
 
 
 class Step(NamedTuple):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.field import FlowState
+from gflow.problem.array import Array
 from gflow.problem.module import Module
-from gflow.problem.network import Array, Weights
 from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
 
 ROUND_OFF_SEEN = 1 / 8
 """Of the round-off that is allowed for, so much is met in fact."""

@@ -7,7 +7,7 @@ members at once is three times faster at order 10 on a CPU, and twice slower at 
 import jax
 import jax.numpy as jnp
 
-from gflow.problem.network import Array
+from gflow.problem.array import Array
 
 UNROLLED = 16
 """Up to this order elimination is written out over the members."""

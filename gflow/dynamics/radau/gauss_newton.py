@@ -16,7 +16,8 @@ from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.radau import newton
 from gflow.dynamics.radau.newton import Attempt, Solution, Stages
 from gflow.dynamics.radau.tableau import legendre_values, radau
-from gflow.problem.network import Array, Factors, Weights, move
+from gflow.problem.array import Array
+from gflow.problem.weights import Factors, Weights, move
 
 
 class Collocation(diffrax.AbstractLocalInterpolation):

@@ -77,10 +77,11 @@ from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.radau.batching import solve, solve_differentiably
 from gflow.dynamics.radau.spectral import LARGE, Systems
 from gflow.dynamics.radau.tableau import decay_rate, legendre_values, radau
+from gflow.problem.array import Array
 from gflow.problem.design import AbstractDesign
-from gflow.problem.network import Array, Factors, Weights, combined, move, shaped
 from gflow.problem.risk import Problem
 from gflow.problem.terms import AbstractCurvature
+from gflow.problem.weights import Factors, Weights, combined, move, shaped
 
 DIRECT = 100
 """Up to this order the linear system is solved as it is; beyond, the stages share a Jacobian."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import legendre
 
-from gflow.problem.network import Array
+from gflow.problem.array import Array
 
 
 class Radau(NamedTuple):

@@ -40,8 +40,8 @@ from gflow.dynamics.split.walk import Walk
 from gflow.problem.data import labelled
 from gflow.problem.memo import once_per_object
 from gflow.problem.module import Module
-from gflow.problem.network import Weights
 from gflow.problem.one_thread import one_thread
+from gflow.problem.weights import Weights
 
 if TYPE_CHECKING:
     from gflow.problem.risk import Problem
