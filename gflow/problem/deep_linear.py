@@ -31,8 +31,15 @@ class DeepLinear(AbstractNetwork):
     for K classes or K targets.
     """
 
-    mesh: Mesh | None = eqx.field(static=True, default=None, repr=False)
-    """Devices that share the weights: ``Problem.sharded``."""
+    devices: Mesh | None = eqx.field(static=True, default=None, repr=False)
+    """Those that share the weights: ``Problem.sharded``."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.devices
+
+    def over(self, mesh: Mesh) -> "DeepLinear":
+        return DeepLinear(mesh)
 
     def placed(self, weights: Weights) -> Weights:
         return weights if self.mesh is None else placed(weights, self.mesh)

@@ -3,8 +3,8 @@ r"""Fully connected networks with a kink between their layers.
 $$f(x) = W_L\,\phi(\cdots\phi(W_2\,\phi(W_1x + b_1) + b_2)\cdots) + b_L, \qquad
 \phi(z) = \max(z, \kappa z).$$
 
-Conventions for weights are those of ``deep_linear.py``; a layer with a bias is a pair of its matrix and
-its bias. Without biases the network is homogeneous of degree L.
+Conventions for weights are those of ``deep_linear.py``; a layer with a bias is a pair of its matrix
+and its bias. Without biases the network is homogeneous of degree L.
 """
 
 from collections.abc import Sequence

@@ -27,6 +27,8 @@ from gflow.problem.module import Module
 from gflow.problem.weights import Factors, Weights, float_leaves, move, squared_norm
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from gflow.problem.bends import AbstractBends
     from gflow.problem.small_start import SmallStart
 
@@ -88,6 +90,15 @@ class AbstractNetwork(Module):
             ValueError: when it cannot be evaluated on its points.
         """
         return self
+
+    @property
+    def mesh(self) -> "Mesh | None":
+        """The devices that share the weights, if several do."""
+        return None
+
+    def over(self, mesh: "Mesh") -> "AbstractNetwork | None":
+        """The network with weights that these devices share; None if they cannot be cut."""
+        return None
 
     def placed(self, weights: Weights) -> Weights:
         """Weights, or what has their shapes, on the devices that share them."""

@@ -121,7 +121,8 @@ class Problem(Module):
         mesh = mesh_of(devices)
         if not (points or weights):
             raise ValueError("`points` and `weights` are false; expected one of them at least.")
-        if self.design is None or not isinstance(self.network, DeepLinear):
+        spread = self.network.over(mesh) if weights else self.network
+        if self.design is None or spread is None:
             raise ValueError(
                 f"`problem` has a {type(self.network).__name__}; expected a DeepLinear network: "
                 "only its points and weights can be spread over devices."
@@ -136,14 +137,7 @@ class Problem(Module):
         if points:
             with settings.own():  # every array of a design has the points on its first axis
                 shared = eqx.tree_at(lambda p: p.design, shared, by_rows(self.design, mesh))
-        if weights:
-            shared = eqx.tree_at(lambda p: p.network, shared, DeepLinear(mesh))
-        return shared
-
-    @property
-    def shares_weights(self) -> bool:
-        """Whether several devices share the weights."""
-        return isinstance(self.network, DeepLinear) and self.network.mesh is not None
+        return eqx.tree_at(lambda p: p.network, shared, spread)
 
     def in_precision(self, precision: str) -> "Problem":
         """The same problem with all its numbers of a type, "float64" or "float32".

@@ -158,7 +158,7 @@ class FlowRun:
     @property
     def widest(self) -> int:
         alone = self.split_run is not None or self.kinked is not None
-        alone |= self.problem.shares_weights
+        alone |= self.problem.network.mesh is not None
         return 1 if alone else widest_for(self.recorder.start)
 
     def fail(self, error: Exception) -> None:
