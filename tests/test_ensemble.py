@@ -142,21 +142,25 @@ with jax.enable_x64(True):
     first, last = shared.network.placed(start)
 assert [part.data.shape for part in first.addressable_shards] == [(2, 2)]
 assert [part.data.shape for part in last.addressable_shards] == [(1, 2)]
-flow = gflow.gradient_flow(shared, start, until=gflow.LogRisk(-20), save=3, certify=True)
-alone = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-20), save=3, certify=True)
-for name in ("end_to_end", "log_time", "margin", "direction_error"):
-    np.testing.assert_allclose(flow[name].values, alone[name].values, rtol=1e-7)
+flow = gflow.gradient_flow(shared, start, until=gflow.LogRisk(-20), save=3)
+for name, values in np.load(sys.argv[3]).items():
+    np.testing.assert_allclose(flow[name].values, values, rtol=1e-7)
 """
 
 
-def test_two_processes_share_the_points_and_the_weights_of_one_problem():
+def test_two_processes_share_the_points_and_the_weights_of_one_problem(problem, tmp_path):
+    start = gflow.init.zero_first((2, 4, 1), seed=0)
+    alone = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-20), save=3)
+    names = "end_to_end", "log_time", "margin", "direction_error"
+    np.savez(tmp_path / "alone.npz", **{name: alone[name].values for name in names})
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    quick = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-c", PROCESSES, address]
     both = [
-        subprocess.Popen([*command, number], env=quick, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, number, tmp_path / "alone.npz"], stderr=subprocess.PIPE, text=True
+        )
         for number in "01"
     ]
     for process in both:
@@ -165,7 +169,7 @@ def test_two_processes_share_the_points_and_the_weights_of_one_problem():
 
 
 def test_two_devices_give_what_one_gives_with_members_or_points_spread_over_them():
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=2 " + os.environ["XLA_FLAGS"]
     subprocess.run(
         [sys.executable, "-c", DEVICES], env={**os.environ, "XLA_FLAGS": flags}, check=True
     )
