@@ -57,7 +57,7 @@ def run(problem, weights, **options):
 def facts(record, cpu):
     return {
         "status": record.attrs["status"],
-        "log_risk": float(record.log_risk[-1]),
+        "log_risk": float(record.log_risk[-1]) if np.isfinite(record.log_risk[-1]) else None,
         "steps": int(record.num_steps[-1]),
         "evaluations": int(record.attrs["num_field_evaluations"]),
         "kinks": int(record.num_kinks[-1]),
