@@ -150,6 +150,12 @@ def test_logarithms_beyond_the_range_of_floats_are_judged_too():
     assert log_trend(log_time, np.full(50, -1e6), span=5e5).tends is False
 
 
+def test_a_long_fall_whose_exponent_drifts_is_no_level():
+    x = np.array([5.0, 25.0, 45.0])
+    assert log_trend(x, -np.array([5.0, 26.0, 46.0]), span=40.0).tends  # e^1 apart from a line
+    assert log_trend(x, -np.array([5.0, 26.0, 36.0]), span=40.0).tends is False
+
+
 def test_bounded_growth_levels_off_and_logarithmic_growth_does_not():
     assert stays_bounded(X, np.exp(X) / (1 + np.exp(X))).tends
     assert stays_bounded(X, np.exp(-X)).tends

@@ -10,7 +10,8 @@ $$c = Q_3 - \frac{(Q_3 - Q_2)^2}{Q_3 - 2Q_2 + Q_1}.$$
 
 A law with $c = 0$ gives zero exactly, one that levels off gives its level. $Q$ *tends to zero*
 when $Q_3 < Q_2 < Q_1$ and $c \le Q_3/2$: at least half of what is left goes away on extrapolation.
-A decrease that speeds up counts as $c \le 0$.
+A decrease that speeds up counts as $c \le 0$. A fall by $e^{20}$ and more whose halves differ by a
+tenth counts too: three values cannot tell it from a level that is reached just there.
 
 Before its asymptotic regime a quantity may rest or rise for a while. One whose rate is known is
 then given the benefit of it: if over the last decade it fell at least as fast as the rate says, and
@@ -29,6 +30,10 @@ LEAST_STRETCH = math.log(2.0)
 
 LARGEST_LIMIT = 0.5
 """Part of the last value that the extrapolated limit may be."""
+
+MANY, CURVED = 10.0, 0.1
+"""Powers of e in the second half of a fall that are many, and the part of them by which the halves
+may differ then: over so far an exponent that changes a little looks like a level."""
 
 LARGEST_EXPONENT = 300.0
 """Ratios of saved values beyond $e^{300}$ are taken for this, which decides the same."""
@@ -115,7 +120,8 @@ def log_trend(
     limit = _limit(float(y1 - y3), float(y2 - y3))
     if y3 >= y2:
         return Trend(False, exponent, 1.0, "it has stopped falling")
-    tends = limit <= LARGEST_LIMIT
+    straight = abs((y1 - y2) - (y2 - y3)) <= CURVED * (y2 - y3)
+    tends = bool(limit <= LARGEST_LIMIT or (straight and y2 - y3 >= MANY))
     part = "below zero" if limit < 0 else f"at {limit:.0%} of its last value"
     return Trend(tends, exponent, limit, f"its extrapolated limit lies {part}")
 
