@@ -1,11 +1,8 @@
-"""When units met their kinks in a step: by cubics through its ends, or back from its end."""
+"""When units met their kinks in a step, and how long that is ago."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
-
-NEWTON = 12
-"""Iterations on a cubic."""
 
 
 class Events(NamedTuple):
@@ -32,20 +29,6 @@ def mean_ratio(events: Events, which: np.ndarray) -> float:
     """The root mean square of the ratios of some events, weighted by what is mended of them."""
     weight = np.where(which, events.since**2, 0.0)
     return np.sqrt(np.sum((weight * events.ratio) ** 2) / max(np.sum(weight**2), 1e-300))
-
-
-# The cubic through values a and b and slopes c and d at 0 and 1, a <= 0 < b.
-def root_of_cubic(a: Any, c: Any, b: Any, d: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Where in [0, 1] cubics of Hermite pass zero, and their slopes there."""
-    p, q = 3 * (b - a) - 2 * c - d, c + d - 2 * (b - a)
-    low, high = np.zeros_like(b), np.ones_like(b)
-    x = np.clip(-a / np.where(b > a, b - a, 1.0), 0.0, 1.0)
-    for _ in range(NEWTON):
-        value, slope = a + x * (c + x * (p + x * q)), c + x * (2 * p + 3 * x * q)
-        low, high = np.where(value < 0, x, low), np.where(value < 0, high, x)
-        new = x - value / np.where(slope == 0, 1.0, slope)
-        x = np.where((new >= low) & (new <= high), new, (low + high) / 2)
-    return x, c + x * (2 * p + 3 * x * q)
 
 
 def how_long_ago(z: Any, speed: Any, bend: Any, longest: Any) -> tuple[np.ndarray, np.ndarray]:

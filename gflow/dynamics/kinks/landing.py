@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.kinks.cubic import root_of_cubic
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule, Coordinates
@@ -24,9 +25,6 @@ MOST = 60
 
 PATIENCE = 5
 """One trial in so many is put halfway to the middle."""
-
-REFINED = 12
-"""Newton iterations on a cubic."""
 
 
 class PastKinks(AbstractRule):
@@ -152,14 +150,5 @@ def _earliest(below: tuple[Array, Array], above: tuple[Array, Array], width: Arr
     a, b = f0 - AIM, jnp.where(past, jnp.maximum(f1 - AIM, 0.0), 1.0)
     a = jnp.where(past & jnp.isfinite(a) & (a < 0), a, -1.0)
     slope0, slope1 = (jnp.where(past & jnp.isfinite(d), width * d, 0.0) for d in (d0, d1))
-    # The cubic of Hermite: a + slope0 x + p x^2 + q x^3.
-    p = 3 * (b - a) - 2 * slope0 - slope1
-    q = slope0 + slope1 - 2 * (b - a)
-    low, high, x = jnp.zeros_like(a), jnp.ones_like(a), a / (a - b)
-    for _ in range(REFINED):
-        value = a + x * (slope0 + x * (p + x * q))
-        low, high = jnp.where(value < 0, x, low), jnp.where(value < 0, high, x)
-        speed = slope0 + x * (2 * p + 3 * x * q)
-        new = x - value / jnp.where(speed == 0, 1.0, speed)
-        x = jnp.where((new > low) & (new < high), new, (low + high) / 2)
+    x, _ = root_of_cubic(a, slope0, b, slope1, jnp)
     return jnp.min(jnp.where(past, x, 1.0))

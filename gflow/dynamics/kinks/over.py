@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.kinks.crossings import Events, how_long_ago, mean_ratio, root_of_cubic
+from gflow.dynamics.kinks.crossings import Events, how_long_ago, mean_ratio
+from gflow.dynamics.kinks.cubic import root_of_cubic
 from gflow.dynamics.kinks.mending import End, mended, seen_at
 from gflow.dynamics.kinks.piece import NotUniqueError, Piece
 from gflow.dynamics.march.tolerance import AbstractTolerance
@@ -239,7 +240,7 @@ class Over:
         if turn == 0:
             z0, speed0, force0 = (np.asarray(x)[points, neurons] for x in self.start[:3])
             part, speed = root_of_cubic(
-                side * z0, side * speed0 * self.h, side * z, side * speed * self.h
+                side * z0, side * speed0 * self.h, side * z, side * speed * self.h, np
             )
             since, speed = self.h * (1 - part), side * speed / self.h
             force = force0 + part * (force - force0)
