@@ -16,7 +16,6 @@ from gflow.dynamics.kinks.piece import Piece
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
-from gflow.problem.bends import AbstractBends
 from gflow.problem.network import AbstractNetwork
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights, squared_norm
@@ -79,16 +78,12 @@ class Kinked:
 
     Args:
         problem: with a network that has kinks.
-        bends: its kinks.
         weights: the start.
-        branch: the side, 1 or -1, that a unit takes where the flow is not unique; None for none.
+        piece: that it begins in.
     """
 
-    def __init__(
-        self, problem: Problem, bends: AbstractBends, weights: Weights, branch: int | None
-    ):
-        self.problem, self.start = problem, weights
-        self.piece = Piece(problem, bends, weights, branch)
+    def __init__(self, problem: Problem, weights: Weights, piece: Piece):
+        self.problem, self.start, self.piece = problem, weights, piece
         self.log: list[Happened] = []
         self.num_kinks, self.num_patterns, self.num_stepped_over = 0, 1, 0
         self.num_joint = 0
@@ -104,9 +99,9 @@ class Kinked:
     def of(cls, problem: Problem, weights: Weights) -> "Kinked | None":
         """The kinks of a run at its start; None for a network that has none that gflow knows."""
         bends = problem.network.kinks(weights, problem.data)
-        return (
-            None if bends is None else cls(problem, bends, weights, problem.network.branch_side())
-        )
+        if bends is None:
+            return None
+        return cls(problem, weights, Piece(problem, bends, weights, problem.network.branch_side()))
 
     @property
     def here(self) -> Problem:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.kinks.decide import Alone, Block, Group, decide, decide_alone
+from gflow.dynamics.kinks.decide import PARALLEL, Alone, Block, Group, decide, decide_alone
 from gflow.dynamics.kinks.patterns import Patterns, Slide
 from gflow.problem.array import Array, as_array
 from gflow.problem.bends import AbstractBends, Frozen, Sight, scale_of, sight, violations
@@ -73,10 +73,6 @@ def _block(
 
     normals, later = jax.vmap(normal)(units)
     return base, force, normals, later
-
-
-PARALLEL = 1e-12
-"""Normals are parallel up to this part of their length."""
 
 
 def rays(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
