@@ -28,6 +28,7 @@ from gflow.problem import settings
 from gflow.problem.arguments import numbers_of, positive
 from gflow.problem.array import Array
 from gflow.problem.deep_linear import end_to_end
+from gflow.problem.dense import leaves_of
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights
 from gflow.record import versions
@@ -160,7 +161,7 @@ class _Flows:
             raise ValueError(f"`learning_rates` has {modified.step:.12g}: {error}") from error
         self.facts |= {key: record.attrs[key] for key in ("solver", "clock")}
         leaves, structure = jax.tree.flatten(self.weights)
-        ends = [record[f"final_weights_{k}"].values for k in range(1, len(leaves) + 1)]
+        ends = leaves_of(record, "final", len(leaves))
         if record.attrs["status"] != "reached":
             if self.facts["status"] == "reached":
                 which = "the flow" if modified is None else repr(modified)

@@ -13,6 +13,7 @@ from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.split.state import SplitState, split
 from gflow.problem.data import Dataset
 from gflow.problem.deep_linear import check_weights
+from gflow.problem.dense import leaves_of
 from gflow.problem.observables import imbalance
 from gflow.problem.weights import Weights
 
@@ -111,10 +112,7 @@ def limits_of_record(record: "xr.Dataset") -> Limits:
         raise ValueError("the record has no support vectors")
     support = np.asarray(record["support_vectors"].values, dtype=np.float64)
     depth = record.sizes["layer"]
-    first, last = (
-        [np.asarray(record[f"{label}_weights_{k + 1}"].values) for k in range(depth)]
-        for label in ("initial", "final")
-    )
+    first, last = (leaves_of(record, which, depth) for which in ("initial", "final"))
     row = np.ones(1)
     for matrix in reversed(last):
         row = row @ matrix
@@ -165,7 +163,7 @@ def _integrate(problem: "Problem", weights: Weights) -> Weights:
     )
     if record.attrs["status"] != "reached":
         raise ValueError(f"The flow has no limits of this kind: {record.attrs['message']}.")
-    return tuple(record[f"final_weights_{k + 1}"].values for k in range(len(weights)))
+    return tuple(leaves_of(record, "final", len(weights)))
 
 
 def _conserved(start: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
