@@ -12,10 +12,11 @@ from pathlib import Path
 # compiler is asked not to optimise, and to make loops in its older way, which takes half off. From
 # jaxlib 0.11 on there is no older way, and XLA ends the process at a flag that it does not know.
 # Set before JAX is imported.
-FLAGS = ["--xla_backend_optimization_level=0"]
-if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 "
+    + ("--xla_cpu_use_fusion_emitters=false " if int(version("jaxlib").split(".")[1]) < 11 else "")
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 # What one process has compiled the others read: the second worker, notebooks, benchmarks, and the
 # next run, which takes half the time. JAX tells programs, flags and versions apart.
