@@ -4,6 +4,7 @@ import concurrent.futures as cf
 import contextlib
 import inspect
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,8 @@ def ensemble(
         lanes: how many members are side by side on a device.
         devices: where to run, by default on all devices of this process, or on the one that
             ``jax.default_device`` names. One that is named twice runs two sets of lanes in two
-            threads: ``jax.devices() * 2`` uses two cores of a CPU.
+            threads: ``jax.devices() * 2`` uses two cores of a CPU, of which by default as many are
+            used as there are members to fill their lanes.
         executor: any ``concurrent.futures.Executor``, whose processes take 128 members at a time,
             as for ``sweep``.
         progress: show a progress bar; None shows it on terminals and in notebooks.
@@ -150,7 +152,8 @@ def ensemble(
         def tell(done: float) -> None:
             bar.update(done, f"{int(done)} of {count} members")
 
-        found = follow(work, labels, lanes=lanes, devices=devices, executor=executor, tell=tell)
+        chosen = chosen or devices_here(count, lanes)
+        found = follow(work, labels, lanes=lanes, devices=chosen, executor=executor, tell=tell)
     if none_done(found):
         raise KeyboardInterrupt
     if "log_risk" not in found:
@@ -258,7 +261,7 @@ def _followed(
         drive = Drive(
             sorted(runs, key=_size_of_start),
             width=lanes,
-            devices=devices or _devices(),
+            devices=devices or _own_devices(),
             look=lambda: tell(count - len(runs) + sum(run.part_done for run in runs)),
             isolate=True,
         )
@@ -278,10 +281,29 @@ def _followed(
     return Followed(members, in_lanes, drive.work)
 
 
-def _devices() -> list[Any]:
+def _own_devices() -> list[Any]:
     """All of this process, or the one that the caller has made the default."""
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return jax.local_devices() if chosen is None else [chosen]
+
+
+def devices_here(count: int, lanes: int) -> list[Any]:
+    """Where members are followed in the caller's own process: a CPU once a core, to fill its lanes.
+
+    One set of lanes keeps one core busy. A process of an engine has one core by custom, and others
+    beside it.
+    """
+    found = _own_devices()
+    if len(found) > 1 or jax.default_backend() != "cpu":
+        return found
+    return found * max(1, min(_num_cores(), count // lanes))
+
+
+def _num_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _begun(work: Work, i: int) -> FlowRun | DescentRun | Exception:

@@ -186,14 +186,24 @@ class Drive:
         make_room(alike[0].program)
         queue, devices = deque(alike), self.devices[: len(alike)]
         width = min(self.width, alike[0].widest, -(-len(alike) // len(devices)))
+        compiled = {device: threading.Event() for device in devices}
         if width == 1 and len(devices) == 1:
-            self._serve(queue, alike, width, devices[0])
+            self._serve(queue, alike, width, devices[0], compiled[devices[0]])
             return
+
+        def serve(device: Any, first: bool) -> None:
+            if not first:  # of its device, whose programs it needs and need not compile again
+                compiled[device].wait()
+            try:
+                self._serve(queue, alike, width, device, compiled[device])
+            finally:
+                compiled[device].set()
+
         # In threads, for one device too: Ctrl-C reaches this one and leaves no run half told.
         with ThreadPoolExecutor(len(devices)) as threads:
             parts = [
-                threads.submit(copy_context().run, self._serve, queue, alike, width, device)
-                for device in devices
+                threads.submit(copy_context().run, serve, device, device not in devices[:k])
+                for k, device in enumerate(devices)
             ]
             try:
                 for part in parts:
@@ -202,7 +212,14 @@ class Drive:
                 self.stopped = True
                 raise
 
-    def _serve(self, queue: deque[Run], alike: list[Run], width: int, device: Any) -> None:
+    def _serve(
+        self,
+        queue: deque[Run],
+        alike: list[Run],
+        width: int,
+        device: Any,
+        compiled: threading.Event,
+    ) -> None:
         """Follow runs from the queue in the lanes of one device until none is left."""
         with settings.own(), on(device):
             lanes = alike[0].lanes(alike, width)
@@ -217,6 +234,7 @@ class Drive:
                         break
                     with interrupted_at_the_end():
                         self._advance(lanes, new, bool(queue))
+                    compiled.set()
                     for k, run in enumerate(lanes.seats):
                         if run is not None and (run.end is not None or not run.seated):
                             lanes.seats[k] = None
