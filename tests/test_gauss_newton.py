@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gflow
-from gflow.dynamics.radau import newton
+from gflow.dynamics.radau import newton, part
 from gflow.dynamics.radau.spectral import NEGLIGIBLE, Systems
 from gflow.dynamics.radau.tableau import radau
 
@@ -235,6 +235,33 @@ def test_large_systems_are_solved_in_all_coordinates_or_in_the_few_margins_that_
     np.testing.assert_allclose(forces, expected @ stiffness, rtol=1e-9, atol=1e-9)
     expected = stiffness @ np.linalg.solve(np.eye(order) + 0.2 * gram @ stiffness, rhs[0])
     np.testing.assert_allclose(damped, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_points_below_round_off_are_left_out_of_a_step_and_no_others(field, long_run, monkeypatch):
+    late = jax.tree.map(lambda leaf: leaf[2], long_run[1].ys).weights
+    cases = {"late": late, "early": state(start()).weights}
+
+    def steps(weights, trusting=()):
+        for name in trusting:
+            monkeypatch.setattr(part, name, np.inf)
+        found, _, solution = jax.jit(lambda *a: walk(*a))(
+            field, weights, 0.05, 2, gflow.GaussNewton()
+        )
+        return found.weights, part.Part.of(field, solution.offsets)
+
+    whole = {name: steps(weights) for name, weights in cases.items()}
+    assert all(chosen is None for _, chosen in whole.values())
+    monkeypatch.setattr(part, "LEAST", 1)
+    found, chosen = steps(late)
+    assert chosen.enough and len(chosen.points) == 10
+    for a, b in zip(found, whole["late"][0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    # Where the prediction is wrong, what is seen at the stages decides.
+    found, _ = steps(cases["early"], ["PREDICTED"])
+    for a, b in zip(found, whole["early"][0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    found, _ = steps(cases["early"], ["PREDICTED", "ROUND_OFF"])
+    assert not np.allclose(found[0], whole["early"][0][0], rtol=1e-6)
 
 
 def test_order_of_convergence_is_2p_minus_1(field, long_run):

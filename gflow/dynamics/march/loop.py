@@ -179,6 +179,10 @@ def march(
 
     def iterate(lane: Lane) -> Lane:
         """Work on attempts until enough of them are solved."""
+        if not many:
+            field = eqx.combine(member, shared).field
+            done = method.work(field, lane.s, lane.step, lane.state, lane.attempt)
+            return eqx.tree_at(lambda at: at.attempt, lane, done)
         running = lane.reason == Reason.RUNNING
 
         def carrying(attempt: Any) -> Lane:
@@ -191,7 +195,7 @@ def march(
         def once(attempt: Any) -> Any:
             here = carrying(attempt)
             further = each(correct)(member, here, each(look)(member, here))
-            return _chosen(running & ~each(solved)(here), further, attempt) if many else further
+            return _chosen(running & ~each(solved)(here), further, attempt)
 
         return carrying(jax.lax.while_loop(unfinished, once, lane.attempt))
 
