@@ -349,3 +349,28 @@ def test_steps_grow_where_the_error_estimate_is_round_off():
         max_steps=1_000,
     )
     assert record.attrs["status"] == "reached"
+
+
+class Stubborn(gflow.GaussNewton):
+    """An error that does not fall until a step from where the risk is e^-100 is 4e-3 long."""
+
+    def end(self, field, s, h, state, *rest):
+        made = super().end(field, s, h, state, *rest)
+        there = (s > np.arcsinh(99.9)) & (s < np.arcsinh(100.05)) & (h > 4e-3)
+        size = jnp.where(there, 1e-7, 0.0)
+        error = jax.tree.map(lambda e, w: e + size * jnp.abs(w), made.error, state)
+        return made._replace(error=error)
+
+
+def test_an_event_shortly_behind_a_saved_point_is_not_taken_for_round_off():
+    problem = gflow.Problem(points(8))
+    run = gflow.gradient_flow(
+        problem,
+        gflow.init.admissible(start((2, 3, 1)), problem),
+        until=gflow.LogRisk(-1e3),
+        save=[-100.0],
+        solver=Stubborn(),
+        progress=False,
+    )
+    assert run.attrs["status"] == "reached"
+    assert run.attrs["num_rejected"] > 3
