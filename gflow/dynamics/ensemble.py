@@ -16,7 +16,7 @@ import optax
 from gflow import record
 from gflow.dynamics import descent, flow
 from gflow.dynamics.descending.run import DescentRun
-from gflow.dynamics.drive.drive import Drive
+from gflow.dynamics.drive.drive import Drive, one_by_one, widest_for
 from gflow.dynamics.drive.flow_run import FlowRun
 from gflow.dynamics.drive.members import Member, joined, none_done
 from gflow.dynamics.drive.progress import ProgressBar
@@ -75,8 +75,9 @@ def ensemble(
         coordinates: what members are labelled with, one value a member, such as
             ``{"scale": scales}``.
         lanes: how many members are side by side on a device.
-        devices: where to run, by default on all devices of this process. One that is named twice
-            runs two sets of lanes in two threads: ``jax.devices() * 2`` uses two cores of a CPU.
+        devices: where to run, by default on all devices of this process, or on the one that
+            ``jax.default_device`` names. One that is named twice runs two sets of lanes in two
+            threads: ``jax.devices() * 2`` uses two cores of a CPU.
         executor: any ``concurrent.futures.Executor``, whose processes take 128 members at a time,
             as for ``sweep``.
         progress: show a progress bar; None shows it on terminals and in notebooks.
@@ -247,15 +248,17 @@ def _followed(
 ) -> Followed:
     """Follow members here."""
     count = len(work.starts)
+    width = min(count, lanes, *map(widest_for, work.starts))
     with settings.own(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told later, once
-        begun = [_begun(work, i) for i in range(count)]
+        with one_by_one(width):
+            begun = [_begun(work, i) for i in range(count)]
         runs = [one for one in begun if not isinstance(one, Exception)]
         # Those nearest to the saddle at zero take longest: first, so that lanes end together.
         drive = Drive(
             sorted(runs, key=_size_of_start),
             width=lanes,
-            devices=devices or jax.local_devices(),
+            devices=devices or _devices(),
             look=lambda: tell(count - len(runs) + sum(run.part_done for run in runs)),
             isolate=True,
         )
@@ -269,9 +272,16 @@ def _followed(
                     if isinstance(run, FlowRun) and run.end is not None
                 }
                 Drive(list(seconds.values()), width=lanes, isolate=True).go()
-        members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
+        with one_by_one(width):
+            members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
     in_lanes = [not isinstance(one, Exception) and one.in_lanes for one in begun]
     return Followed(members, in_lanes, drive.work)
+
+
+def _devices() -> list[Any]:
+    """All of this process, or the one that the caller has made the default."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.local_devices() if chosen is None else [chosen]
 
 
 def _begun(work: Work, i: int) -> FlowRun | DescentRun | Exception:

@@ -42,6 +42,23 @@ def widest_for(weights: Weights) -> int:
     return int(np.iinfo(np.int64).max) if narrow else 1
 
 
+def on(device: Any) -> contextlib.AbstractContextManager:
+    """A device for a block; None for the caller's."""
+    return contextlib.nullcontext() if device is None else jax.default_device(device)
+
+
+def one_by_one(width: int) -> contextlib.AbstractContextManager:
+    """The processor, for what is computed for one member after the other.
+
+    A GPU takes as long for the few numbers of one member as for those of a thousand: only what all
+    members do together goes there. By ``widest_for``, members that fill a device stay on it.
+    """
+    if width > 1 and jax.default_backend() != "cpu":
+        with contextlib.suppress(RuntimeError):  # by JAX_PLATFORMS there may be none
+            return jax.default_device(jax.local_devices(backend="cpu")[0])
+    return contextlib.nullcontext()
+
+
 @runtime_checkable
 class Run(checkpoint.Run, Protocol):
     """A flow or a descent on its way, with the points that it records."""
@@ -187,7 +204,7 @@ class Drive:
 
     def _serve(self, queue: deque[Run], alike: list[Run], width: int, device: Any) -> None:
         """Follow runs from the queue in the lanes of one device until none is left."""
-        with settings.own(), jax.default_device(device):
+        with settings.own(), on(device):
             lanes = alike[0].lanes(alike, width)
             try:
                 while not self.stopped:
@@ -217,7 +234,8 @@ class Drive:
                 lanes.seat(new)
             for run, answer in lanes.advance(waiting):
                 try:
-                    run.take(*answer)
+                    with one_by_one(len(lanes.seats)):
+                        run.take(*answer)
                 except Exception as error:
                     if not self.isolate:
                         raise
