@@ -238,8 +238,12 @@ def test_large_systems_are_solved_in_all_coordinates_or_in_the_few_margins_that_
 
 
 def test_points_below_round_off_are_left_out_of_a_step_and_no_others(field, long_run, monkeypatch):
-    late = jax.tree.map(lambda leaf: leaf[2], long_run[1].ys).weights
-    cases = {"late": late, "early": state(start()).weights}
+    late = tuple(w[2] for w in long_run[1].ys.weights)
+    cases = {
+        "late": late,
+        "early": tuple(0.45 * w[1] for w in long_run[1].ys.weights),  # log R near -9
+        "start": state(start()).weights,
+    }
 
     def steps(weights, trusting=()):
         for name in trusting:
@@ -247,21 +251,26 @@ def test_points_below_round_off_are_left_out_of_a_step_and_no_others(field, long
         found, _, solution = jax.jit(lambda *a: walk(*a))(
             field, weights, 0.05, 2, gflow.GaussNewton()
         )
-        return found.weights, part.Part.of(field, solution.offsets)
+        log_risk = field.problem.log_risk(found.weights)
+        return found.weights, part.Part.of(field, log_risk, solution.offsets)
 
-    whole = {name: steps(weights) for name, weights in cases.items()}
+    whole = {name: steps(cases[name]) for name in ("late", "early")}
     assert all(chosen is None for _, chosen in whole.values())
     monkeypatch.setattr(part, "LEAST", 1)
     found, chosen = steps(late)
     assert chosen.enough and len(chosen.points) == 10
     for a, b in zip(found, whole["late"][0], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
-    # Where the prediction is wrong, what is seen at the stages decides.
-    found, _ = steps(cases["early"], ["PREDICTED"])
+    # Where the prediction is wrong, what is seen at the stages decides; before all margins are
+    # positive their exponentials say nothing.
+    found, chosen = steps(cases["early"], ["PREDICTED"])
+    assert chosen.enough
     for a, b in zip(found, whole["early"][0], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
-    found, _ = steps(cases["early"], ["PREDICTED", "ROUND_OFF"])
+    found, _ = steps(cases["early"], ["ROUND_OFF"])
     assert not np.allclose(found[0], whole["early"][0][0], rtol=1e-6)
+    _, chosen = steps(cases["start"])
+    assert not chosen.enough
 
 
 def test_order_of_convergence_is_2p_minus_1(field, long_run):

@@ -167,7 +167,8 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     def work(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Attempt
     ) -> Attempt:
-        problem, part = field.problem, Part.of(field, attempt.offsets)
+        problem = field.problem
+        part = Part.of(field, attempt.frame.log_risk, attempt.offsets)
         everything = self._corrections(field, s, h, state, 0.0)
         if part is None:
             return everything(attempt, jnp.array(True))

@@ -6,6 +6,9 @@ the step: a quarter of the points, those with the largest shares of the risk, wh
 has no more than ``PREDICTED`` of it. That it had no more than ``ROUND_OFF`` at any stage, which is
 where the equations look, is seen from all margins once the step is solved; a step for which it does
 not hold is solved again among all. No bound on how far margins move is asked for.
+
+Shares are those of :math:`e^{-q}`, which bounds a loss from above. For positive q it is no more
+than 1/log 2 times as large, and positive they all are where the losses sum to less than 1/2.
 """
 
 import math
@@ -28,6 +31,9 @@ PART = 4
 PREDICTED, ROUND_OFF = 1e-22, 1e-18
 """Shares of the risk that all left out may have together."""
 
+LOG_TOTAL = math.log(0.5)
+"""Of the sum of losses: below, all margins are positive."""
+
 
 class Part(NamedTuple):
     """The points that a step is solved among."""
@@ -38,11 +44,12 @@ class Part(NamedTuple):
     """Whether they do, as predicted."""
 
     @classmethod
-    def of(cls, field: AbstractField, offsets: Array) -> "Part | None":
+    def of(cls, field: AbstractField, log_risk: Array, offsets: Array) -> "Part | None":
         """Those for a step; None for a field or so few points that all serve.
 
         Args:
             field: of the flow.
+            log_risk: at the start of the step.
             offsets: margins up to a common level at its stages, as predicted, shape (p, margins).
         """
         problem = field.problem
@@ -54,7 +61,8 @@ class Part(NamedTuple):
             return None
         shares = jnp.max(_shares(problem, offsets), 0)
         _, points = jax.lax.top_k(shares, size)
-        return cls(points, jnp.sum(shares.at[points].set(0.0)) < PREDICTED)
+        late = log_risk + math.log(problem.data.num_points) < LOG_TOTAL
+        return cls(points, late & (jnp.sum(shares.at[points].set(0.0)) < PREDICTED))
 
     def field(self, field: AbstractField) -> AbstractField:
         """The field of the points' risk."""
