@@ -25,7 +25,6 @@ from gflow.problem.array import Array, as_array
 from gflow.problem.risk import risk_and_slope
 from gflow.problem.weights import Weights
 
-
 _KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)
 """The run has passed a kink of its network."""
 
