@@ -53,6 +53,18 @@ def _met(bends: AbstractBends, weights: Weights, data: Any, gates: Array) -> Arr
 
 
 @eqx.filter_jit
+def _moved(
+    bends: AbstractBends, weights: Weights, data: Any, gates: Array, shifts: Array
+) -> Array:
+    """What pre-activations are moved by when activations are."""
+    return jax.jvp(
+        lambda by: bends.evaluate(weights, data, gates, by)[1],
+        (jnp.zeros_like(shifts),),
+        (shifts,),
+    )[1]
+
+
+@eqx.filter_jit
 def _block(
     problem: Problem, weights: Weights, gates: Array, units: Array
 ) -> tuple[Weights, Array, Weights, Array]:
@@ -289,6 +301,7 @@ class Piece:
         sizes = np.linalg.norm(flat, axis=1)
         own = sizes > DEPENDENT * np.max(sizes, initial=0.0)
         if not np.all(own) and np.any(own):
+            self._put_behind(weights, touched[own], touched[~own])
             units, flat, base, force, later = self._block(weights, touched[own])
         block = self._as_block(units, flat, base, force, later, slid, free)
         groups = decide(block, self.branch)
@@ -306,6 +319,23 @@ class Piece:
             ]
             weights = jax.tree.unflatten(structure, moved)
         return set(touched.tolist()), weights
+
+    def _put_behind(self, weights: Weights, units: np.ndarray, behind: np.ndarray) -> None:
+        """Put units that are at rest without others where these put them when they come on."""
+        shifts = np.zeros(self.patterns.shape)
+        shifts.reshape(-1)[units] = 1.0
+        for _ in range(len(set(self.place.layer.tolist()))):
+            gates = np.asarray(self.patterns.pattern.gates).copy()
+            gates.reshape(-1)[units] = 0.0
+            moved = _moved(
+                self.bends, weights, self.problem.data, as_array(gates), as_array(shifts)
+            )
+            to = np.asarray(moved).reshape(-1)[behind]
+            on = np.asarray(self.patterns.pattern.on).reshape(-1)[behind]
+            turned = (to != 0) & ((to > 0) != on)
+            if not np.any(turned):
+                break
+            self.patterns.gate(behind[turned], to[turned] > 0)
 
     def _block(
         self, weights: Weights, units: np.ndarray
