@@ -98,7 +98,6 @@ def block(normals, base, force, on=True, free=False, lower=0.0):
         np.asarray(normals, float),
         np.asarray(base, float),
         np.asarray(force, float),
-        None,
         full(lower, k),
         full(on, k),
         full(free, k),

@@ -27,10 +27,10 @@ from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.hidden import Hidden
-from gflow.dynamics.kinks.kinked import Kinked, StuckError, moment
+from gflow.dynamics.kinks.kinked import Kinked, moment
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.kinks.over import Passed
-from gflow.dynamics.kinks.piece import NotUniqueError
+from gflow.dynamics.kinks.piece import NotUniqueError, StuckError
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
 from gflow.dynamics.march.loop import lanes_at
@@ -515,6 +515,8 @@ class FlowRun:
             kinked.begin(self._stand.state.weights)
         except NotUniqueError as error:
             self.end = Reason.NOT_UNIQUE.end(why=error)
+        except StuckError as error:
+            self.end = Reason.STUCK.end(why=error, log_risk=math.nan)
         self._follow_pattern(kinked)
 
     def _follow_pattern(self, kinked: Kinked) -> None:
