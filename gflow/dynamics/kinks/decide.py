@@ -27,7 +27,7 @@ PARALLEL = 1e-12
 INTERIOR = 1e-10
 """A force closer to its bound, relatively, is at the bound."""
 
-AWAY = 1e-12
+AWAY = 1e-11
 """Speeds below this part of what the normal and the velocities allow are zero."""
 
 

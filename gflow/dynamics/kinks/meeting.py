@@ -46,7 +46,7 @@ STARTS = 3
 AHEAD = 30.0
 """Widths from where a flow begins to the place."""
 
-SHARPER = 1e-3
+SHARPER = 0.1
 """Widths of gates of each layer, in those of the one before."""
 
 HORIZONS = (1e3, 1e5, 1e8)
