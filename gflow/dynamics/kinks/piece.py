@@ -335,7 +335,9 @@ class Piece:
         self, weights: Weights, units: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Units, their normals, v_0, their forces b_0 and B, with the gates of all of them zero."""
-        count = 1 << max(3, int(len(units) - 1).bit_length())
+        count = 8
+        while count < len(units):  # few sizes, each of which is a program
+            count *= 4
         padded = np.concatenate([units, np.repeat(units[:1], count - len(units))])
         gates = np.asarray(self.patterns.pattern.gates).copy()
         gates.reshape(-1)[units] = 0.0
