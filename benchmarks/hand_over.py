@@ -19,7 +19,7 @@ import numpy as np
 from common import Report, begin, parser, seconds, table
 
 import gflow
-from gflow.dynamics.drive.on_split import hand_over_error
+from gflow.dynamics.drive.hand_over import hand_over_error
 from gflow.dynamics.split.observables import observables
 from gflow.dynamics.split.slow_manifold import difference
 

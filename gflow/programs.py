@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jaxlib.version
 
-SMALL = {"xla_cpu_use_fusion_emitters": False}
+SMALL: dict[str, Any] = (
+    {"xla_cpu_use_fusion_emitters": False} if jaxlib.version.__version_info__ < (0, 11) else {}
+)
 """For loops over few numbers: XLA's older way of making them takes a third less time to compile,
-and what it makes is as fast but for many logarithms and exponentials at once."""
+and what it makes is as fast but for many logarithms and exponentials at once. From jaxlib 0.11 on
+there is no older way, and XLA refuses an option that it does not know."""
 
 ONCE = {"xla_backend_optimization_level": 0, **SMALL}
 """For a program that is called once a run: it is compiled in less time, and runs in more."""

@@ -5,13 +5,16 @@ compiled programs, and gflow itself never touches JAX's configuration.
 """
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Nearly all the time of these tests is compilation, of programs that then run for milliseconds: the
-# compiler is asked not to optimise, and to make loops in its older way, which takes half off. Set
-# before JAX is imported.
+# compiler is asked not to optimise, and to make loops in its older way, which takes half off. From
+# jaxlib 0.11 on there is no older way, and XLA ends the process at a flag that it does not know.
+# Set before JAX is imported.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_backend_optimization_level=0 "
+    + ("--xla_cpu_use_fusion_emitters=false " if int(version("jaxlib").split(".")[1]) < 11 else "")
     + os.environ.get("XLA_FLAGS", "")
 )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gflow
-from gflow.dynamics.radau import newton
+from gflow.dynamics.radau import newton, part
 from gflow.dynamics.radau.spectral import NEGLIGIBLE, Systems
 from gflow.dynamics.radau.tableau import radau
 
@@ -237,6 +237,42 @@ def test_large_systems_are_solved_in_all_coordinates_or_in_the_few_margins_that_
     np.testing.assert_allclose(damped, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_points_below_round_off_are_left_out_of_a_step_and_no_others(field, long_run, monkeypatch):
+    late = tuple(w[2] for w in long_run[1].ys.weights)
+    cases = {
+        "late": late,
+        "early": tuple(0.45 * w[1] for w in long_run[1].ys.weights),  # log R near -9
+        "start": state(start()).weights,
+    }
+
+    def steps(weights, trusting=()):
+        for name in trusting:
+            monkeypatch.setattr(part, name, np.inf)
+        found, _, solution = jax.jit(lambda *a: walk(*a))(
+            field, weights, 0.05, 2, gflow.GaussNewton()
+        )
+        log_risk = field.problem.log_risk(found.weights)
+        return found.weights, part.Part.of(field, log_risk, solution.offsets)
+
+    whole = {name: steps(cases[name]) for name in ("late", "early")}
+    assert all(chosen is None for _, chosen in whole.values())
+    monkeypatch.setattr(part, "LEAST", 1)
+    found, chosen = steps(late)
+    assert chosen.enough and len(chosen.points) == 10
+    for a, b in zip(found, whole["late"][0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    # Where the prediction is wrong, what is seen at the stages decides; before all margins are
+    # positive their exponentials say nothing.
+    found, chosen = steps(cases["early"], ["PREDICTED"])
+    assert chosen.enough
+    for a, b in zip(found, whole["early"][0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    found, _ = steps(cases["early"], ["ROUND_OFF"])
+    assert not np.allclose(found[0], whole["early"][0][0], rtol=1e-6)
+    _, chosen = steps(cases["start"])
+    assert not chosen.enough
+
+
 def test_order_of_convergence_is_2p_minus_1(field, long_run):
     weights = tuple(w[1] for w in long_run[1].ys.weights)  # log R = -100, already stiff
 
@@ -322,3 +358,28 @@ def test_steps_grow_where_the_error_estimate_is_round_off():
         max_steps=1_000,
     )
     assert record.attrs["status"] == "reached"
+
+
+class Stubborn(gflow.GaussNewton):
+    """An error that does not fall until a step from where the risk is e^-100 is 4e-3 long."""
+
+    def end(self, field, s, h, state, *rest):
+        made = super().end(field, s, h, state, *rest)
+        there = (s > np.arcsinh(99.9)) & (s < np.arcsinh(100.05)) & (h > 4e-3)
+        size = jnp.where(there, 1e-7, 0.0)
+        error = jax.tree.map(lambda e, w: e + size * jnp.abs(w), made.error, state)
+        return made._replace(error=error)
+
+
+def test_an_event_shortly_behind_a_saved_point_is_not_taken_for_round_off():
+    problem = gflow.Problem(points(8))
+    run = gflow.gradient_flow(
+        problem,
+        gflow.init.admissible(start((2, 3, 1)), problem),
+        until=gflow.LogRisk(-1e3),
+        save=[-100.0],
+        solver=Stubborn(),
+        progress=False,
+    )
+    assert run.attrs["status"] == "reached"
+    assert run.attrs["num_rejected"] > 3

@@ -382,6 +382,18 @@ def test_a_drift_beyond_the_error_budget_fails(descent):
     assert claims["imbalance drifts little"].holds is False
 
 
+def test_descent_is_not_denied_what_its_saved_points_cannot_tell(descent):
+    size = descent.log_step_size.values + 3.0 * (np.arange(descent.sizes["point"]) % 2)
+    beyond = descent.imbalance_drift.values + 1e6
+    falling = descent.smoothed_margin.values[::-1].copy()
+    record = changed(descent, log_step_size=size, imbalance_drift=beyond, smoothed_margin=falling)
+    claims = verify(record)
+    assert "varies between saved points" in claims["imbalance drifts little"].why
+    assert claims["imbalance drifts little"].verdict == "not applicable"
+    assert claims["smoothed margin grows"].verdict == "not applicable"
+    assert "small" in claims["smoothed margin grows"].why
+
+
 # -------------------------------------------------------------------------------------------------
 # One layer, and starts far off
 # -------------------------------------------------------------------------------------------------

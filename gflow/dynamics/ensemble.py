@@ -4,6 +4,7 @@ import concurrent.futures as cf
 import contextlib
 import inspect
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import optax
 from gflow import record
 from gflow.dynamics import descent, flow
 from gflow.dynamics.descending.run import DescentRun
-from gflow.dynamics.drive.drive import Drive
+from gflow.dynamics.drive.drive import Drive, one_by_one, widest_for
 from gflow.dynamics.drive.flow_run import FlowRun
 from gflow.dynamics.drive.members import Member, joined, none_done
 from gflow.dynamics.drive.progress import ProgressBar
@@ -75,8 +76,10 @@ def ensemble(
         coordinates: what members are labelled with, one value a member, such as
             ``{"scale": scales}``.
         lanes: how many members are side by side on a device.
-        devices: where to run, by default on all devices of this process. One that is named twice
-            runs two sets of lanes in two threads: ``jax.devices() * 2`` uses two cores of a CPU.
+        devices: where to run, by default on all devices of this process, or on the one that
+            ``jax.default_device`` names. One that is named twice runs two sets of lanes in two
+            threads: ``jax.devices() * 2`` uses two cores of a CPU, of which by default as many are
+            used as there are members to fill their lanes.
         executor: any ``concurrent.futures.Executor``, whose processes take 128 members at a time,
             as for ``sweep``.
         progress: show a progress bar; None shows it on terminals and in notebooks.
@@ -149,7 +152,8 @@ def ensemble(
         def tell(done: float) -> None:
             bar.update(done, f"{int(done)} of {count} members")
 
-        found = follow(work, labels, lanes=lanes, devices=devices, executor=executor, tell=tell)
+        chosen = chosen or devices_here(count, lanes)
+        found = follow(work, labels, lanes=lanes, devices=chosen, executor=executor, tell=tell)
     if none_done(found):
         raise KeyboardInterrupt
     if "log_risk" not in found:
@@ -247,15 +251,17 @@ def _followed(
 ) -> Followed:
     """Follow members here."""
     count = len(work.starts)
+    width = min(count, lanes, *map(widest_for, work.starts))
     with settings.own(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told later, once
-        begun = [_begun(work, i) for i in range(count)]
+        with one_by_one(width):
+            begun = [_begun(work, i) for i in range(count)]
         runs = [one for one in begun if not isinstance(one, Exception)]
         # Those nearest to the saddle at zero take longest: first, so that lanes end together.
         drive = Drive(
             sorted(runs, key=_size_of_start),
             width=lanes,
-            devices=devices or jax.local_devices(),
+            devices=devices or _own_devices(),
             look=lambda: tell(count - len(runs) + sum(run.part_done for run in runs)),
             isolate=True,
         )
@@ -269,9 +275,35 @@ def _followed(
                     if isinstance(run, FlowRun) and run.end is not None
                 }
                 Drive(list(seconds.values()), width=lanes, isolate=True).go()
-        members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
+        with one_by_one(width):
+            members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
     in_lanes = [not isinstance(one, Exception) and one.in_lanes for one in begun]
     return Followed(members, in_lanes, drive.work)
+
+
+def _own_devices() -> list[Any]:
+    """All of this process, or the one that the caller has made the default."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.local_devices() if chosen is None else [chosen]
+
+
+def devices_here(count: int, lanes: int) -> list[Any]:
+    """Where members are followed in the caller's own process: a CPU once a core, to fill its lanes.
+
+    One set of lanes keeps one core busy. A process of an engine has one core by custom, and others
+    beside it.
+    """
+    found = _own_devices()
+    if len(found) > 1 or jax.default_backend() != "cpu":
+        return found
+    return found * max(1, min(_num_cores(), count // lanes))
+
+
+def _num_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _begun(work: Work, i: int) -> FlowRun | DescentRun | Exception:

@@ -76,6 +76,11 @@ class AbstractField(Module):
     ) -> tuple[Factors, Array]:
         r"""$-h$ and $\langle g, h\rangle$ at these points, for $-g$ given, a vector a stage."""
 
+    @property
+    def separates_points(self) -> bool:
+        """Whether the field of some of the points is found by leaving out the others."""
+        return False
+
     # What the plan of a run asks for.
 
     @property
@@ -131,6 +136,10 @@ class FlowField(AbstractField):
             for left, right in zip(*slopes, strict=True)
         ]
         return slopes, sum(squares[1:], squares[0])
+
+    @property
+    def separates_points(self) -> bool:
+        return True
 
     @property
     def dense(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from gflow import record
 from gflow.dynamics.drive.members import joined, none_done
 from gflow.dynamics.drive.progress import ProgressBar
-from gflow.dynamics.ensemble import LANES, Work, follow
+from gflow.dynamics.ensemble import LANES, Work, devices_here, follow
 from gflow.dynamics.spread import check_executor, spread
 from gflow.names import SETTINGS, all_names, check_names
 from gflow.problem.arguments import expect, file_path, flag, positive_count
@@ -198,7 +198,8 @@ def _follow_missing(
         def tell(now: float) -> None:
             bar.update(done + now, f"{int(done + now)} of {total} runs")
 
-        here = functools.partial(follow_group, devices=devices, tell=tell)
+        own = devices or devices_here(grid.block(0).where.size, lanes)
+        here = functools.partial(follow_group, devices=own, tell=tell)
         try:
             for i, found in spread(executor, here if executor is None else follow_group, tasks()):
                 block = grid.block(missing[i])

@@ -161,6 +161,13 @@ def smoothed_margin(facts: Facts) -> Claim:
     known = len(growth) > 0
     value = float(np.min(growth)) if known else math.nan
     small = ", proved for small steps only" if facts.is_descent else ""
+    grows = value >= -max(SMOOTHED_MARGIN_DROP, 10 * facts.rtol) if known else None
+    if not known:
+        reason = "no two saved points have a summed loss below l(0)"
+    elif facts.is_descent and not grows:  # a record does not tell whether steps are small
+        grows, reason = None, "it falls, which with steps that are not small it may"
+    else:
+        reason = "compared wherever the summed loss is below l(0)"
     return claim(
         "smoothed margin grows",
         "l^-1(sum l(q_i)) / prod_k |W_k|_F never decreases once sum l(q_i) < l(0)" + small,
@@ -168,10 +175,8 @@ def smoothed_margin(facts: Facts) -> Claim:
         "smallest relative growth",
         value,
         ">= 0 between saved points",
-        value >= -max(SMOOTHED_MARGIN_DROP, 10 * facts.rtol) if known else None,
-        "compared wherever the summed loss is below l(0)"
-        if known
-        else "no two saved points have a summed loss below l(0)",
+        grows,
+        reason,
         facts.step_obstacles,
     )
 
@@ -201,6 +206,12 @@ def imbalance(facts: Facts) -> Claim:
     part = drift / (facts.budget + facts.allowance)
     at = int(np.nanargmax(part))
     holds = bool(part[at] <= 1)
+    if holds:
+        reason = "compared at every saved point"
+    elif facts.varying_steps:
+        reason = "the step size varies between saved points, so that the budget is not known"
+    else:
+        reason = "some step breaks the descent inequality"
     return claim(
         "imbalance drifts little",
         "|W_{k+1}^T W_{k+1} - W_k W_k^T| changes by at most sum eta^2 |grad R|^2 under descent",
@@ -208,10 +219,8 @@ def imbalance(facts: Facts) -> Claim:
         "drift",
         float(drift[at]),
         f"<= {facts.budget[at]:.4g}, the error budget",
-        holds,
-        "compared at every saved point"
-        if holds
-        else "some step breaks the descent inequality, or steps vary between saved points",
+        holds or (None if facts.varying_steps else False),
+        reason,
         [*facts.one_layer, *facts.budget_obstacles],
     )
 

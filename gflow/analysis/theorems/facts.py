@@ -215,6 +215,19 @@ class Facts:
         return np.concatenate([[0.0], np.cumsum(2 * np.fmin(by_step, by_ratio))])
 
     @property
+    def varying_steps(self) -> bool:
+        """Whether descent's step size is not known between saved points, which its budget asks for.
+
+        Neither it nor its product with the risk is the same at neighbours that several steps join.
+        """
+        if not self.is_descent or "log_step_size" not in self.record:
+            return False
+        size = self["log_step_size"]
+        size = np.where(np.isfinite(size), size, np.nan)
+        change = np.fmin(np.abs(np.diff(size)), np.abs(np.diff(size + self.log_risk)))
+        return bool(np.any((change > math.log(2)) & (np.diff(self["num_steps"]) > 1)))
+
+    @property
     def budget_obstacles(self) -> list[str]:
         """Why the error budget of descent cannot be read off this record."""
         if self.is_descent and not self.step_obstacles:

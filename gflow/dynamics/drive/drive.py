@@ -42,6 +42,23 @@ def widest_for(weights: Weights) -> int:
     return int(np.iinfo(np.int64).max) if narrow else 1
 
 
+def on(device: Any) -> contextlib.AbstractContextManager:
+    """A device for a block; None for the caller's."""
+    return contextlib.nullcontext() if device is None else jax.default_device(device)
+
+
+def one_by_one(width: int) -> contextlib.AbstractContextManager:
+    """The processor, for what is computed for one member after the other.
+
+    A GPU takes as long for the few numbers of one member as for those of a thousand: only what all
+    members do together goes there. By ``widest_for``, members that fill a device stay on it.
+    """
+    if width > 1 and jax.default_backend() != "cpu":
+        with contextlib.suppress(RuntimeError):  # by JAX_PLATFORMS there may be none
+            return jax.default_device(jax.local_devices(backend="cpu")[0])
+    return contextlib.nullcontext()
+
+
 @runtime_checkable
 class Run(checkpoint.Run, Protocol):
     """A flow or a descent on its way, with the points that it records."""
@@ -169,14 +186,24 @@ class Drive:
         make_room(alike[0].program)
         queue, devices = deque(alike), self.devices[: len(alike)]
         width = min(self.width, alike[0].widest, -(-len(alike) // len(devices)))
+        compiled = {device: threading.Event() for device in devices}
         if width == 1 and len(devices) == 1:
-            self._serve(queue, alike, width, devices[0])
+            self._serve(queue, alike, width, devices[0], compiled[devices[0]])
             return
+
+        def serve(device: Any, first: bool) -> None:
+            if not first:  # of its device, whose programs it needs and need not compile again
+                compiled[device].wait()
+            try:
+                self._serve(queue, alike, width, device, compiled[device])
+            finally:
+                compiled[device].set()
+
         # In threads, for one device too: Ctrl-C reaches this one and leaves no run half told.
         with ThreadPoolExecutor(len(devices)) as threads:
             parts = [
-                threads.submit(copy_context().run, self._serve, queue, alike, width, device)
-                for device in devices
+                threads.submit(copy_context().run, serve, device, device not in devices[:k])
+                for k, device in enumerate(devices)
             ]
             try:
                 for part in parts:
@@ -185,9 +212,16 @@ class Drive:
                 self.stopped = True
                 raise
 
-    def _serve(self, queue: deque[Run], alike: list[Run], width: int, device: Any) -> None:
+    def _serve(
+        self,
+        queue: deque[Run],
+        alike: list[Run],
+        width: int,
+        device: Any,
+        compiled: threading.Event,
+    ) -> None:
         """Follow runs from the queue in the lanes of one device until none is left."""
-        with settings.own(), jax.default_device(device):
+        with settings.own(), on(device):
             lanes = alike[0].lanes(alike, width)
             try:
                 while not self.stopped:
@@ -200,6 +234,7 @@ class Drive:
                         break
                     with interrupted_at_the_end():
                         self._advance(lanes, new, bool(queue))
+                    compiled.set()
                     for k, run in enumerate(lanes.seats):
                         if run is not None and (run.end is not None or not run.seated):
                             lanes.seats[k] = None
@@ -217,7 +252,8 @@ class Drive:
                 lanes.seat(new)
             for run, answer in lanes.advance(waiting):
                 try:
-                    run.take(*answer)
+                    with one_by_one(len(lanes.seats)):
+                        run.take(*answer)
                 except Exception as error:
                     if not self.isolate:
                         raise

@@ -22,7 +22,8 @@ from gflow.dynamics.drive.checkpoint import Snapshot, identity
 from gflow.dynamics.drive.drive import AbstractLanes, widest_for
 from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, AtStart, Course, Event
 from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, at_no_goal, program_of
-from gflow.dynamics.drive.on_split import OnSplit, SplitLane, hand_over_error
+from gflow.dynamics.drive.hand_over import HandOver
+from gflow.dynamics.drive.on_split import OnSplit, SplitLane
 from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
@@ -37,19 +38,13 @@ from gflow.dynamics.march.loop import lanes_at
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.reasons import End, Reason
-from gflow.dynamics.split.slow_manifold import SlowManifold, geometry
-from gflow.dynamics.split.state import SplitState
+from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
 from gflow.problem.array import Array, as_array
 from gflow.problem.memo import once_per_object
-from gflow.problem.observables import imbalance
 from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
 from gflow.problem.sharding import gathered
 from gflow.problem.weights import Weights
-
-COMPARE_AT, HAND_OVER_AT = -1e5, -1e6
-"""Log risks at which the run on the weights is compared with the continuation, and handed over.
-Further out, float64 weights still carry the flow but not its misalignment and direction error."""
 
 
 class Plan(NamedTuple):
@@ -91,7 +86,7 @@ class FlowRun:
         *,
         compares: bool = True,
     ):
-        self.plan, self.recorder, self.compares = plan, recorder, compares
+        self.plan, self.recorder = plan, recorder
         self.rules, self.done = rules, 0
         self.saves, self.ends, self.end = way
         self._to_save = set(map(id, self.saves))
@@ -107,11 +102,9 @@ class FlowRun:
         self.energy = (log_risk, loss.least_log_risk) if loss.attained else ()
         """The log risk of the start and that of round-off, where the risk may fall to it."""
         self.end_of_risk = end_of_risk(self.problem, weights, rules, self.clock)
-        self.split = plan.split
+        rtol = float(plan.tolerance.rtol)
+        self.hand_over = HandOver(plan.split, self.problem, weights, rtol=rtol, compares=compares)
         self.split_run: OnSplit | None = None
-        self.early: OnSplit | None = None
-        """The other way of going on, begun before the hand-over to be compared there."""
-        self.told: dict[str, Any] = {}
         self.used: list[str] = []
         self.counts, self.leg_counts = np.zeros(2, int), (0, 0)
         self.num_rejected = 0
@@ -134,8 +127,7 @@ class FlowRun:
         if plan.methods:
             self._begin_leg(0)
         else:
-            self._go_on_in(self._begun_in_split_coordinates(), self._stand)
-            self.told = {}
+            self._go_on_in(self.hand_over.at_start(self._stand), self._stand)
         self.record_here()
         if self.end is None:
             self._arm()
@@ -226,7 +218,7 @@ class FlowRun:
     def facts(self) -> dict[str, Any]:
         """What the record says of the run as a whole."""
         used = [*self.used, *([self.split_run.name] if self.split_run is not None else [])]
-        found = {"solver": ", then ".join(used), **self.told}
+        found = {"solver": ", then ".join(used), **self.hand_over.told}
         if self.kinked is not None:
             found |= self.kinked.facts()
         elif self.hidden is not None:
@@ -389,10 +381,8 @@ class FlowRun:
             # On separable data the risk has its critical points at R = R(0) only. In a clock that
             # follows the risk a saddle is a branch point, which a solver may jump over unawares.
             levels.append((level_at_zero(self.problem), Action.SADDLE))
-        elif self.split is not None:
-            levels.append((HAND_OVER_AT, Action.HAND_OVER))
-            if self.compares and self.early is None:
-                levels.append((COMPARE_AT, Action.COMPARE))
+        else:
+            levels.extend(self.hand_over.levels())
         if self.end_of_risk is not None:
             levels.append((self.end_of_risk[0], Action.WALL))
         return [
@@ -437,9 +427,10 @@ class FlowRun:
                 case Action.SADDLE:
                     self._at_saddle(stand)
                 case Action.COMPARE:
-                    self._compare(stand)
+                    self.hand_over.compare(stand)
                 case Action.HAND_OVER:
-                    self._hand_over(stand)
+                    if not self._goes_on_in_split(stand):
+                        self._arm()
                 case Action.KINK:
                     self._pass_kink(stand)
 
@@ -589,63 +580,17 @@ class FlowRun:
         else:
             self.end = at_level_zero(self.problem, stand.state.weights, slope)
 
-    def _compare(self, stand: Stand) -> None:
-        """Begin the other way of going on, to be compared at the hand-over."""
-        found = self._in_split_coordinates(stand)
-        if isinstance(found, OnSplit):
-            self.early = found
-        else:
-            self._stay(found)
-
-    def _hand_over(self, stand: Stand) -> None:
-        """Go on in split coordinates if that can be done."""
-        found = self._in_split_coordinates(stand) if self.split is not None else ""
-        if isinstance(found, OnSplit):
+    def _goes_on_in_split(self, stand: Stand) -> bool:
+        """Go on in split coordinates if that can be done, and whether it can."""
+        found = self.hand_over.made(stand)
+        if found is not None:
             self._go_on_in(found, stand)
-            return
-        if found:
-            self._stay(found)
-        self._arm()
+        return found is not None
 
     def _go_on_in(self, split: OnSplit, stand: Stand) -> None:
         """Hand the run over to split coordinates."""
         self.split_run = split
-        self.told = {"hand_over": "made", "hand_over_log_risk": split.state.log_risk}
-        if self.early is not None:
-            rtol = float(self.plan.tolerance.rtol)
-            errors = hand_over_error(split.solver, self.early.state, split.state, rtol)
-            self.told |= {f"hand_over_error_{name}": error for name, error in errors.items()}
         self._leave(stand)
-
-    def _stay(self, reason: str) -> None:
-        """There is no going on in split coordinates."""
-        self.split, self.told = None, {"hand_over": f"not made: {reason}"}
-
-    def _in_split_coordinates(self, stand: Stand) -> "OnSplit | str":
-        """The run in split coordinates from a place, or why it cannot be."""
-        assert self.split is not None
-        (weights, scaled_time), num_steps = stand.state, stand.num_steps
-        reason = self.split.obstacle(self.problem, weights)
-        if reason is not None:
-            return reason
-        log_risk = float(risk_and_slope(self.problem, weights)[0])
-        with np.errstate(divide="ignore"):
-            log_time = float(np.log(np.asarray(scaled_time))) - log_risk
-        layers = gathered(tuple(weights))
-        start = self.problem.network.layers(self.recorder.start) or ()
-        conserved = tuple(map(np.asarray, imbalance(start)))
-        return OnSplit.of(self.split, self.problem, layers, log_time, conserved, num_steps)
-
-    def _begun_in_split_coordinates(self) -> "OnSplit":
-        """The run in split coordinates from the start.
-
-        Raises:
-            ValueError: when it cannot be.
-        """
-        found = self._in_split_coordinates(self._stand)
-        if isinstance(found, str):
-            raise ValueError(f"The flow cannot be continued on the slow manifold: {found}.")
-        return found
 
     def _advance_in_split(self) -> None:
         """Some steps in split coordinates, or up to the next event."""
@@ -664,12 +609,8 @@ class FlowRun:
         """Shorter steps do not help: go on in split coordinates if that helps, or say why not."""
         stand, rtol = self.stand, float(self.plan.tolerance.rtol)
         end = why_stalled(self.plan.field, stand.state.weights, self.first_slope, rtol)
-        if end.status == "precision_lost" and self.split is not None:
-            found = self._in_split_coordinates(stand)
-            if isinstance(found, OnSplit):
-                self._go_on_in(found, stand)
-                return
-        self.end = end
+        if end.status != "precision_lost" or not self._goes_on_in_split(stand):
+            self.end = end
 
     # ---------------------------------------------------------------------------------------------
     # Checkpoints
@@ -698,11 +639,11 @@ class FlowRun:
     def snapshot(self) -> Snapshot:
         """All that the run needs to go on."""
         self.observe()
-        splits = {"early": self.early, "split_run": self.split_run}
+        splits = {"early": self.hand_over.early, "split_run": self.split_run}
         facts = {name: getattr(self, name) for name in _FACTS} | {
-            "may_split": self.split is not None,
             "counts": self.counts.tolist(),
-            "splits": {name: run and run.facts() for name, run in splits.items()},
+            "hand_over": self.hand_over.facts(),
+            "split_run": self.split_run and self.split_run.facts(),
         }
         arrays: dict[str, Any] = {
             name: run.state for name, run in splits.items() if run is not None
@@ -730,12 +671,9 @@ class FlowRun:
         for name in _FACTS:
             setattr(self, name, facts[name])
         self.counts = np.array(facts["counts"])
-        self.split = self.plan.split if facts["may_split"] else None
-        for name, told in facts["splits"].items():
-            if told is not None:
-                assert self.plan.split is not None
-                state = snapshot.read(name, SplitState.blank(geometry(self.problem), told))
-                setattr(self, name, OnSplit.restored(self.plan.split, state, told))
+        self.hand_over.restore(facts["hand_over"], snapshot.read)
+        if (told := facts["split_run"]) is not None:
+            self.split_run = self.hand_over.restored("split_run", told, snapshot.read)
         if self.kinked is not None:
             self.kinked.restore(facts["kinked"], snapshot.read)
             self._follow_pattern(self.kinked)
@@ -779,7 +717,6 @@ _FACTS = (
     "leg_counts",
     "done",
     "above_zero",
-    "told",
     "num_rejected",
     "used",
 )

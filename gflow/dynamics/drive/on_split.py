@@ -12,7 +12,7 @@ from gflow.dynamics.drive.events import Event
 from gflow.dynamics.drive.recorder import Recorder
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.observables import observables
-from gflow.dynamics.split.slow_manifold import SlowManifold, difference
+from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.split.state import SplitState
 from gflow.dynamics.stops import AbstractRule, Coordinates
 from gflow.problem.array import as_array
@@ -158,29 +158,3 @@ class OnSplit:
     ) -> "OnSplit":
         """The run of a checkpoint."""
         return cls(solver, state, int(facts["before"]))
-
-
-SHARED = 0.01
-"""The observables' error of a run on the weights, in units of its tolerance: of this order, in
-``benchmarks/hand_over.py``."""
-
-
-def hand_over_error(
-    solver: SlowManifold, early: SplitState, late: SplitState, rtol: float
-) -> dict[str, float]:
-    """How far what follows a hand-over may be off.
-
-    The difference of the two ways of integrating between two states of one flow, and what they
-    share: the error of the run on the weights that led to both.
-
-    Args:
-        solver: of the split coordinates.
-        early: split coordinates begun at a state of that run.
-        late: split coordinates begun at a later one.
-        rtol: the tolerance of that run.
-
-    Returns:
-        For each small quantity at ``late`` a relative error, for the log time an absolute one.
-    """
-    arrived = solver.advance(early, late.log_risk)
-    return {name: math.hypot(e, SHARED * rtol) for name, e in difference(arrived, late).items()}

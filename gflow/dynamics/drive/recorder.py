@@ -1,7 +1,6 @@
 """From saved weights to a record: the part of a run that flow and descent share."""
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,21 +12,15 @@ import numpy as np
 from gflow import record
 from gflow.dynamics.drive import extras
 from gflow.dynamics.drive.extras import Observable as Observable
+from gflow.dynamics.drive.of_layers import of_layers
 from gflow.names import merged
 from gflow.problem import observables as obs
-from gflow.problem.abstract_targets import slowest_rate, targets_of
 from gflow.problem.arguments import flag
 from gflow.problem.array import Array, as_array
-from gflow.problem.class_observables import ClassReference, of_classes
-from gflow.problem.data import Dataset, labelled
 from gflow.problem.deep_linear import widths
 from gflow.problem.dense import names
-from gflow.problem.design import others_of
-from gflow.problem.max_margin import MaxMargin
 from gflow.problem.memo import once_per_object
-from gflow.problem.nuclear import least_nuclear
 from gflow.problem.risk import Problem, level_at_zero
-from gflow.problem.target_observables import TargetReference, of_targets, padded_targets
 from gflow.problem.weights import Weights
 from gflow.programs import FEW, by_size
 from gflow.quantities import QUANTITIES
@@ -80,7 +73,9 @@ class Recorder:
         self.keep_weights = bool(flag("keep_weights", keep_weights))
         self.layers = problem.network.layers(weights)
         """The matrices whose product the network is, at the start; None if it is none."""
-        self.reference = None if self.layers is None else reference_of(problem, weights)
+        self.reference = (
+            None if self.layers is None else of_layers(problem.data).reference(problem, weights)
+        )
         self.points: list[dict[str, Any]] = []
         self.kept: list[Weights] = []
         self.last = weights
@@ -180,8 +175,7 @@ class Recorder:
             for name, leaf in _named(self.start):
                 dims[name] = tuple(f"{name}_{axis}" for axis in range(np.ndim(leaf)))
         if self.layers is not None:
-            found = self._of_data()
-            for name, value in found.items():
+            for name, value in of_layers(self.problem.data).constants(self.problem.data).items():
                 row = QUANTITIES[name]
                 constants[name] = (row.dims_of(np.ndim(value)), value, row.meaning)
         elif (dense := self.problem.network.dense_layers(self.start)) is not None:
@@ -198,47 +192,15 @@ class Recorder:
             "attrs": {"wall_time": self.seconds(), **attrs, **self._provenance()},
         }
 
-    def _of_data(self) -> dict[str, np.ndarray]:
-        """The best direction and the points on the margin: all that the asymptotic laws need.
-
-        Of targets what the modes tend to.
-        """
-        if "targets" in self.problem.data.offers:
-            data = targets_of(self.problem.data)
-            solution = data.least_squares()
-            return {
-                "mode_targets": padded_targets(data),
-                "least_norm_solution": solution if data.num_outputs > 1 else solution[0],
-            }
-        data, solution = labelled(self.problem.data), self.problem.data.max_margin()
-        if not solution.separable:
-            return {"max_margin_direction": np.full_like(solution.direction, np.nan)}
-        on = solution.support
-        if data.num_classes is not None:  # margins are numbered point by point
-            point, other = np.divmod(np.asarray(on), data.num_classes - 1)
-            return {
-                "max_margin_direction": np.asarray(solution.direction),
-                "support": point,
-                "support_margins": others_of(data.num_classes)[data.classes[point], other],
-                "dual_weights": np.asarray(solution.dual[on]),
-            }
-        return {
-            "max_margin_direction": np.asarray(solution.direction),
-            "support": np.asarray(on),
-            "support_vectors": np.asarray(data.signed_inputs[on]),
-            "dual_weights": np.asarray(solution.dual[on]),
-        }
-
     def _provenance(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for _, leaf in _named(self.start):
             digest.update(np.ascontiguousarray(leaf, dtype=np.float64).tobytes())
         facts = {**_facts(self.problem), "start_sha256": digest.hexdigest()}
         if self.layers is not None:
-            facts |= {**_facts_of_layers(self.problem), "widths": widths(self.layers)}
-            if "targets" in self.problem.data.offers:
-                last = tuple(map(np.asarray, self.last))
-                facts["slowest_rate"] = slowest_rate(targets_of(self.problem.data), last)
+            own, data = of_layers(self.problem.data), self.problem.data
+            facts |= own.facts(self.problem) | own.at_end(data, self.last)
+            facts["widths"] = widths(self.layers)
         elif self.problem.network.dense_layers(self.start) is not None:
             layers, rest = names(self.problem.network, self.start)
             facts |= {"layer_names": layers, "leaf_names": rest or None}
@@ -263,70 +225,13 @@ def _facts(problem: Problem) -> dict[str, Any]:
     }
 
 
-@once_per_object
-def _facts_of_layers(problem: Problem) -> dict[str, Any]:
-    """What it says beside these of a problem whose network is a product of matrices."""
-    if "targets" in problem.data.offers:
-        return _facts_of_targets(problem)
-    data, solution = labelled(problem.data), problem.data.max_margin()
-    radius = float(problem.loss.pull_radius(data.num_points))
-    return {
-        "separable": solution.separable,
-        "classes_alike": data.classes_alike if data.num_classes is not None else None,
-        "max_margin": solution.margin if solution.separable else None,
-        "margin_upper_bound": solution.margin_upper,
-        "pull_radius": None if math.isnan(radius) else radius,
-        "next_margin_gap": _next_gap(data, solution),
-    }
-
-
-def _facts_of_targets(problem: Problem) -> dict[str, Any]:
-    """What claims about targets need to know of the data.
-
-    The least nuclear norm, and its proof, where it is not that of the solution of least norm.
-    """
-    data = targets_of(problem.data)
-    least_norm, least = least_nuclear(data), problem.loss.least_log_risk_of(data, data.dim)
-    lost = problem.loss.least_log_risk
-    return {
-        "log_risk_of_zero": level_at_zero(problem),
-        "round_off_log_risk": lost,
-        "least_log_risk": least if least > lost else None,
-        "whitened": data.whitened,
-        "least_nuclear_norm": None if least_norm is None else least_norm.norm,
-        "nuclear_norm_bound": None if least_norm is None else least_norm.lower,
-    }
-
-
-def _next_gap(data: Dataset, solution: MaxMargin) -> float | None:
-    r"""The least $\langle z_i, \bar u\rangle/\gamma - 1$ of a margin that is not the smallest."""
-    if not solution.separable or len(solution.support) == len(solution.dual):
-        return None
-    direction = np.asarray(solution.direction) / solution.margin
-    gaps = np.asarray(data.margins_of(as_array(data.inputs @ direction.T))) - 1
-    return float(np.min(np.delete(gaps, solution.support)))
-
-
-References = obs.Reference | ClassReference | TargetReference
-
-
-def reference_of(problem: Problem, weights: Weights) -> References:
-    """What the observables of a network that is a product of matrices are measured against."""
-    data = problem.data
-    if "targets" in data.offers:
-        return TargetReference.of(targets_of(data), weights)
-    if "classes" in data.offers:
-        return ClassReference.of(problem, weights)
-    return obs.Reference.of(data.max_margin(), problem, weights)
-
-
 @by_size
 def _observe(
     problem: Problem,
     weights: Weights,
     rows: Array,
     count: Array,
-    reference: References | None,
+    reference: Any,
 ) -> dict[str, Array]:
     """The observables of the first ``count`` of ``rows``, one after the other."""
 
@@ -334,11 +239,7 @@ def _observe(
         at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
         if reference is None:
             return obs.general(problem, at)
-        if "targets" in problem.data.offers:
-            return of_targets(problem, at, reference)  # pyright: ignore[reportArgumentType]
-        if "classes" in problem.data.offers:
-            return of_classes(problem, at, reference)  # pyright: ignore[reportArgumentType]
-        return obs.standard(problem, at, reference)  # pyright: ignore[reportArgumentType]
+        return of_layers(problem.data).observe(problem, at, reference)
 
     def put(k: Array, found: dict[str, Array]) -> dict[str, Array]:
         return jax.tree.map(lambda column, value: column.at[k].set(value), found, one(rows[k]))

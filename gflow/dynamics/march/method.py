@@ -84,8 +84,10 @@ class AbstractMethod(Module):
     def solve(self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any) -> Any:
         """An attempt from its beginning until it is solved, for one member by itself."""
         attempt = self.begin(field, s, h, state, before)
-        if not self.iterates:
-            return attempt
+        return self.work(field, s, h, state, attempt) if self.iterates else attempt
+
+    def work(self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any) -> Any:
+        """Corrections until the attempt is solved, for one member by itself."""
 
         def once(attempt: Any) -> Any:
             seen = self.look(field, s, h, state, attempt)

@@ -15,6 +15,7 @@ from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.radau import newton
 from gflow.dynamics.radau.newton import Attempt, Solution, Stages
+from gflow.dynamics.radau.part import Part
 from gflow.dynamics.radau.tableau import legendre_values, radau
 from gflow.problem.array import Array
 from gflow.problem.weights import Factors, Weights, move
@@ -154,7 +155,76 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         return evaluate(attempt.coefficients, attempt.derivatives, attempt.offsets)
 
     def correct(self, field: AbstractField, h: Array, attempt: Attempt, seen: Stages) -> Attempt:
+        # Decomposed once a step, and again where corrections do not shrink as fast as they should.
+        if newton.decomposes(attempt):
+            attempt = jax.lax.cond(
+                newton.stale(attempt),
+                lambda: newton.decomposed(field, self.stages, attempt, seen),
+                lambda: attempt,
+            )
         return newton.correct(field, self.stages, h, attempt, seen)
+
+    def work(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Attempt
+    ) -> Attempt:
+        problem = field.problem
+        part = Part.of(field, attempt.frame.log_risk, attempt.offsets)
+        everything = self._corrections(field, s, h, state, 0.0)
+        if part is None:
+            return everything(attempt, jnp.array(True))
+        among = self._corrections(part.field(field), s, h, state, part.log_share(problem))
+        own = attempt._replace(offsets=part.take(attempt.offsets, problem))
+        found = among(own, part.enough)
+
+        def margins() -> Array:
+            coordinates, _ = field.along(state.weights, found.derivatives, found.coefficients)
+            all_margins = problem.spread(coordinates)
+            distance = part.take(all_margins, problem) - found.offsets
+            loss = part.field(field).problem.loss
+            level = jax.vmap(loss.level)(found.offsets, distance)
+            return part.put(found.offsets, all_margins - level[:, None], problem)
+
+        offsets = jax.lax.cond(part.enough, margins, lambda: attempt.offsets)
+        # One that fails among the part is refused as it is; the next is shorter.
+        failed = newton.failed(newton.remaining(found.size, found.contraction), self.tolerance)
+        done = part.enough & (failed | part.proven(problem, offsets))
+        again = attempt._replace(stiffness=found.stiffness)  # which is what takes space
+        return everything(
+            jax.tree.map(
+                lambda a, b: jnp.where(done, a, b), found._replace(offsets=offsets), again
+            ),
+            ~done,
+        )
+
+    def _corrections(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, log_share: float
+    ) -> Callable[[Attempt, Array], Attempt]:
+        """Corrections of an attempt until it is solved, if there is to be one."""
+        seen = self._evaluate(field, state.weights, s, h, log_share)
+
+        def look(at: Attempt) -> Stages:
+            return seen(at.coefficients, at.derivatives, at.offsets)
+
+        def once(at: Attempt) -> Attempt:
+            return newton.correct(field, self.stages, h, at, look(at))
+
+        # Decompositions have a loop of their own: what a condition gives is copied.
+        def through(at: Attempt) -> Attempt:
+            fresh = newton.decomposed(field, self.stages, at, look(at))
+            going = (fresh, jnp.array(True))
+
+            def unfinished(loop: tuple[Attempt, Array]) -> Array:
+                at, first = loop
+                return ~self.solved(at) & (first | ~newton.stale(at))
+
+            further = lambda loop: (once(loop[0]), jnp.array(False))  # noqa: E731
+            return jax.lax.while_loop(unfinished, further, going)[0]
+
+        def all_of_them(attempt: Attempt, wanted: Array) -> Attempt:
+            body = through if newton.decomposes(attempt) else once
+            return jax.lax.while_loop(lambda at: wanted & ~self.solved(at), body, attempt)
+
+        return all_of_them
 
     def end(
         self,
@@ -187,12 +257,12 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         return int(evaluations), int(iterations)
 
     def _evaluate(
-        self, field: AbstractField, weights: Weights, s: Array, h: Array
+        self, field: AbstractField, weights: Weights, s: Array, h: Array, log_share: float = 0.0
     ) -> Callable[[Array, Factors, Array], Stages]:
         """The field at all stages of a step, as a function of the unknowns."""
         nodes = s + h * radau(self.stages).nodes
         return lambda coefficients, derivatives, offsets: newton.evaluate(
-            field, weights, derivatives, coefficients, offsets, nodes
+            field, weights, derivatives, coefficients, offsets, nodes, log_share
         )
 
 

@@ -67,6 +67,7 @@ Hairer and Wanner, *Solving Ordinary Differential Equations II* (1996), IV.5, IV
 Albersmeyer and Diehl, *The lifted Newton method*, SIAM J. Optim. 20 (2010).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -184,13 +185,18 @@ def evaluate(
     coefficients: Array,
     offsets: Array,
     s: Array,
+    log_share: float = 0.0,
 ) -> Stages:
-    """The field at ``weights + coefficients @ vectors``, with slopes taken at the offsets."""
+    """The field at ``weights + coefficients @ vectors``, with slopes taken at the offsets.
+
+    Of some of the points, ``log_share`` is to be added to the logarithm of their mean loss.
+    """
     problem = field.problem
     coordinates, pull = field.along(weights, vectors, coefficients)
     distance = problem.spread(coordinates) - offsets
     level = jax.vmap(problem.loss.level)(offsets, distance)
     log_risk, slopes, curvature = jax.vmap(problem.loss.terms)(offsets, level)
+    log_risk = log_risk + log_share
     slopes_pulled = pull(problem.gather(slopes))
     (lefts, rights), squared = field.bent(weights, vectors, coefficients, slopes_pulled)
     rate = field.clock.rate(s, log_risk, squared)
@@ -262,8 +268,67 @@ def _axes(problem: Problem, num_coordinates: int, rank: int) -> tuple[Array, Abs
     return problem.design.axes()
 
 
+def decomposes(attempt: Attempt) -> bool:
+    """Whether its systems are large, so that they are decomposed."""
+    return isinstance(attempt.stiffness, Systems)
+
+
+def stale(attempt: Attempt) -> Array:
+    """Whether large systems are to be decomposed: at first, and where they do not do."""
+    return (attempt.count == 0) | ((attempt.count == PATIENCE) & (attempt.contraction > SLOW))
+
+
+def decomposed(field: AbstractField, stages: int, attempt: Attempt, at: Stages) -> Attempt:
+    """The attempt with its systems decomposed, those of the stage in the middle for all."""
+    known, j = attempt.stiffness, stages // 2
+    if not isinstance(known, Systems):
+        return attempt
+    force, growth, stiffness = _linearised(field, attempt.frame, at)
+    slopes, scale = at.slopes[j], growth[j] ** 2 * at.rate[j]
+    gram = attempt.frame.gram
+    _, design = _axes(field.problem, len(gram), attempt.frame.lefts[0].shape[0])
+    middle = jax.tree.map(lambda x: x[j], at.curvature)
+
+    def among(chosen: Array) -> tuple[Array, Array]:
+        rows = jnp.eye(len(gram))[chosen] if design is None else design.rows_at(chosen)
+        found = middle.among(chosen)
+        if _centred(field):
+            found = found - slopes[chosen][:, None] * slopes[chosen][None, :]
+        return rows, scale * found
+
+    def whole() -> Array:
+        return growth[j] ** 2 * stiffness(at.rate[j], force[j], middle)
+
+    # All of the curvature if a part of it has not done.
+    found = Systems.of(gram, slopes, attempt.count == 0, whole, among)
+    return attempt._replace(stiffness=found)
+
+
+def _centred(field: AbstractField) -> bool:
+    return field.clock.centred and not field.problem.loss.quadratic
+
+
+def _linearised(
+    field: AbstractField, frame: Frame, at: Stages
+) -> tuple[Array, Array, Callable[[Array, Array, AbstractCurvature], Array]]:
+    r""":math:`A^\top s`, :math:`\varphi`, and what makes :math:`\mu A^\top HA` of a stage."""
+    _, design = _axes(field.problem, len(frame.gram), frame.lefts[0].shape[0])
+    force = at.slopes if design is None else design.gather(at.slopes)
+    seen = jnp.sum(force @ frame.gram * force, 1)
+    resting = seen == 0  # at risk zero, or beyond the range of squares
+    growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
+
+    def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
+        found = curvature.gram(design)
+        if _centred(field):
+            found = found - force[:, None] * force[None, :]
+        return mu * found
+
+    return force, growth, stiffness
+
+
 def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages) -> Attempt:
-    """The next Newton iterate, by the equations above.
+    """The next Newton iterate, by the equations above; large systems as they are decomposed.
 
     Args:
         field: of the flow.
@@ -274,39 +339,11 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     """
     p, tableau, frame, loss = stages, radau(stages), attempt.frame, field.problem.loss
     m = frame.gram.shape[0]
-    centred = field.clock.centred and not loss.quadratic
     matrix, direct = h * tableau.matrix, p * m <= DIRECT
     _, design = _axes(field.problem, m, frame.lefts[0].shape[0])
 
-    def pull(v: Array) -> Array:
-        return v if design is None else design.gather(v)
-
-    def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
-        """Mu A^T H A of one stage."""
-        found = curvature.gram(design)
-        if centred:
-            found = found - force[:, None] * force[None, :]
-        return mu * found
-
-    def systems(slopes: Array, middle: tuple) -> Systems:
-        """Those of a stage; with all of the curvature if a part of it has not done."""
-        scale = growth[p // 2] ** 2 * middle[0]
-
-        def among(chosen: Array) -> tuple[Array, Array]:
-            rows = jnp.eye(m)[chosen] if design is None else design.rows_at(chosen)
-            found = middle[2].among(chosen)
-            if centred:
-                found = found - slopes[chosen][:, None] * slopes[chosen][None, :]
-            return rows, scale * found
-
-        whole = lambda: growth[p // 2] ** 2 * stiffness(*middle)  # noqa: E731
-        return Systems.of(frame.gram, slopes, attempt.count == 0, whole, among)
-
     mu, slopes, gap, curvature = at.rate, at.slopes, at.gap, at.curvature
-    force = pull(slopes)
-    seen = jnp.sum(force @ frame.gram * force, 1)
-    resting = seen == 0  # at risk zero, or beyond the range of squares
-    growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
+    force, growth, stiffness = _linearised(field, frame, at)
     # The change of y that the gaps ask for is that of mu A^T H e.
     change = frame.project(at.derivatives) - attempt.projection
     if direct:
@@ -318,8 +355,9 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
             lambda x: jnp.broadcast_to(x[p // 2][None], x.shape), (slopes, force, curvature)
         )
         middle = jax.tree.map(lambda x: x[p // 2], (mu, force, at.curvature))
-    pulled = mu[:, None] * pull(jax.vmap(lambda each, v: each.apply(v))(curvature, gap))
-    if centred:
+    pulled = jax.vmap(lambda each, v: each.apply(v))(curvature, gap)
+    pulled = mu[:, None] * (pulled if design is None else design.gather(pulled))
+    if _centred(field):
         pulled = pulled - mu[:, None] * force * jnp.sum(slopes * gap, 1, keepdims=True)
 
     # y / growth solves the system.
@@ -332,13 +370,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         z = pulled + jnp.einsum("jab,jb->ja", stiff, y)
         last = growth[-1] ** 2 * stiff[-1]
     elif isinstance(attempt.stiffness, Systems):
-        # Decomposed once a step, and again where corrections do not shrink as fast as they should.
-        known = attempt.stiffness
-        last = jax.lax.cond(
-            (attempt.count == 0) | ((attempt.count == PATIENCE) & (attempt.contraction > SLOW)),
-            lambda: systems(slopes[p // 2], middle),
-            lambda: known,
-        )
+        last = attempt.stiffness
         y, forces = last.solve(tableau, h, frame.gram, rhs)
         y, z = growth[:, None] * y, pulled + forces / growth[:, None]
     else:
@@ -390,6 +422,11 @@ def solved(attempt: Attempt, tolerance: float, max_iterations: int) -> Array:
 def remaining(size: Array, contraction: Array) -> Array:
     """The error left after a correction of a size, from the rate at which corrections shrink."""
     return size * jnp.minimum(contraction / (1 - jnp.minimum(contraction, 0.5)), 1.0)
+
+
+def failed(error: Array, tolerance: float) -> Array:
+    """Whether the equations are not solved, from the error that is left."""
+    return ~(error < 100 * tolerance)
 
 
 def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
@@ -458,11 +495,11 @@ def end(
         tail / (1 + h * tableau.damping * decay[-1]),
         10 * jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk),
     )
-    failed = ~(solution.newton_error < 100 * tolerance)
+    given_up = failed(solution.newton_error, tolerance)
     after = FlowState(move(before.weights, solution.derivatives, matrix[-1]), u[-1])
-    after = jax.tree.map(lambda new, old: jnp.where(failed, old, new), after, before)
+    after = jax.tree.map(lambda new, old: jnp.where(given_up, old, new), after, before)
     off = FlowState(shaped(error, before.weights), jax.lax.stop_gradient(time_error))
-    off = jax.tree.map(lambda e: jnp.where(failed, jnp.inf, e), off)
+    off = jax.tree.map(lambda e: jnp.where(given_up, jnp.inf, e), off)
     return End(after, off, time_slopes)
 
 
