@@ -14,10 +14,10 @@ from gflow.dynamics.drive.flow_lanes import Report, Stand
 from gflow.dynamics.drive.flow_run import FlowRun, Plan
 from gflow.dynamics.drive.recorder import Recorder
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.kinks.kinked import Kinked, StuckError, moment
+from gflow.dynamics.kinks.kinked import Kinked, moment
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.kinks.over import Passed
-from gflow.dynamics.kinks.piece import NotUniqueError
+from gflow.dynamics.kinks.piece import NotUniqueError, StuckError
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule
@@ -67,6 +67,8 @@ class PiecewiseRun(FlowRun):
             self.kinked.begin(self._stand.state.weights)
         except NotUniqueError as error:
             self.end = Reason.NOT_UNIQUE.end(why=error)
+        except StuckError as error:
+            self.end = Reason.STUCK.end(why=error, log_risk=math.nan)
         self._follow_pattern()
 
     @property

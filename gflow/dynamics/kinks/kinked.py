@@ -12,7 +12,7 @@ from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.mending import End
 from gflow.dynamics.kinks.over import Over, Passed, Refused
 from gflow.dynamics.kinks.patterns import Slide
-from gflow.dynamics.kinks.piece import Piece
+from gflow.dynamics.kinks.piece import Piece, StuckError
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
@@ -60,10 +60,6 @@ class Moment(NamedTuple):
     log_time: float
     log_risk: float
     step: int
-
-
-class StuckError(Exception):
-    """No way from a kink was found; the message says where."""
 
 
 def moment(state: FlowState, log_risk: Any, step: int) -> Moment:
