@@ -12,6 +12,7 @@ from scipy.integrate import solve_ivp
 import gflow
 from gflow.dynamics.drive import checkpoint as checkpoint_module
 from gflow.dynamics.kinks.decide import Alone, Block, decide, decide_alone
+from gflow.dynamics.kinks.kinked import moment
 from gflow.dynamics.kinks.meeting import Layers, decide_layers
 from gflow.problem import kinks as activations
 from gflow.problem.mlp import balances
@@ -392,6 +393,18 @@ def test_kinks_of_two_layers_that_meet_are_passed_as_by_descent(two_hidden_layer
     for flow, (large, small) in two_hidden_layers:
         assert flow.attrs["status"] == "reached" and flow.balance_drift[-1] < LOCATED
         assert large < 3e-3 and small < large / 4
+        when = gflow.kinks(flow).log_time.values
+        assert np.all(np.diff(when) >= 0) and when[-1] < np.log(15.0)
+
+
+def test_kinks_at_rest_are_told_by_the_clock_that_knows_the_time():
+    # There t R is what round-off makes of it: e^16 times too large after 579 units of time.
+    state = gflow.FlowState((), np.array(6e-20))
+    clock, time = gflow.clocks.LogTime(), np.log(579.0)
+    at = moment(clock, clock.read(-67.8, time), state, -67.8, 1)
+    assert at.log_time == pytest.approx(time, rel=1e-14)
+    by_risk = moment(gflow.clocks.LogRisk(), 0.0, state, -2.0, 1)
+    assert by_risk.log_time == pytest.approx(np.log(6e-20) + 2, rel=1e-15)
 
 
 def test_a_deep_network_of_ties_follows_descent_to_first_order():

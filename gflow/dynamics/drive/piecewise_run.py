@@ -25,6 +25,9 @@ from gflow.problem.array import Array, as_array
 from gflow.problem.risk import risk_and_slope
 from gflow.problem.weights import Weights
 
+LEAST_PART = 1e-3
+"""Of a step that has met many kinks, to be tried next: the next one may be where the run stands."""
+
 _KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)
 """The run has passed a kink of its network."""
 
@@ -140,7 +143,7 @@ class PiecewiseRun(FlowRun):
             self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
             if found is not None and found.many:
                 # As much as may be stepped over, or up to the next kink.
-                part = max(found.part, min(found.second, 1.0))
+                part = max(found.part, min(found.second, 1.0), LEAST_PART)
                 longest = part * float(lane.s - lane.previous[0])
                 next_step = as_array(np.float64(min(float(at_kink.next_step), longest)))
                 at_kink = dataclasses.replace(at_kink, next_step=next_step)
@@ -159,7 +162,7 @@ class PiecewiseRun(FlowRun):
         self.observe()
         weights, scaled_time = stand.state
         log_risk = risk_and_slope(self.plan.field.problem, weights)[0]
-        at = moment(stand.state, log_risk, stand.num_steps)
+        at = moment(self.clock, stand.s, stand.state, log_risk, stand.num_steps)
         try:
             weights = kinked.pass_(weights, stand.s, at)
         except NotUniqueError as error:
