@@ -5,7 +5,8 @@
 same loop. The first two give records; the plain vmap gives the final weights only, so it is held
 against the same members without their records too. Each is compiled before. With ``--devices 2``
 the ensemble also runs with two sets of lanes on one device, and on two virtual devices in a process
-of their own. Last, fifty descents with as many learning rates, together and one after the other.
+of their own. Then 128 Gaussian starts, most of them above R(0), as by default, on one core, and one
+after the other. Last, fifty descents with as many learning rates, together and one after the other.
 ``--part`` renews one of these parts alone.
 """
 
@@ -13,8 +14,10 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from typing import Any
 
+import common
 import jax
 import numpy as np
 import optax
@@ -117,7 +120,7 @@ def main() -> None:
     )
     found.add_argument(
         "--part",
-        choices=("members", "devices", "rates"),
+        choices=("members", *PARTS),
         help="renew one part alone, in the JSON of all; by default all",
     )
     found.add_argument("--only-ensemble", action="store_true", help="time one call and print it")
@@ -132,7 +135,12 @@ def main() -> None:
 
     def together(devices: Any = None) -> Any:
         return gflow.ensemble(
-            problem, batch, until=until, save=SAVE, coordinates={"scale": scales}, devices=devices
+            problem,
+            batch,
+            until=until,
+            save=SAVE,
+            coordinates={"scale": scales},
+            devices=devices or jax.devices(),
         )
 
     if options.only_ensemble:
@@ -146,11 +154,8 @@ def main() -> None:
     if options.part:
         path = (options.out or RESULTS) / "ensembles.json"
         known = json.loads(path.read_text())
-    if options.part in ("devices", "rates"):
-        if options.part == "devices":
-            known["devices"] = devices_compared(options)
-        else:
-            known["rates"] = rates_compared(RATES, STEPS)
+    if options.part in PARTS:
+        known[options.part] = PARTS[options.part](options)
         path.write_text(json.dumps(known, indent=1) + "\n")
         figure(known["seconds"], known["devices"]).savefig(path.with_suffix(".png"), dpi=130)
         return
@@ -200,10 +205,12 @@ def main() -> None:
     if options.devices > 1 and not options.part:
         virtual = devices_compared(options)
     few = options.quick or options.part
-    rates = known.get("rates", {}) if few else rates_compared(RATES, STEPS)
+    more = {
+        name: known.get(name, {}) if few else PARTS[name](options) for name in ("rates", "gaussian")
+    }
     report.write(
         figure(took, virtual),
-        rates=rates,
+        **more,
         members=count,
         seconds=took,
         **ratios,
@@ -211,6 +218,31 @@ def main() -> None:
         largest_difference=apart,
         devices=virtual,
     )
+
+
+def gaussian_compared(options: Any) -> dict[str, Any]:
+    """128 Gaussian starts, most above R(0): as by default, on one core, and one after the other."""
+    data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+    problem = gflow.Problem(data, loss=gflow.Exponential())
+    scales = np.geomspace(0.3, 2, 128)
+    starts = [gflow.init.gaussian(WIDTHS, scale=s, seed=i) for i, s in enumerate(scales)]
+    batch = tuple(np.stack(layer) for layer in zip(*starts, strict=True))
+    given = {"until": gflow.LogRisk(GOAL), "save": SAVE, "progress": False}
+    calls = {
+        "default": lambda: gflow.ensemble(problem, batch, **given),
+        "one core": lambda: gflow.ensemble(problem, batch, devices=jax.devices()[:1], **given),
+        "loop": lambda: [gflow.gradient_flow(problem, start, **given) for start in starts],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that starts are above R(0)
+        took, _ = common.timed(calls, repeats=options.repeats)
+    found: dict[str, Any] = {
+        "above": sum(float(problem.log_risk(start)) > 0 for start in starts),
+        "wall_s": {name: each.least for name, each in took.items()},
+        "cpu_s": {name: each.cpu for name, each in took.items()},
+    }
+    print(found)
+    return found
 
 
 def devices_compared(options: Any) -> dict[str, Any]:
@@ -255,6 +287,14 @@ def figure(took: dict[str, float], virtual: dict[str, Any]) -> Any:
     ax.set_xlabel(f"seconds to log R = {GOAL:g}, compiled before")
     ax.spines[["top", "right"]].set_visible(False)
     return fig
+
+
+PARTS = {
+    "devices": devices_compared,
+    "rates": lambda options: rates_compared(RATES, STEPS),
+    "gaussian": gaussian_compared,
+}
+"""Parts that are measured apart, by their names in the JSON file."""
 
 
 if __name__ == "__main__":

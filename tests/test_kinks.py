@@ -1,6 +1,7 @@
 """Networks with kinks: flows that land on them, cross them, and slide along them."""
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
@@ -11,6 +12,8 @@ from scipy.integrate import solve_ivp
 import gflow
 from gflow.dynamics.drive import checkpoint as checkpoint_module
 from gflow.dynamics.kinks.decide import Alone, Block, decide, decide_alone
+from gflow.dynamics.kinks.kinked import moment
+from gflow.dynamics.kinks.meeting import Layers, decide_layers
 from gflow.problem import kinks as activations
 from gflow.problem.mlp import balances
 
@@ -54,6 +57,12 @@ def test_kinks_are_found_in_calls_and_refused_in_loops():
 
     bends = gflow.Network(lambda w, x: jnp.sum(deep(w, x))).kinks(np.ones((2, 3)), XOR)
     assert bends.sizes == (2, 2) and bends.slopes == (0.0, 0.1)
+    # A maximum is b + relu(a - b), an absolute value leaky_relu of slope -1.
+    pooled = gflow.Network(lambda w, x: jnp.sum(w[:2] @ x + gflow.relu((w[2:] - w[:2]) @ x)))
+    w = np.random.default_rng(0).normal(size=(4, 3))
+    largest = np.sum(np.maximum(X @ w[:2].T, X @ w[2:].T), 1)
+    np.testing.assert_allclose(jax.vmap(lambda x: pooled.apply(w, x))(X), largest, rtol=1e-12)
+    assert pooled.kinks(w, XOR).sizes == (2,)
     looped = gflow.Network(lambda w, x: jax.lax.fori_loop(0, 2, lambda _, z: gflow.relu(z), w[0]))
     with pytest.raises(ValueError, match=r"inside a `(while|scan)`; expected it outside of loops"):
         looped.kinks(np.ones(2), XOR)
@@ -98,7 +107,6 @@ def block(normals, base, force, on=True, free=False, lower=0.0):
         np.asarray(normals, float),
         np.asarray(base, float),
         np.asarray(force, float),
-        None,
         full(lower, k),
         full(on, k),
         full(free, k),
@@ -305,6 +313,98 @@ def test_kinks_of_a_wide_network_are_stepped_over_within_the_tolerance():
 # ---------------------------------------------------------------------------------------------
 # Deep networks, and limits
 # ---------------------------------------------------------------------------------------------
+
+
+def meeting(ahead, gram, force, behind, speed, on=False, free=False, branch=None):
+    """Of two units, the second of layer 2 and moved by `behind` times the first's activation."""
+    later = np.array([[0.0, 0.0], [behind, 0.0]])
+    own = np.array(gram) > 0
+    layers = Layers(own, later, np.array([1, 2]), np.array(speed), np.full(2, 0.5))
+    units = block(np.diag(np.sqrt(gram)), [0.0, 0.0], force, np.array(on), np.array(free))
+    base = np.where(own, np.array(ahead) / np.sqrt(np.where(own, gram, 1.0)), 0.0)
+    groups = decide_layers(units._replace(base=base), layers, branch)
+    return {group.members[0]: (group.side, group.theta, group.open) for group in groups}
+
+
+def test_a_unit_behind_a_layer_that_is_off_counts_as_it_will_be():
+    # z' = 1 + 2 gate * b behind it: the unit behind is on where 2 > 0, and off where -2 < 0.
+    off = np.array([False, False]), np.array([False, False])
+    one = meeting([1.0, 0.0], [1.0, 0.0], [0.0, -1.0], 2.0, [1.0, 0.0], *off)
+    assert one[0][:2] == (0, pytest.approx(0.5)) and one[1][0] == 1
+    other = meeting([1.0, 0.0], [1.0, 0.0], [0.0, 1.0], -2.0, [1.0, 0.0], *off)
+    assert other[0][0] == 1 and other[1][0] == -1
+
+
+def test_a_joint_slide_is_left_where_the_force_in_front_repels_on_average():
+    # Along z_2 = 0 with unit 1 on, nu_2 is what keeps p_2 + G_2 nu_2 + A z_1' = 0.
+    p, g, b, a = (0.006, 0.046), (1.5, 0.35), (0.27, -0.33), 1.46
+    side = np.array([True, True]), np.array([True, False])
+    found = meeting(p, g, b, a, [0.0, -0.07], *side)
+    nu = -(p[1] + a * (p[0] + g[0] * b[0])) / (g[1] + a**2 * g[0])
+    assert b[0] + a * -p[1] / g[1] > 0  # with both held the first would repel
+    assert p[0] + g[0] * (b[0] + a * nu) > 0
+    assert found[0][0] == 1 and found[1][:2] == (0, pytest.approx(nu / b[1], rel=1e-9))
+    held = meeting(p, g, (0.1, -0.33), a, [0.0, -0.07], *side)
+    assert held[0][0] == held[1][0] == 0  # and here it attracts
+
+
+def test_a_meeting_with_two_ways_on_says_so_and_takes_the_branch():
+    both = [-0.5, 0.0], [1.0, 0.0], [1.0, 0.0], 1.0, [0.0, 0.0]
+    start = np.array([True, True]), np.array([True, False])
+    assert meeting(*both, *start)[0][2]
+    assert meeting(*both, *start, branch=1)[0][::2] == (1, False)
+    assert meeting(*both, *start, branch=-1)[0][::2] == (-1, False)
+
+
+@pytest.fixture(scope="module")
+def two_hidden_layers():
+    """Networks whose kinks meet, their flows and where descent of two step sizes is."""
+
+    @eqx.filter_jit
+    def descended(problem, weights, eta, steps):
+        def step(_, w):
+            log_risk, gradient = problem.log_risk_and_gradient(w)
+            return jax.tree.map(lambda a, g: a - eta * jnp.exp(log_risk) * g, w, gradient)
+
+        return jax.lax.fori_loop(0, steps, step, weights)
+
+    found = []
+    for seed in (55, 91, 108, 270):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(6, 2))
+        x = np.concatenate([x[:3], -x[:3]]) if seed % 3 == 1 else x
+        data = gflow.Regression(x, rng.normal(size=(6, 2)))
+        start = tuple(rng.normal(size=shape) * 0.9 for shape in ((3, 2), (3, 3), (2, 3)))
+        problem = gflow.Problem(data, gflow.MLP())
+        options = {"save": 2, "solver": diffrax.Tsit5(), **QUIET}
+        flow = gflow.gradient_flow(problem, start, until=gflow.Time(15.0), **options)
+        ends = [
+            descended(problem, jax.tree.map(jnp.asarray, start), jnp.asarray(15.0 / n), n)
+            for n in (15_000, 150_000)
+        ]
+        leaves = [flow[f"final_weights_{k}"].values for k in (1, 2, 3)]
+        off = [max(np.max(np.abs(a - b)) for a, b in zip(leaves, end, strict=True)) for end in ends]
+        found.append((flow, off))
+    return found
+
+
+def test_kinks_of_two_layers_that_meet_are_passed_as_by_descent(two_hidden_layers):
+    # A layer that is off, a neuron that is zero, joint slides, slides of one kink.
+    for flow, (large, small) in two_hidden_layers:
+        assert flow.attrs["status"] == "reached" and flow.balance_drift[-1] < LOCATED
+        assert large < 3e-3 and small < large / 4
+        when = gflow.kinks(flow).log_time.values
+        assert np.all(np.diff(when) >= 0) and when[-1] < np.log(15.0)
+
+
+def test_kinks_at_rest_are_told_by_the_clock_that_knows_the_time():
+    # There t R is what round-off makes of it: e^16 times too large after 579 units of time.
+    state = gflow.FlowState((), np.array(6e-20))
+    clock, time = gflow.clocks.LogTime(), np.log(579.0)
+    at = moment(clock, clock.read(-67.8, time), state, -67.8, 1)
+    assert at.log_time == pytest.approx(time, rel=1e-14)
+    by_risk = moment(gflow.clocks.LogRisk(), 0.0, state, -2.0, 1)
+    assert by_risk.log_time == pytest.approx(np.log(6e-20) + 2, rel=1e-15)
 
 
 def test_a_deep_network_of_ties_follows_descent_to_first_order():

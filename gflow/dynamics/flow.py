@@ -13,6 +13,7 @@ from gflow.dynamics.drive.certify import certificate, evidence, second_tolerance
 from gflow.dynamics.drive.drive import follow
 from gflow.dynamics.drive.events import Action, AtStart, Course, Event, course
 from gflow.dynamics.drive.flow_run import FlowRun, Plan
+from gflow.dynamics.drive.piecewise_run import flow_run
 from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.field import AbstractField, FlowField, FlowState
 from gflow.dynamics.march.method import method_of
@@ -137,7 +138,7 @@ def gradient_flow(
             second = second_run(run, options)
             follow(second, progress=progress)
         more, attrs = told(run, options, second)
-        run.recorder.more = run.log_of_kinks
+        run.recorder.more = run.log
         return run.recorder.record(more, **attrs, wall_time=wall_time)
 
 
@@ -208,7 +209,7 @@ def flow_of(
     recorder = Recorder(problem, weights, options.observables, options.keep_weights)
     at_start = AtStart.of(problem, weights)
     way = course(problem, weights, rules, save, clock, at_start)
-    return FlowRun(plan(problem, weights, clock, options), recorder, rules, way, at_start)
+    return flow_run(plan(problem, weights, clock, options), recorder, rules, way, at_start)
 
 
 def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, options: Options) -> Plan:
@@ -278,7 +279,7 @@ def second_run(run: FlowRun, options: Options) -> FlowRun:
     end = None if saves else Reason.REACHED_AT_START.end(rule=run.rules[0])
     at_start = AtStart.of(recorder.problem, recorder.start)
     way = Course(saves, [], end)
-    other = FlowRun(followed, again, run.rules, way, at_start, compares=False)
+    other = flow_run(followed, again, run.rules, way, at_start, compares=False)
     other.name = "certificate"
     return other
 

@@ -28,10 +28,6 @@ from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.hidden import Hidden
-from gflow.dynamics.kinks.kinked import Kinked, StuckError, moment
-from gflow.dynamics.kinks.landing import PAST, land_on_kink
-from gflow.dynamics.kinks.over import Passed
-from gflow.dynamics.kinks.piece import NotUniqueError
 from gflow.dynamics.march.land import land
 from gflow.dynamics.march.lane import Goals, Lane, Member
 from gflow.dynamics.march.loop import lanes_at
@@ -40,7 +36,7 @@ from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
-from gflow.problem.array import Array, as_array
+from gflow.problem.array import as_array
 from gflow.problem.memo import once_per_object
 from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
 from gflow.problem.sharding import gathered
@@ -75,6 +71,10 @@ class FlowRun:
     name = "gradient flow"
     in_lanes = False
     """Whether it went side by side with others."""
+    always: tuple[Event, ...] = ()
+    """Events that every step is watched for."""
+    hidden: Hidden | None = None
+    """Kinks that gflow does not know of, if there are some."""
 
     def __init__(
         self,
@@ -92,10 +92,6 @@ class FlowRun:
         self._to_save = set(map(id, self.saves))
         self.problem, self.clock = plan.field.problem, plan.field.clock
         weights, log_risk = recorder.start, at_start.log_risk
-        self.kinked = Kinked.of(self.problem, weights) if plan.methods else None
-        """The kinks of the network, which the run follows piece by piece; None if it has none."""
-        self.hidden = Hidden.of(self.problem, weights) if self.kinked is None else None
-        """Kinks that gflow does not know of, if there are some."""
         self.first_slope = at_start.slope
         loss = self.problem.loss
         self.above_zero = not loss.attained and log_risk > level_at_zero(self.problem) + ROUND_OFF
@@ -122,8 +118,7 @@ class FlowRun:
         self.seated = False
         self.pending: list[tuple[FlowState, np.ndarray, np.ndarray]] = []
         """Points that are recorded but not observed yet: states, clock values and step counts."""
-        if self.kinked is not None and self.end is None:
-            self._begin_on_kinks(self.kinked)
+        self._prepare()
         if plan.methods:
             self._begin_leg(0)
         else:
@@ -149,8 +144,7 @@ class FlowRun:
 
     @property
     def widest(self) -> int:
-        alone = self.split_run is not None or self.kinked is not None
-        alone |= self.problem.network.mesh is not None
+        alone = self.split_run is not None or self.problem.network.mesh is not None
         return 1 if alone else widest_for(self.recorder.start)
 
     def fail(self, error: Exception) -> None:
@@ -219,9 +213,7 @@ class FlowRun:
         """What the record says of the run as a whole."""
         used = [*self.used, *([self.split_run.name] if self.split_run is not None else [])]
         found = {"solver": ", then ".join(used), **self.hand_over.told}
-        if self.kinked is not None:
-            found |= self.kinked.facts()
-        elif self.hidden is not None:
+        if self.hidden is not None:
             found |= self.hidden.facts()
         if self.plan.methods:
             evaluations, iterations = self.counts + np.array(self.leg_counts)
@@ -336,7 +328,6 @@ class FlowRun:
         """Observe a block of states, the first of which count."""
         rows = list(range(len(s)))
         scaled_time = np.asarray(states.scaled_time)[rows]
-        kinked = self.kinked
 
         def more(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {
@@ -344,7 +335,7 @@ class FlowRun:
                 "num_steps": steps,
                 "beyond_hand_over": np.zeros(len(rows), dtype=bool),
                 **readings(self.clock, s, scaled_time, found["log_risk"], *self.energy),
-                **({} if kinked is None else kinked.at_points(states.weights, len(rows))),
+                **self.at_points(states.weights, len(rows)),
             }
 
         if self.hidden is not None:
@@ -364,9 +355,7 @@ class FlowRun:
             self._act([here], self.stand)
         else:
             return
-        program, others = self._program, [*self.ends, *self._turns()]
-        if self.kinked is not None:
-            others.append(_KINK)
+        program, others = self._program, [*self.ends, *self._turns(), *self.always]
         ahead = self.saves[self.done :]
         self.agenda = Agenda(ahead, others, self.stand.s, self.plan.max_steps)
         self._program = self._member = None
@@ -408,9 +397,17 @@ class FlowRun:
                 return event
         return None
 
-    def log_of_kinks(self) -> Mapping[str, np.ndarray]:
-        """What happened at the kinks of the network, as variables of a record."""
-        return {} if self.kinked is None else self.kinked.log_of_kinks()
+    def at_points(self, states: Weights, count: int) -> dict[str, np.ndarray]:
+        """What else is known at the first of a block of states, by name."""
+        return {}
+
+    def log(self) -> Mapping[str, np.ndarray]:
+        """What happened on the way, as variables of a record."""
+        return {}
+
+    def _prepare(self) -> None:
+        """What there is to find out before the first leg."""
+        self.hidden = Hidden.of(self.problem, self.recorder.start)
 
     def _act(self, events: Sequence[Event], stand: Stand) -> None:
         """What is to be done at events that happen at one place, saved points first."""
@@ -418,21 +415,23 @@ class FlowRun:
         for event in sorted(events, key=lambda event: event.action.value):
             if self.end is not None or self.split_run is not None:
                 return
-            match event.action:
-                case Action.STOP:
-                    self.end = Reason.REACHED.end(rule=event.rule, steps=stand.num_steps)
-                case Action.WALL:
-                    assert self.end_of_risk is not None
-                    self.end = self.end_of_risk[1]
-                case Action.SADDLE:
-                    self._at_saddle(stand)
-                case Action.COMPARE:
-                    self.hand_over.compare(stand)
-                case Action.HAND_OVER:
-                    if not self._goes_on_in_split(stand):
-                        self._arm()
-                case Action.KINK:
-                    self._pass_kink(stand)
+            self._do(event, stand)
+
+    def _do(self, event: Event, stand: Stand) -> None:
+        """What is to be done at one event."""
+        match event.action:
+            case Action.STOP:
+                self.end = Reason.REACHED.end(rule=event.rule, steps=stand.num_steps)
+            case Action.WALL:
+                assert self.end_of_risk is not None
+                self.end = self.end_of_risk[1]
+            case Action.SADDLE:
+                self._at_saddle(stand)
+            case Action.COMPARE:
+                self.hand_over.compare(stand)
+            case Action.HAND_OVER:
+                if not self._goes_on_in_split(stand):
+                    self._arm()
 
     def _count(self, events: Sequence[Event]) -> None:
         """Count the saved points among events."""
@@ -440,134 +439,36 @@ class FlowRun:
 
     def _land(self, report: Report) -> None:
         """Land on the earliest of the watched events that the last step crossed."""
-        lane, landed, kink = report.lane, [], False
-        watched = self.agenda.watched
-        if len(watched) == 1 and watched[0].action is Action.KINK:
-            reached = [watched[0].progress]  # it is all that the step can have crossed
+        found = self._landed(report.lane, self.crossed())
+        if found is None:
+            self._arm()
         else:
-            reached = self.progress([event.rule for event in watched])
-        for event, progress in zip(watched, reached, strict=True):
-            if progress < event.progress:
-                continue
-            if event.action is Action.KINK:
-                kink = True
-                continue
+            self._stop_at(report, *found)
+
+    def crossed(self) -> list[Event]:
+        """The watched events that the last step crossed."""
+        watched = self.agenda.watched
+        reached = self.progress([event.rule for event in watched])
+        return [
+            event for event, here in zip(watched, reached, strict=True) if here >= event.progress
+        ]
+
+    def _landed(self, lane: Lane, events: Sequence[Event]) -> tuple[Lane, Event] | None:
+        """The earliest of some events in the last step of a lane, and the lane there."""
+        landed = []
+        for event in events:
             goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
             landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
-        if landed:
-            lane, event = min(landed, key=lambda each: float(each[0].s))
-        if kink and self._meets_kinks(report, lane):
-            return
-        if not landed:
-            self._arm()
-            return
+        return min(landed, key=lambda each: float(each[0].s), default=None)
+
+    def _stop_at(self, report: Report, lane: Lane, event: Event) -> None:
+        """Act on an event that was landed on, and go on if it is not the end."""
         report.replace(lane)
         self._act([event], self.stand)
         if event.action.saves and self.split_run is None:
             self.record_here()
         if self.end is None and self.split_run is None:
             self._arm()
-
-    def _meets_kinks(self, report: Report, lane: Lane) -> bool:
-        """Go past the first kinks in the last step of a lane, or all, or go back before them.
-
-        Returns:
-            Whether there were some.
-        """
-        kinked = self.kinked
-        assert kinked is not None
-        field, tolerance = self.plan.field, self.plan.tolerance
-        self.observe()  # what was saved before the kinks is of the pattern before them
-        found = kinked.over(field, tolerance, lane)
-        if isinstance(found, Passed):
-            if not found.units:
-                return False
-            report.replace(lane)
-            next_step = min(float(lane.next_step), found.longest)
-            self._go_on_behind(found.state, next_step, float(found.ends[1].fall))
-        elif found is not None and found.second < found.part:
-            self._go_back(lane, found.part)
-        else:
-            at_kink, trials, spent = land_on_kink(field, self.method, lane)
-            self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
-            if found is not None and found.many:
-                # As much as may be stepped over, or up to the next kink.
-                part = max(found.part, min(found.second, 1.0))
-                longest = part * float(lane.s - lane.previous[0])
-                next_step = as_array(np.float64(min(float(at_kink.next_step), longest)))
-                at_kink = dataclasses.replace(at_kink, next_step=next_step)
-            report.replace(at_kink)
-            self._act([_KINK], self.stand)
-        return True
-
-    def _begin_on_kinks(self, kinked: Kinked) -> None:
-        """Decide about units that begin on their kinks, and follow the pattern of the start."""
-        try:
-            kinked.begin(self._stand.state.weights)
-        except NotUniqueError as error:
-            self.end = Reason.NOT_UNIQUE.end(why=error)
-        self._follow_pattern(kinked)
-
-    def _follow_pattern(self, kinked: Kinked) -> None:
-        field = dataclasses.replace(self.plan.field, problem=kinked.here)
-        self.plan = self.plan._replace(field=field)
-
-    def _pass_kink(self, stand: Stand) -> None:
-        """Go on in the pattern behind the kink where the run stands."""
-        kinked, report = self.kinked, self.report
-        assert kinked is not None
-        assert report is not None
-        self.observe()
-        weights, scaled_time = stand.state
-        log_risk = risk_and_slope(self.plan.field.problem, weights)[0]
-        at = moment(stand.state, log_risk, stand.num_steps)
-        try:
-            weights = kinked.pass_(weights, stand.s, at)
-        except NotUniqueError as error:
-            self.end = Reason.NOT_UNIQUE.end(why=error)
-            return
-        except StuckError as error:
-            self.end = Reason.STUCK.end(why=error, log_risk=at.log_risk)
-            return
-        state, next_step = FlowState(weights, scaled_time), float(report.lane.next_step)
-        self._follow_pattern(kinked)
-        fall = float(_fall(self.plan.field, as_array(np.float64(stand.s)), state))
-        self._go_on_behind(state, next_step, fall)
-
-    def _go_on_behind(self, state: FlowState, next_step: float, fall: float) -> None:
-        """Go on behind kinks from a state that stands where the run does."""
-        kinked, (s, _, steps) = self.kinked, self.stand
-        assert kinked is not None
-        self._follow_pattern(kinked)
-        # Far out the shares of the points settle anew behind a kink while log R changes by about
-        # 1: a step that leaps over this is refused, however it is shortened, until it does not.
-        next_step = min(next_step, 1 / fall) if fall > 0 else next_step
-        self._keep_counts(steps)
-        self._leave(Stand(s, state, steps), next_step)
-        self._meet()
-        self._arm()
-
-    def _go_back(self, lane: Lane, part: float) -> None:
-        """Refuse the last step, and try a part of it."""
-        s, state, _ = lane.previous
-        self._keep_counts(int(lane.num_steps) - 1)
-        stand = Stand(float(s), state, int(lane.num_steps) - 1)
-        self._leave(stand, part * float(lane.s - s))
-        self.num_rejected += 1
-        self._arm()
-
-    def _keep_counts(self, steps: int) -> None:
-        """Keep the solver's counts of what is left: it begins anew after so many steps."""
-        self.counts, self.leg_counts = self.counts + np.array(self.leg_counts), (0, 0)
-        self.leg_began = steps
-
-    def _meet(self) -> None:
-        """Act on the events by the clock that are where the run stands, as a kink may be."""
-        ahead = [*self.saves[self.done : self.done + 1], *self.ends]
-        here = [event for event in ahead if event.clock <= self.stand.s]
-        if here:
-            self.record_here()
-            self._act(here, self.stand)
 
     def _at_saddle(self, stand: Stand) -> None:
         """End the run at a saddle; elsewhere on its level, go on."""
@@ -658,9 +559,6 @@ class FlowRun:
                 "num_steps": np.int64(num_steps),
                 "next_step": np.float64(self.next_step),
             }
-        if self.kinked is not None:
-            facts["kinked"], more = self.kinked.snapshot()
-            arrays |= more
         return Snapshot(facts, arrays)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -672,9 +570,6 @@ class FlowRun:
         self.hand_over.restore(facts["hand_over"], snapshot.read)
         if (told := facts["split_run"]) is not None:
             self.split_run = self.hand_over.restored("split_run", told, snapshot.read)
-        if self.kinked is not None:
-            self.kinked.restore(facts["kinked"], snapshot.read)
-            self._follow_pattern(self.kinked)
         if snapshot.holds("stand"):
             at = snapshot.read("stand", {**_STAND, "state": self._stand.state})
             self._stand = Stand(float(at["s"]), at["state"], int(at["num_steps"]))
@@ -696,16 +591,6 @@ class FlowRun:
         rule = self.saves[self.done].rule
         return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
 
-
-@eqx.filter_jit
-def _fall(field: AbstractField, s: Array, state: FlowState) -> Array:
-    r"""$-d\log R/ds$."""
-    log_risk, _, descent = field.direction(state.weights)
-    return field.clock.rate(s, log_risk, descent) * descent
-
-
-_KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)
-"""The run has passed a kink of its network."""
 
 _STAND = {"s": 0.0, "num_steps": 0, "next_step": 0.0}
 

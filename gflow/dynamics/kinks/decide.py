@@ -13,8 +13,8 @@ the force $\beta_-$ where $\langle N, w\rangle < 0$ and $\beta_+$ where it is po
   one side crosses to the other. Where a group has nowhere to come from, as after a slide whose
   force has changed its sign, both sides may lead away from the kink: the flow is not unique.
 
-Of several layers $b_k$ depends on the $\nu$ of later units, linearly: $b = b_0 + B^\top\nu$, which
-is iterated. Plain NumPy, of a few units.
+Where kinks of several layers meet at a point of the data see ``meeting.py``. Plain NumPy, of a few
+units.
 """
 
 from typing import NamedTuple
@@ -27,10 +27,8 @@ PARALLEL = 1e-12
 INTERIOR = 1e-10
 """A force closer to its bound, relatively, is at the bound."""
 
-AWAY = 1e-12
+AWAY = 1e-11
 """Speeds below this part of what the normal and the velocities allow are zero."""
-
-ROUNDS = 30
 
 
 class Block(NamedTuple):
@@ -43,9 +41,7 @@ class Block(NamedTuple):
     base: np.ndarray
     r"""$v_0$, shape (D,)."""
     force: np.ndarray
-    """$b_0$, shape (k,)."""
-    later: np.ndarray | None
-    """B, row l for $b$ of all units; None for one hidden layer."""
+    """b, without what is behind other units of the block, shape (k,)."""
     lower: np.ndarray
     r"""$\kappa$, shape (k,)."""
     on: np.ndarray
@@ -94,17 +90,7 @@ def decide(block: Block, branch: int | None = None) -> list[Group]:
     found = groups_of(block)
     if not found:
         return []
-    nu = np.zeros(len(block.units))
-    force, rounds = block.force, 1 if block.later is None else ROUNDS
-    groups: list[Group] = []
-    for _ in range(rounds):
-        groups, new = _solve(block, found, force, branch)
-        settled = np.allclose(new, nu, rtol=1e-12, atol=0.0)
-        nu = new
-        if block.later is None or settled:
-            break
-        force = block.force + nu @ block.later
-    return groups
+    return _solve(block, found, branch)
 
 
 class Alone(NamedTuple):
@@ -148,9 +134,10 @@ def decide_alone(block: Alone, branch: int | None) -> tuple[np.ndarray, np.ndarr
 
 
 def _solve(
-    block: Block, found: list[tuple[np.ndarray, np.ndarray]], force: np.ndarray, branch: int | None
-) -> tuple[list[Group], np.ndarray]:
-    r"""The groups for given forces, and the $\nu$ of each unit."""
+    block: Block, found: list[tuple[np.ndarray, np.ndarray]], branch: int | None
+) -> list[Group]:
+    """Where groups go, given their members and normals."""
+    force = block.force
     normals = np.stack([block.normals[members[0]] for members, _ in found])
     below, above, sides = [], [], []
     for members, alpha in found:
@@ -194,14 +181,10 @@ def _solve(
     theta = np.where(repels, theta, (below - nu) / width)
     slides = ~repels & (theta > INTERIOR) & (theta < 1 - INTERIOR)
     side = np.where(slides, 0, np.where(repels, side, np.where(theta >= 0.5, 1, -1)))
-    groups = [
+    return [
         Group(members, alpha, int(side[g]), float(theta[g]), bool(open_[g]))
         for g, (members, alpha) in enumerate(found)
     ]
-    each = np.zeros(len(block.units))
-    for group in groups:
-        each[group.members] = gates_of(group, block.lower) * force[group.members]
-    return groups, each
 
 
 def gates_of(group: Group, lower: np.ndarray) -> np.ndarray:

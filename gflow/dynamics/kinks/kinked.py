@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.mending import End
 from gflow.dynamics.kinks.over import Over, Passed, Refused
 from gflow.dynamics.kinks.patterns import Slide
-from gflow.dynamics.kinks.piece import Piece
+from gflow.dynamics.kinks.piece import Piece, StuckError
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.tolerance import AbstractTolerance
-from gflow.problem.array import Array
+from gflow.problem.array import Array, as_array
 from gflow.problem.network import AbstractNetwork
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights, squared_norm
@@ -62,15 +63,13 @@ class Moment(NamedTuple):
     step: int
 
 
-class StuckError(Exception):
-    """No way from a kink was found; the message says where."""
-
-
-def moment(state: FlowState, log_risk: Any, step: int) -> Moment:
-    """Where a run stands."""
-    with np.errstate(divide="ignore"):
-        log_time = float(np.log(np.asarray(state.scaled_time))) - float(log_risk)
-    return Moment(log_time, float(log_risk), step)
+def moment(clock: AbstractClock, s: Any, state: FlowState, log_risk: Any, step: int) -> Moment:
+    """Where a run stands; by its clock, where that knows the time, which t R is round-off for."""
+    time = clock.log_time_at(as_array(np.float64(s)))
+    if time is None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            time = np.log(np.asarray(state.scaled_time)) - float(log_risk)
+    return Moment(float(time), float(log_risk), step)
 
 
 class Kinked:
@@ -239,8 +238,8 @@ class Kinked:
         if isinstance(found, Passed) and found.units:
             steps, whole = int(lane.num_steps), ends[1] - ends[0]
             begin, end = (
-                moment(state, look.log_risk, steps)
-                for state, look in zip((state0, found.state), found.ends, strict=True)
+                moment(field.clock, s, state, look.log_risk, steps)
+                for s, state, look in zip(ends, (state0, found.state), found.ends, strict=True)
             )
             order = sorted(found.units.items(), key=lambda each: (-each[1], each[0]))
             places = ((unit, _between(begin, end, since / whole)) for unit, since in order)
@@ -287,7 +286,9 @@ def _between(begin: Moment, end: Moment, back: float) -> Moment:
     with np.errstate(divide="ignore"):
         parts = np.log(np.array([back, 1 - back]))
     log_time = float(np.logaddexp(begin.log_time + parts[0], end.log_time + parts[1]))
-    log_risk = end.log_risk + back * (begin.log_risk - end.log_risk)
+    log_risk = end.log_risk
+    if np.isfinite(log_risk):
+        log_risk += back * (begin.log_risk - log_risk)
     return Moment(log_time, log_risk, end.step)
 
 

@@ -22,6 +22,9 @@ INDEPENDENT = 1e-9
 FIRST_SLOTS = 4
 """Slots of a neuron, or of a network, at first; when more are needed there are twice as many."""
 
+GROW_LAYERED = 4
+"""Of several layers so many times: there programs of another number of slots take seconds each."""
+
 
 class Slide(NamedTuple):
     """A group of units that slides: its members, their normals relative to the first, and theta."""
@@ -175,9 +178,10 @@ class Patterns:
             self.of_neuron.setdefault(unit % self.shape[1], []).append(unit)
         most = self._most(neurons)
         if most > self.slots:
-            slots = max(FIRST_SLOTS, 2 * self.slots)
+            grow = 2 if self.rows is not None else GROW_LAYERED
+            slots = max(FIRST_SLOTS, grow * self.slots)
             while slots < most:
-                slots *= 2
+                slots *= grow
             self.slots = min(slots, len(self.rows)) if self.rows is not None else slots
             self.pattern = dataclasses.replace(
                 self.pattern,

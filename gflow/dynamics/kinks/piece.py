@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.kinks.decide import PARALLEL, Alone, Block, Group, decide, decide_alone
+from gflow.dynamics.kinks.decide import (
+    PARALLEL,
+    Alone,
+    Block,
+    Group,
+    decide,
+    decide_alone,
+)
+from gflow.dynamics.kinks.meeting import Layers, decide_layers
 from gflow.dynamics.kinks.patterns import Patterns, Slide
 from gflow.problem.array import Array, as_array
 from gflow.problem.bends import AbstractBends, Frozen, Sight, scale_of, sight, violations
@@ -85,6 +93,10 @@ def rays(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         same = 1 - abs(unit[last] @ unit[k]) <= PARALLEL
         ray[k] = ray[last] + (0 if same else 1)
     return ray, np.bincount(ray, minlength=1)[ray]
+
+
+class StuckError(Exception):
+    """No way from a kink was found; the message says where."""
 
 
 class NotUniqueError(Exception):
@@ -261,9 +273,7 @@ class Piece:
         others = np.ones(len(rows), bool)
         others[points] = False
         delta = (np.asarray(self.patterns.pattern.gates)[:, neuron] * pulls)[others]
-        block = self._as_block(
-            units, rows[points], delta @ rows[others], pulls[points], None, slid, free
-        )
+        block = self._as_block(units, rows[points], delta @ rows[others], pulls[points], slid, free)
         self._take(block, decide(block, self.branch), force, [neuron])
         return set(units.tolist())
 
@@ -284,14 +294,28 @@ class Piece:
         slid = self.patterns.units_in(None)
         touched = np.union1d(units, slid).astype(np.int64)
         # Units that are at rest without the others, as behind a layer that is all off, have no
-        # kink of their own: their gates stay, until the others have been decided about.
-        units, flat, base, force, later = self._block(weights, touched)
+        # kink of their own, and go where the others put them.
+        z = np.asarray(seen.z)
+        near = np.abs(z) <= AT_KINK * np.asarray(scale_of(as_array(z)))
+        some = np.unique(touched // self.num_units)
+        there = (some[:, None] * self.num_units + np.arange(self.num_units)[None, :])[near[some]]
+        units, flat, base, force, later = self._block(weights, np.union1d(touched, there))
         sizes = np.linalg.norm(flat, axis=1)
         own = sizes > DEPENDENT * np.max(sizes, initial=0.0)
-        if not np.all(own) and np.any(own):
-            units, flat, base, force, later = self._block(weights, touched[own])
-        block = self._as_block(units, flat, base, force, later, slid, free)
-        groups = decide(block, self.branch)
+        known = np.isin(units, touched) & own
+        kept = known | ~own & np.isin(units // self.num_units, units[known] // self.num_units)
+        if not np.all(kept) and np.any(kept):
+            units, flat, base, force, later = self._block(weights, units[kept])
+            own = own[kept]
+        block = self._as_block(units, flat, base, force, slid, free)
+        layer = self.place.layer[units % self.num_units]
+        speed, gates = (
+            np.asarray(x).reshape(-1)[units] for x in (seen.speed, self.patterns.pattern.gates)
+        )
+        groups = decide_layers(block, Layers(own, later, layer, speed, gates), self.branch)
+        if groups is None:
+            points = ", ".join(str(i) for i in np.unique(units // self.num_units))
+            raise StuckError(f"of several layers at points {points} none leads on by itself")
         self._take(block, groups, np.asarray(seen.force), None)
         stay = [int(group.members[0]) for group in groups if group.side == 0]
         if stay:
@@ -311,7 +335,9 @@ class Piece:
         self, weights: Weights, units: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Units, their normals, v_0, their forces b_0 and B, with the gates of all of them zero."""
-        count = 1 << max(3, int(len(units) - 1).bit_length())
+        count = 8
+        while count < len(units):  # few sizes, each of which is a program
+            count *= 4
         padded = np.concatenate([units, np.repeat(units[:1], count - len(units))])
         gates = np.asarray(self.patterns.pattern.gates).copy()
         gates.reshape(-1)[units] = 0.0
@@ -328,14 +354,13 @@ class Piece:
         normals: np.ndarray,
         base: np.ndarray,
         force: np.ndarray,
-        later: np.ndarray | None,
         slid: np.ndarray,
         free: set[int],
     ) -> Block:
         on = np.asarray(self.patterns.pattern.on).reshape(-1)[units]
         loose = np.isin(units, slid) | np.isin(units, list(free))
         lower = self.place.lower[units % self.num_units]
-        return Block(units, normals, base, force, later, lower, on, loose)
+        return Block(units, normals, base, force, lower, on, loose)
 
     def _take(
         self,
