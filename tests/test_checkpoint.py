@@ -24,7 +24,7 @@ from gflow.dynamics.drive import checkpoint as module, flow_lanes, progress
 DATA = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
 PROBLEM = gflow.Problem(DATA, loss=gflow.Exponential())
 START = gflow.init.admissible(gflow.init.gaussian((2, 3, 1), seed=0), PROBLEM)
-STEPS = 200
+STEPS = 400
 
 
 class Shaken(NamedTuple):
@@ -132,7 +132,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(
     path, sessions = tmp_path / "run.npz", 0
     while True:
         with monkeypatch.context() as patch:
-            at_write(patch, 9 if verb is flow else 3, fail(Killed()), before=before)
+            at_write(patch, 9 if verb is flow else 5, fail(Killed()), before=before)
             try:
                 record = verb(path)
                 break
