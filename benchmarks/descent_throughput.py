@@ -87,8 +87,9 @@ def torch_loop(z, rate=0.1):
     return loop
 
 
-def compare(width, name, budget):
+def compare(width, name, budget, fewer=1):
     widths, steps = NETWORKS[width]
+    steps //= fewer
     data = gflow.datasets.separable(n=100, d=widths[0], margin=0.1, seed=0)
     problem = gflow.Problem(data, loss=gflow.Logistic())
     weights = gflow.init.admissible(gflow.init.gaussian(widths, seed=0), problem)
@@ -202,7 +203,7 @@ def main():
     rows = []
     cases = list(itertools.product(NETWORKS, OPTIMISERS))
     for width, name in cases[:1] if options.quick else cases:
-        row = compare(width, name, BUDGET / 10 if options.quick else BUDGET)
+        row = compare(width, name, *((BUDGET / 30, 10) if options.quick else (BUDGET,)))
         rows.append({**row, **{f"{key}_us": us for key, us in row["step_us"].items()}})
     table(
         rows,

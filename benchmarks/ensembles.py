@@ -34,9 +34,9 @@ WIDTHS, GOAL, SAVE = (2, 10, 10, 10, 1), -1e4, 20
 RATES, STEPS = 50, 100_000
 
 
-def members(count: int) -> tuple[gflow.Problem, list[Any], np.ndarray]:
+def members(count: int, points: int = 20) -> tuple[gflow.Problem, list[Any], np.ndarray]:
     """The problem, the starts and their scales."""
-    data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+    data = gflow.datasets.separable(n=points, d=2, margin=0.1, seed=0)
     problem = gflow.Problem(data, loss=gflow.Exponential())
     scales = np.geomspace(0.01, 3, count)
     starts = [gflow.init.gaussian(WIDTHS, scale=s, seed=i) for i, s in enumerate(scales)]
@@ -128,7 +128,8 @@ def main() -> None:
     if options.quick:
         options.members, options.repeats, options.devices = 4, 1, 1
     count = options.members
-    problem, starts, scales = members(count)
+    # In the quick run with the points, and so the programs, of `reach.py`.
+    problem, starts, scales = members(count, 100 if options.quick else 20)
     batch = tuple(np.stack(layer) for layer in zip(*starts, strict=True))
     until = gflow.LogRisk(GOAL)
 

@@ -50,13 +50,13 @@ def peak(steps: int) -> dict:
     }
 
 
-def beside_weights(width: int, names: tuple[str, ...]) -> list[dict]:
+def beside_weights(width: int, names: tuple[str, ...], quick: bool) -> list[dict]:
     """Peak memory of each method on four layers of one width."""
-    work = task((12, width, width, width, 1))
+    work = task((2 if quick else 12, width, width, width, 1))  # two: the programs of `reach.py`
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.npz"
-        reach.pose(work, reach.reference(work, (-2,)), (-2,), path)
+        reach.pose(work, reach.reference(work, (-2,), quick=quick), (-2,), path)
         for name in names:
             found = reach.theirs(name, path, LIMIT, sys.executable)
             done = found["rows"][0] if found["rows"] else {}
@@ -109,7 +109,8 @@ def main():
     sizes: list[dict] = []
     for width in WIDTHS[:1] if options.quick else WIDTHS:
         peers = () if options.quick else DENSE
-        sizes += beside_weights(width, ("gflow", *peers) if width <= MOST_DENSE else ("gflow",))
+        names = ("gflow", *peers) if width <= MOST_DENSE else ("gflow",)
+        sizes += beside_weights(width, names, options.quick)
     table(sizes, "width:d weights:d method:s peak_mib:.0f why:s")
     per_weight = {name: growth_per_weight(sizes, name) for name in ("gflow", *DENSE)}
     print("bytes a weight:", per_weight)

@@ -102,8 +102,10 @@ def theirs(name, path, limit, python):
         lines.put(None)
 
     # Both pipes are emptied, or a talkative peer would wait for ever.
-    threading.Thread(target=listen, daemon=True).start()
-    threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True).start()
+    listeners = (listen, lambda: errors.append(process.stderr.read()))
+    threads = [threading.Thread(target=each, daemon=True) for each in listeners]
+    for thread in threads:
+        thread.start()
     found = {"method": name, "rows": []}
     # A target is measured up to five times: in a second, or once if it takes longer.
     allowed, began, target = START_UP, time.perf_counter(), None
@@ -124,6 +126,10 @@ def theirs(name, path, limit, python):
         where = "the first call" if target is None else f"log R = {target:g}"
         found["ended"] = f"{where} takes more than {limit if target is not None else allowed:g} s"
     process.wait()
+    for thread in threads:
+        thread.join()
+    process.stdout.close()
+    process.stderr.close()
     if "done" not in found and not {"ended", "unable", "missing"} & found.keys():
         found["unable"] = f"it dies with code {process.returncode}: {''.join(errors)[-300:]}"
     return found

@@ -22,10 +22,13 @@ SIZES = {
     "dimension": (4, 16, 64, 256),
 }
 GOAL, RTOL = -1e4, 1e-6
+QUICK = {"points": 100, "dimension": 2}
+"""In the quick run, whose larger network is that of `work_precision.py`."""
 
 
-def measure(what, size, repeats):
-    sizes = {"width": WIDTH, "depth": DEPTH, "points": POINTS, "dimension": DIM} | {what: size}
+def measure(what, size, repeats, base=()):
+    sizes = {"width": WIDTH, "depth": DEPTH, "points": POINTS, "dimension": DIM}
+    sizes |= {**dict(base), what: size}
     widths = (sizes["dimension"], *[sizes["width"]] * (sizes["depth"] - 1), 1)
     work = common.task(widths, n=sizes["points"])
     walk = functools.partial(common.walk, work, gflow.GaussNewton(), GOAL, RTOL, limit=60.0)
@@ -76,8 +79,9 @@ def main():
     options = common.begin(common.parser(__doc__))
     report = common.Report(__file__, options)
     found = {}
-    for what, sizes in {"width": (8, 16)}.items() if options.quick else SIZES.items():
-        found[what] = [measure(what, size, 2 if options.quick else 5) for size in sizes]
+    how = (2, QUICK) if options.quick else (5,)
+    for what, sizes in {"width": (5, 10)}.items() if options.quick else SIZES.items():
+        found[what] = [measure(what, size, *how) for size in sizes]
         columns = "what:s size:d weights:d finished: seconds:.4f steps:d step_us:.0f"
         common.table(found[what], columns)
     slopes = {what: slope(rows) for what, rows in found.items()}

@@ -49,7 +49,8 @@ def imports(repeats):
     rows = []
     bare = statistics.median(fresh("pass")[0] for _ in range(repeats))
     for name, code in IMPORTS.items():
-        fresh(code)  # once, to have its files in memory
+        if repeats > 1:
+            fresh(code)  # once, to have its files in memory
         took = [fresh(code)[0] - bare for _ in range(repeats)]
         rows.append({"what": name, "least": min(took), "median": statistics.median(took)})
     rows.append({"what": "gflow's own share"} | {
@@ -81,7 +82,7 @@ def main():
     work = common.task(reach.WIDTHS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.npz"
-        reach.pose(work, reach.reference(work, (-10,)), (-10,), path)
+        reach.pose(work, reach.reference(work, (-10,), quick=options.quick), (-10,), path)
         rows = calls(CALLS[-1:] if options.quick else CALLS, path, repeats)
     print(
         "To log R = -10, each in a process of its own; import and compilation are in the first call"

@@ -18,6 +18,9 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")
 )
 
+# Matrices are small here, and there is a worker of pytest for each core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # What one process has compiled the others read: the second worker, notebooks, benchmarks, and the
 # next run, which takes half the time. JAX tells programs, flags and versions apart.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))

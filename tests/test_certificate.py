@@ -17,9 +17,9 @@ FACTOR = 10.0
 
 @pytest.fixture(scope="module")
 def flow():
-    data = gflow.datasets.two_point()
+    data = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
     problem = gflow.Problem(data, loss=gflow.Exponential())
-    weights = gflow.init.admissible(gflow.init.gaussian((2, 3, 3, 1), seed=1), problem)
+    weights = gflow.init.admissible(gflow.init.gaussian((2, 4, 3, 1), seed=1), problem)
     return gflow.gradient_flow(problem, weights, until=gflow.LogRisk(-50), save=5, certify=True)
 
 

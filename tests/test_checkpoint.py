@@ -21,7 +21,7 @@ from jax import Array
 import gflow
 from gflow.dynamics.drive import checkpoint as module, flow_lanes, progress
 
-DATA = gflow.datasets.separable(n=12, d=2, margin=0.2, seed=1)
+DATA = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
 PROBLEM = gflow.Problem(DATA, loss=gflow.Exponential())
 START = gflow.init.admissible(gflow.init.gaussian((2, 3, 1), seed=0), PROBLEM)
 STEPS = 400

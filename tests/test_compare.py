@@ -195,7 +195,7 @@ def test_wrong_arguments_are_refused_with_what_to_do(unchecked):
 def runs():
     """Descent at two step sizes, and the flow saved at the times of both."""
     problem = gflow.Problem(Dataset([[0.5, 0.2], [-0.5, 0.6]], [1, -1]), loss=gflow.Logistic())
-    weights = gflow.init.balanced((2, 2, 1), end_to_end=(0.3, 0.2))
+    weights = gflow.init.balanced((2, 3, 1), end_to_end=(0.3, 0.2))
 
     def descend(rate, steps):
         options = {"until": gflow.Steps(steps), "save": steps // 20 * np.arange(1, 21)}
@@ -240,7 +240,7 @@ def test_the_error_bar_covers_the_error_of_a_loose_flow(runs, certify):
     problem = gflow.Problem(Dataset([[0.5, 0.2], [-0.5, 0.6]], [1, -1]), loss=gflow.Logistic())
     loose = gflow.gradient_flow(
         problem,
-        gflow.init.balanced((2, 2, 1), end_to_end=(0.3, 0.2)),
+        gflow.init.balanced((2, 3, 1), end_to_end=(0.3, 0.2)),
         until=gflow.LogTime(float(tight.log_time[-1])),
         save=tight.log_time.values[1:],
         keep_weights=True,

@@ -150,7 +150,7 @@ with jax.enable_x64(True):
     first, last = shared.network.placed(start)
 assert [part.data.shape for part in first.addressable_shards] == [(2, 2)]
 assert [part.data.shape for part in last.addressable_shards] == [(1, 2)]
-flow = gflow.gradient_flow(shared, start, until=gflow.LogRisk(-20), save=3)
+flow = gflow.gradient_flow(shared, start, until=gflow.LogRisk(-3), save=2)
 for name, values in np.load(sys.argv[3]).items():
     np.testing.assert_allclose(flow[name].values, values, rtol=1e-7)
 """
@@ -158,7 +158,7 @@ for name, values in np.load(sys.argv[3]).items():
 
 def test_two_processes_share_the_points_and_the_weights_of_one_problem(problem, tmp_path):
     start = gflow.init.zero_first((2, 4, 1), seed=0)
-    alone = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-20), save=3)
+    alone = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-3), save=2)
     names = "end_to_end", "log_time", "margin", "direction_error"
     np.savez(tmp_path / "alone.npz", **{name: alone[name].values for name in names})
     with socket.socket() as free:
@@ -337,18 +337,16 @@ def test_data_in_the_place_of_problems_are_told_what_to_do(problem, batch):
 
 
 @pytest.mark.filterwarnings("ignore:.*R.W.0..")
-def test_members_take_the_steps_that_they_take_alone():
-    data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
-    many = gflow.Problem(data, loss=gflow.Exponential())
-    starts = [gflow.init.gaussian((2, 10, 10, 10, 1), scale=0.5, seed=i) for i in range(24)]
+def test_members_take_the_steps_that_they_take_alone(problem):
+    starts = [gflow.init.gaussian(WIDTHS, scale=0.5, seed=i) for i in range(24)]
     batch = tuple(np.stack(layer) for layer in zip(*starts, strict=True))
-    rule = gflow.LogRisk(-1e4)
-    found = gflow.ensemble(many, batch, until=rule, save=2)
-    alone = [gflow.gradient_flow(many, start, until=rule, save=2) for start in starts]
+    rule = gflow.LogRisk(GOAL)
+    found = gflow.ensemble(problem, batch, until=rule, save=2, lanes=2)
+    alone = [gflow.gradient_flow(problem, start, until=rule, save=2) for start in starts]
     steps = [int(flow.num_steps[-1]) for flow in alone]
     apart = np.abs(found.num_steps.max("point").values - np.array(steps))
-    # All equal with XLA's optimisations; without, as in these tests, round-off decides thrice.
-    assert np.sum(apart > 0) <= 3 and apart.sum() <= 0.01 * sum(steps), apart.tolist()
+    # All equal with XLA's optimisations; without, as in these tests, round-off decides at times.
+    assert apart.max() <= 1 and apart.sum() <= 0.01 * sum(steps), apart.tolist()
     assert found.status.values.tolist() == [flow.attrs["status"] for flow in alone]
 
 
@@ -397,9 +395,10 @@ def test_any_network_and_loss_goes_in_lanes(problem):
     batch = {"first": rng.normal(size=(3, 4, 2)), "second": rng.normal(size=(3, 4))}
     loss = gflow.PolynomialTail(2.0)
     smooth = gflow.Problem(problem.data, gflow.Network(smooth_network), loss)
-    found = gflow.ensemble(smooth, batch, until=gflow.Time(20.0), save=3)
+    given = {"until": gflow.Time(20.0), "save": 3, "solver": diffrax.Tsit5()}
+    found = gflow.ensemble(smooth, batch, **given)
     assert found.in_lanes.all() and (found.status == "reached").all()
     for i in range(3):
         start = {name: leaf[i] for name, leaf in batch.items()}
-        single = gflow.gradient_flow(smooth, start, until=gflow.Time(20.0), save=3)
+        single = gflow.gradient_flow(smooth, start, **given)
         np.testing.assert_allclose(found.log_risk[i], single.log_risk, rtol=1e-9)

@@ -371,10 +371,11 @@ def test_weighted_two_point_data_follow_the_closed_form():
 
 @pytest.mark.skipif(not memory_maps.MAPS.exists(), reason="only Linux has such a limit")
 def test_compiled_programs_are_dropped_before_a_process_has_too_many_memory_maps(monkeypatch):
-    problem = gflow.Problem(DATA, loss=gflow.Logistic())
+    problem, start = gflow.Problem(DATA, loss=gflow.Logistic()), (np.array([[0.1, 0.2]]),)
+    options = {"until": gflow.LogRisk(-5), "save": 2, "solver": diffrax.Tsit5()}
 
     def follow():
-        return gflow.gradient_flow(problem, WEIGHTS, until=gflow.LogRisk(-5), save=2)
+        return gflow.gradient_flow(problem, start, **options)
 
     before, compiled = follow(), jax.jit(lambda x: x + 1)
     compiled(1.0)

@@ -29,9 +29,9 @@ def test_the_bound_of_one_datum_has_a_closed_form():
 @pytest.fixture(scope="module")
 def deep():
     """A network of two layers near its saddle, where the curvature is negative."""
-    data = gflow.datasets.separable(n=8, d=2, margin=0.2, seed=1)
+    data = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
     problem = gflow.Problem(data, loss=gflow.Exponential())
-    weights = gflow.init.balanced((2, 2, 1), end_to_end=0.02 * data.max_margin().direction)
+    weights = gflow.init.balanced((2, 3, 1), end_to_end=0.02 * data.max_margin().direction)
     steps = round(TIME / RATE)
     descent = gflow.gradient_descent(
         problem, weights, optax.sgd(RATE), until=gflow.Steps(steps),

@@ -245,29 +245,35 @@ def test_points_below_round_off_are_left_out_of_a_step_and_no_others(field, long
         "start": state(start()).weights,
     }
 
-    def steps(weights, trusting=()):
-        for name in trusting:
-            monkeypatch.setattr(part, name, np.inf)
-        found, _, solution = jax.jit(lambda *a: walk(*a))(
-            field, weights, 0.05, 2, gflow.GaussNewton()
-        )
-        log_risk = field.problem.log_risk(found.weights)
-        return found.weights, part.Part.of(field, log_risk, solution.offsets)
+    def compiled(**constants):
+        """Two steps, with constants of the module that are read while they are traced."""
+        for name, value in constants.items():
+            monkeypatch.setattr(part, name, value)
+        program = jax.jit(lambda *a: walk(*a))
 
+        def steps(weights):
+            found, _, solution = program(field, weights, 0.05, 2, gflow.GaussNewton())
+            log_risk = field.problem.log_risk(found.weights)
+            return found.weights, part.Part.of(field, log_risk, solution.offsets)
+
+        return steps
+
+    steps = compiled()
     whole = {name: steps(cases[name]) for name in ("late", "early")}
     assert all(chosen is None for _, chosen in whole.values())
-    monkeypatch.setattr(part, "LEAST", 1)
+    steps = compiled(LEAST=1)
     found, chosen = steps(late)
     assert chosen.enough and len(chosen.points) == 10
     for a, b in zip(found, whole["late"][0], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
     # Where the prediction is wrong, what is seen at the stages decides; before all margins are
     # positive their exponentials say nothing.
-    found, chosen = steps(cases["early"], ["PREDICTED"])
+    found, chosen = compiled(PREDICTED=np.inf)(cases["early"])
     assert chosen.enough
     for a, b in zip(found, whole["early"][0], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
-    found, _ = steps(cases["early"], ["ROUND_OFF"])
+    steps = compiled(ROUND_OFF=np.inf)
+    found, _ = steps(cases["early"])
     assert not np.allclose(found[0], whole["early"][0][0], rtol=1e-6)
     _, chosen = steps(cases["start"])
     assert not chosen.enough
@@ -301,10 +307,11 @@ def test_forward_and_reverse_derivatives_agree_with_differences(field):
     def along(size):
         return jax.tree.map(lambda w, d: w + size * d, weights, direction)
 
-    compiled = jax.jit(outcome)
+    both = jax.jit(lambda w, d: jax.jvp(outcome, (w,), (d,)))
     size = 1e-4  # the error of the central difference is then about its square
-    difference = (compiled(along(size)) - compiled(along(-size))) / (2 * size)
-    _, forward = jax.jit(lambda w, d: jax.jvp(outcome, (w,), (d,)))(weights, direction)
+    above, below = (both(along(step), direction)[0] for step in (size, -size))
+    difference = (above - below) / (2 * size)
+    _, forward = both(weights, direction)
     gradient = jax.jit(jax.grad(outcome))(weights)
     reverse = sum(jnp.sum(g * d) for g, d in zip(gradient, direction, strict=True))
     np.testing.assert_allclose(forward, difference, rtol=1e-6)

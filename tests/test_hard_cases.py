@@ -11,13 +11,13 @@ from gflow.dynamics.drive.standstill import why_stalled
 ONE = gflow.Problem(
     gflow.Dataset(np.array([[0.6, 0.8]]), np.array([1.0])), loss=gflow.Exponential()
 )
-PLANE = gflow.datasets.separable(n=12, d=2, margin=0.2, seed=1)
+PLANE = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
 
 
 def plane(data):
-    """A problem of the one shape that most cases here share: one compilation serves them."""
+    """A problem of the one shape that most cases share, here and in other files."""
     inputs, labels = (
-        np.resize(array, (12, *array.shape[1:])) for array in (data.inputs, data.labels)
+        np.resize(array, (20, *array.shape[1:])) for array in (data.inputs, data.labels)
     )
     return gflow.Problem(gflow.Dataset(inputs, labels, name="plane"), loss=gflow.Exponential())
 
@@ -53,7 +53,7 @@ def test_the_plateau_of_a_tiny_start_is_as_long_as_its_closed_form(depth):
 
 
 def test_a_tie_of_singular_values_is_marked_and_the_flow_goes_on():
-    flow = follow(plane(PLANE), (np.eye(2), np.full((1, 2), 0.5)))
+    flow = follow(plane(PLANE), (np.eye(3, 2), np.full((1, 3), 0.5)))
     check(flow)
     assert np.isnan(flow.misalignment[0]).all()  # undefined at the tie, and nowhere after it
     assert np.isfinite(flow.misalignment[1:]).all()
@@ -62,29 +62,29 @@ def test_a_tie_of_singular_values_is_marked_and_the_flow_goes_on():
 
 def test_a_rule_on_misalignment_counts_a_tie_as_unaligned():
     problem = plane(PLANE)
-    start = gflow.init.admissible((np.eye(2), np.full((1, 2), 0.5)), problem)
+    start = gflow.init.admissible((np.eye(3, 2), np.full((1, 3), 0.5)), problem)
     flow = gflow.gradient_flow(problem, start, until=gflow.Misalignment(1e-3), save=3)
     assert flow.attrs["status"] == "reached"
     np.testing.assert_allclose(flow.misalignment[-1, 0], 1e-3, rtol=1e-6)
 
 
 DATA = {
-    "duplicates": gflow.Dataset(np.tile([[0.6, 0.3]], (12, 1)), np.ones(12)),
-    "collinear": gflow.Dataset(np.outer(np.linspace(0.2, 1.0, 12), [0.6, 0.3]), np.ones(12)),
-    "one class": gflow.Dataset(PLANE.signed_inputs, np.ones(12)),
+    "duplicates": gflow.Dataset(np.tile([[0.6, 0.3]], (20, 1)), np.ones(20)),
+    "collinear": gflow.Dataset(np.outer(np.linspace(0.2, 1.0, 20), [0.6, 0.3]), np.ones(20)),
+    "one class": gflow.Dataset(PLANE.signed_inputs, np.ones(20)),
 }
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_data_in_a_special_position_are_followed(name):
-    flow = follow(plane(DATA[name]), gflow.init.gaussian((2, 2, 1), seed=0))
+    flow = follow(plane(DATA[name]), gflow.init.gaussian((2, 3, 1), seed=0))
     check(flow)
     np.testing.assert_allclose(flow.margin[-1], flow.attrs["max_margin"], rtol=0.05)
 
 
 @pytest.mark.parametrize("scales", [(1e-8, 1e8), (1e8, 1e-8), (1e-6, 1e-6)])
 def test_layers_of_very_different_scale_are_followed(scales):
-    start = gflow.init.gaussian((2, 2, 1), seed=3)
+    start = gflow.init.gaussian((2, 3, 1), seed=3)
     flow = follow(plane(PLANE), tuple(a * matrix for a, matrix in zip(scales, start, strict=True)))
     check(flow)
 
@@ -92,19 +92,22 @@ def test_layers_of_very_different_scale_are_followed(scales):
 def test_a_start_above_the_risk_at_zero_reaches_a_saddle_or_passes_it():
     problem = plane(DATA["duplicates"])
     z = problem.data.signed_inputs[0]
-    into = (np.stack([-z, 0 * z]), np.array([[np.linalg.norm(z), 0.0]]))  # balanced, uphill
+    into = (
+        np.stack([-z, 0 * z, 0 * z]),
+        np.array([[np.linalg.norm(z), 0.0, 0.0]]),
+    )  # balanced, uphill
     with pytest.warns(UserWarning, match=r"R\(W\(0\)\)"):
         flow = gflow.gradient_flow(problem, into, until=gflow.LogRisk(-100), save=5)
     assert flow.attrs["status"] == "stalled" and "saddle" in flow.attrs["message"]
-    past = (into[0] + np.array([[0.0, 0.0], [0.1, 0.2]]), into[1])
+    past = (into[0] + np.array([[0.0, 0.0], [0.1, 0.2], [0.0, 0.0]]), into[1])
     with pytest.warns(UserWarning, match=r"R\(W\(0\)\)"):
         flow = gflow.gradient_flow(problem, past, until=gflow.LogRisk(-100), save=5)
     assert flow.attrs["status"] == "reached"
 
 
 def test_almost_inseparable_data_are_followed_within_what_float64_holds():
-    data = gflow.datasets.separable(n=12, d=2, margin=1e-8, seed=0)
-    start = gflow.init.gaussian((2, 2, 1), seed=0)
+    data = gflow.datasets.separable(n=20, d=2, margin=1e-8, seed=0)
+    start = gflow.init.gaussian((2, 3, 1), seed=0)
     flow = follow(plane(data), start, to=-1e4, rtol=1e-7)
     assert flow.attrs["status"] == "reached"  # in split coordinates once every margin exceeds 1
     assert flow.attrs["hand_over"] == "made" and flow.attrs["hand_over_log_risk"] > -100
@@ -175,7 +178,7 @@ FUNCTION_RTOL = 1e-5
 @pytest.mark.parametrize("scales", [(0.0, 1e4), (1e-6, 1e3), (1e8, 1e-8)])
 def test_in_function_space_margins_and_direction_are_right_to_the_tolerance(scales):
     problem = plane(PLANE)
-    start = gflow.init.gaussian((2, 2, 1), seed=1)
+    start = gflow.init.gaussian((2, 3, 1), seed=1)
     start = tuple(a * matrix for a, matrix in zip(scales, start, strict=True))
     truth = follow(problem, start, to=-30.0, rtol=1e-12)
     # An explicit solver's error is that of its tolerance; GaussNewton's is far below.
@@ -194,7 +197,7 @@ def test_in_function_space_margins_and_direction_are_right_to_the_tolerance(scal
 
 def test_a_function_space_tolerance_has_no_absolute_part():
     with pytest.raises(ValueError, match="`atol`"):
-        follow(plane(PLANE), gflow.init.gaussian((2, 2, 1)), atol=1e-9, function_space=True)
+        follow(plane(PLANE), gflow.init.gaussian((2, 3, 1)), atol=1e-9, function_space=True)
 
 
 # -- why a flow stalls ----------------------------------------------------------------------------

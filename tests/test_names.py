@@ -12,7 +12,7 @@ from gflow.names import check_names, is_taken, merged
 from gflow.record import variables
 from gflow.report.variation import read_sweep
 
-PROBLEM = gflow.Problem(gflow.datasets.separable(n=8, d=2, margin=0.1, seed=0))
+PROBLEM = gflow.Problem(gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0))
 START = gflow.init.zero_first((2, 3, 1), seed=0)
 BATCH = tuple(np.stack([layer, layer]) for layer in START)
 UNTIL = gflow.LogRisk(-5)

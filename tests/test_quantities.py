@@ -8,7 +8,7 @@ import pytest
 import gflow
 from gflow.quantities import QUANTITIES, Kind, quantity
 
-DATA = gflow.datasets.two_point()
+DATA = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
 
 
 def deep():

@@ -365,18 +365,16 @@ def test_mini_batches_keep_points_and_targets_together():
 # Descent against flows
 # ---------------------------------------------------------------------------------------------
 
-NARROW = gflow.init.gaussian((3, 2, 2), scale=0.5, seed=0)
-
 
 def test_descent_follows_the_flow_and_the_modified_flows_at_their_orders():
-    measured = gflow.ladder(PROBLEM, NARROW, [0.02, 0.04], 1.0)
+    measured = gflow.ladder(PROBLEM, START, [0.02, 0.04], 1.0)
     np.testing.assert_allclose(measured.order, [1, 2, 3], atol=0.03)
 
 
 def test_implicit_steps_follow_a_modified_flow_of_several_outputs():
     options = {"until": gflow.Time(2.0), "save": 2, "modified": gflow.ModifiedEquation(0.05)}
     ends = [
-        gflow.gradient_flow(PROBLEM, NARROW, solver=solver, **options, **QUIET).end_to_end[-1]
+        gflow.gradient_flow(PROBLEM, START, solver=solver, **options, **QUIET).end_to_end[-1]
         for solver in (diffrax.Dopri8(), gflow.GaussNewton())
     ]
     np.testing.assert_allclose(ends[1], ends[0], atol=INTEGRATED)

@@ -12,7 +12,7 @@ import pytest
 import gflow
 from gflow.problem import settings
 
-PROBLEM = gflow.Problem(gflow.datasets.separable(n=8, d=2, margin=0.1, seed=0))
+PROBLEM = gflow.Problem(gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0))
 START = gflow.init.zero_first((2, 3, 1), seed=0)
 
 

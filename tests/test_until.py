@@ -91,7 +91,7 @@ def test_something_else_than_a_rule_is_named():
 def test_rules_on_small_variables_stop_where_they_are_met(rule, far):
     data = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
     problem = gflow.Problem(data, loss=gflow.Exponential())
-    weights = gflow.init.admissible(gflow.init.gaussian((2, 4, 1), seed=0), problem)
+    weights = gflow.init.admissible(gflow.init.gaussian((2, 3, 1), seed=0), problem)
     if far:
         rule = type(rule)(1e-9 if rule.variable == "margin_gap" else 3e-4)
     record = gflow.gradient_flow(problem, weights, until=rule, save=2)
