@@ -63,11 +63,11 @@ class Sensing(AbstractTargets):
         self.name = str(name)
 
     @property
-    def inputs(self) -> Float[np.ndarray, "points outputs dim"]:
+    def inputs(self) -> np.ndarray | Array:  # traced inside jit
         return self.matrices
 
     @property
-    def answers(self) -> np.ndarray:
+    def answers(self) -> np.ndarray | Array:
         return self.values
 
     @property
