@@ -10,6 +10,8 @@ import linecache
 
 import pytest
 
+collect_ignore = ["conftest.py"]  # there is another of that name, and doctests are in neither
+
 
 def pytest_collect_file(parent, file_path):
     """Notebooks are files of tests."""

@@ -39,6 +39,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # take a tenth of all tests' time.
 jaxtyping.install_import_hook(["gflow.problem", "gflow.analysis.exact"], "typechecker.checked")
 
+collect_ignore = ["conftest.py"]  # there is another of that name, and doctests are in neither
+
 
 @pytest.fixture
 def unchecked():

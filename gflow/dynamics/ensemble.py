@@ -252,6 +252,7 @@ def _followed(
     """Follow members here."""
     count = len(work.starts)
     width = min(count, lanes, *map(widest_for, work.starts))
+    devices = devices or _own_devices()
     with settings.own(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a start above R(0): told later, once
         with one_by_one(width):
@@ -261,7 +262,7 @@ def _followed(
         drive = Drive(
             sorted(runs, key=_size_of_start),
             width=lanes,
-            devices=devices or _own_devices(),
+            devices=devices,
             look=lambda: tell(count - len(runs) + sum(run.part_done for run in runs)),
             isolate=True,
         )
@@ -274,7 +275,7 @@ def _followed(
                     for i, run in enumerate(begun)
                     if isinstance(run, FlowRun) and run.end is not None
                 }
-                Drive(list(seconds.values()), width=lanes, isolate=True).go()
+                Drive(list(seconds.values()), width=lanes, devices=devices, isolate=True).go()
         with one_by_one(width):
             members = [_member(work, i, one, seconds) for i, one in enumerate(begun)]
     in_lanes = [not isinstance(one, Exception) and one.in_lanes for one in begun]
