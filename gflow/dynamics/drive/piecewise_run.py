@@ -9,7 +9,7 @@ import equinox as eqx
 import numpy as np
 
 from gflow.dynamics.drive.checkpoint import Snapshot
-from gflow.dynamics.drive.events import NO_STEP_COUNT, Action, AtStart, Course, Event
+from gflow.dynamics.drive.events import NO_STEP_COUNT, Action, Event
 from gflow.dynamics.drive.flow_lanes import Report, Stand
 from gflow.dynamics.drive.flow_run import FlowRun, Plan
 from gflow.dynamics.drive.recorder import Recorder
@@ -20,7 +20,6 @@ from gflow.dynamics.kinks.over import Passed
 from gflow.dynamics.kinks.piece import NotUniqueError, StuckError
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.reasons import Reason
-from gflow.dynamics.stops import AbstractRule
 from gflow.problem.array import Array, as_array
 from gflow.problem.risk import risk_and_slope
 from gflow.problem.weights import Weights
@@ -32,20 +31,16 @@ _KINK = Event(PAST, 1.0, Action.KINK, math.inf, NO_STEP_COUNT)
 """The run has passed a kink of its network."""
 
 
-def flow_run(
-    plan: Plan,
-    recorder: Recorder,
-    rules: tuple[AbstractRule, ...],
-    way: Course,
-    at_start: AtStart,
-    *,
-    compares: bool = True,
-) -> FlowRun:
-    """The run of a flow, piece by piece if its network has kinks that gflow knows."""
+def flow_run(plan: Plan, recorder: Recorder, *run: Any, **options: Any) -> FlowRun:
+    """The run of a flow, piece by piece if its network has kinks that gflow knows.
+
+    Args:
+        plan, recorder, *run, **options: as for ``FlowRun``.
+    """
     kinked = Kinked.of(plan.field.problem, recorder.start) if plan.methods else None
     if kinked is None:
-        return FlowRun(plan, recorder, rules, way, at_start, compares=compares)
-    return PiecewiseRun(kinked, plan, recorder, rules, way, at_start, compares=compares)
+        return FlowRun(plan, recorder, *run, **options)
+    return PiecewiseRun(kinked, plan, recorder, *run, **options)
 
 
 class PiecewiseRun(FlowRun):

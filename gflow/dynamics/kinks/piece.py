@@ -9,14 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.dynamics.kinks.decide import (
-    PARALLEL,
-    Alone,
-    Block,
-    Group,
-    decide,
-    decide_alone,
-)
+from gflow.dynamics.kinks.decide import PARALLEL, Alone, Block, Group, decide, decide_alone
 from gflow.dynamics.kinks.meeting import Layers, decide_layers
 from gflow.dynamics.kinks.patterns import Patterns, Slide
 from gflow.problem.array import Array, as_array
@@ -182,7 +175,7 @@ class Piece:
         free = set(units.tolist()) if start else set()
         seen = self.look(weights)
         for _ in range(ROUNDS):
-            done, weights = self._decide(weights, seen.at, units, free)
+            done, weights = self._decide(weights, seen, units, free)
             touched |= done
             self.freeze()
             seen = self.look(weights)
@@ -205,12 +198,12 @@ class Piece:
         return among[wrong]
 
     def _decide(
-        self, weights: Weights, seen: Sight, units: np.ndarray, free: set[int]
+        self, weights: Weights, seen: Seen, units: np.ndarray, free: set[int]
     ) -> tuple[set[int], Weights]:
         """One decision about some units, block by block."""
         if self.rows is None:
             return self._decide_block(weights, seen, units, free)
-        force, slides = np.asarray(seen.force), self.patterns.of_neuron
+        force, slides = np.asarray(seen.at.force), self.patterns.of_neuron
         neurons, first, count = np.unique(
             units % self.num_units, return_index=True, return_counts=True
         )
@@ -221,7 +214,7 @@ class Piece:
             if own is not None:
                 alike = len(own) == 1 and self.patterns.slides[own[0]].units.tolist()
                 single[k] = alike == [int(units[first[k]])]
-        touched = self._decide_alone(seen, units[first[single]], free)
+        touched = self._decide_alone(seen.at, units[first[single]], free)
         for neuron in neurons[~single].tolist():
             own = units[units % self.num_units == neuron]
             touched |= self.decide_neuron(force, neuron, own, free)
@@ -288,18 +281,18 @@ class Piece:
         return jax.tree.map(np.asarray, self.bends.with_neurons(weights, as_array(own)))
 
     def _decide_block(
-        self, weights: Weights, seen: Sight, units: np.ndarray, free: set[int]
+        self, weights: Weights, seen: Seen, units: np.ndarray, free: set[int]
     ) -> tuple[set[int], Weights]:
         """All units of another network, which have to do with each other."""
         slid = self.patterns.units_in(None)
         touched = np.union1d(units, slid).astype(np.int64)
         # Units that are at rest without the others, as behind a layer that is all off, have no
         # kink of their own, and go where the others put them.
-        z = np.asarray(seen.z)
-        near = np.abs(z) <= AT_KINK * np.asarray(scale_of(as_array(z)))
         some = np.unique(touched // self.num_units)
-        there = (some[:, None] * self.num_units + np.arange(self.num_units)[None, :])[near[some]]
-        units, flat, base, force, later = self._block(weights, np.union1d(touched, there))
+        there = some[:, None] * self.num_units + np.arange(self.num_units)[None, :]
+        units, flat, base, force, later = self._block(
+            weights, np.union1d(touched, there[seen.near[some]])
+        )
         sizes = np.linalg.norm(flat, axis=1)
         own = sizes > DEPENDENT * np.max(sizes, initial=0.0)
         known = np.isin(units, touched) & own
@@ -310,17 +303,17 @@ class Piece:
         block = self._as_block(units, flat, base, force, slid, free)
         layer = self.place.layer[units % self.num_units]
         speed, gates = (
-            np.asarray(x).reshape(-1)[units] for x in (seen.speed, self.patterns.pattern.gates)
+            np.asarray(x).reshape(-1)[units] for x in (seen.at.speed, self.patterns.pattern.gates)
         )
         groups = decide_layers(block, Layers(own, later, layer, speed, gates), self.branch)
         if groups is None:
             points = ", ".join(str(i) for i in np.unique(units // self.num_units))
             raise StuckError(f"of several layers at points {points} none leads on by itself")
-        self._take(block, groups, np.asarray(seen.force), None)
+        self._take(block, groups, np.asarray(seen.at.force), None)
         stay = [int(group.members[0]) for group in groups if group.side == 0]
         if stay:
             n = block.normals[stay]
-            off = np.asarray(seen.z).reshape(-1)[units[stay]]
+            off = np.asarray(seen.at.z).reshape(-1)[units[stay]]
             back = np.linalg.lstsq(n, -off, rcond=1e-12)[0]
             leaves, structure = jax.tree.flatten(weights)
             ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
