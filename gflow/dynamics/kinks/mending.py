@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
-from gflow.problem.bends import sight, violations
+from gflow.problem.bends import past_ends, past_kinks, sight
 from gflow.problem.weights import squared_norm
 
 
@@ -36,8 +36,10 @@ class End(NamedTuple):
     """(n, U), as are the next two."""
     speed: Any
     force: Any
-    beyond: Any
-    """See ``violations``."""
+    past: Any
+    """Which units are past their kinks, (n, U)."""
+    ended: Any
+    """See ``past_ends``."""
     theta: Any
     pull: Any
     rate: Any
@@ -51,12 +53,12 @@ class End(NamedTuple):
 def seen_at(field: AbstractField, s: Array, state: FlowState) -> End:
     """What is seen in a pattern at the end of a step."""
     at = sight(field.problem, state.weights)
-    log_risk = field.problem.log_risk(state.weights)
     square = squared_norm(at.velocity)
-    rate = field.clock.rate(s, log_risk, square)
-    beyond = violations(field.problem.network.pattern, at)  # pyright: ignore
+    rate = field.clock.rate(s, at.log_risk, square)
+    pattern = field.problem.network.pattern  # pyright: ignore
+    past, ended = past_kinks(pattern, at) > 1, past_ends(pattern, at)
     speed, fall = rate * at.speed, rate * square
-    return End(at.z, speed, at.force, beyond, at.theta, at.pull, rate, log_risk, fall)
+    return End(at.z, speed, at.force, past, ended, at.theta, at.pull, rate, at.log_risk, fall)
 
 
 @eqx.filter_jit

@@ -231,7 +231,7 @@ class Over:
         """The first kink of each neuron that is past one at the end of the step."""
         end, shape = self.end, self.end.z.shape
         slots = self.piece.patterns.slots
-        past = np.nonzero(end.beyond[: end.z.size] > 1)[0]
+        past = np.nonzero(np.asarray(end.past).reshape(-1))[0]
         if self.flipped:
             past = past[~self._at_home(past)]
         points, neurons = np.divmod(past, shape[1])
@@ -266,8 +266,7 @@ class Over:
 
     def _ended(self, slots: int, turn: int) -> list[np.ndarray]:
         """Slides that have ended, as columns of ``Events``."""
-        end, size = self.end, len(self.end.theta)
-        beyond = end.beyond[end.z.size :].reshape(2, size)
+        end, beyond = self.end, np.asarray(self.end.ended)
         which = np.nonzero(np.max(beyond, 0) > 1)[0]
         neurons, theta = which // slots, np.asarray(end.theta)[which]
         turned, bound = beyond[1][which] > 1, np.where(theta > 1, 1.0, 0.0)
