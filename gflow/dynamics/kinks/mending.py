@@ -123,6 +123,10 @@ def mended(
     several = jnp.sum(jnp.any(change != 0, 0)) > 1
     of_first, of_later = norm(first), norm(later)
     ratio = jnp.minimum(ratio + of_later / jnp.where(of_first > 0, of_first, 1.0), 1.0)
-    ended = norm(jump(change * jnp.where(ramp, once, 0.0)[None, :]))
+    ended = jax.lax.cond(
+        jnp.any(ramp),
+        lambda: norm(jump(change * jnp.where(ramp, once, 0.0)[None, :])),
+        lambda: jnp.zeros_like(of_first),
+    )
     left = ratio * of_later + curved * ended + jnp.where(several, norm(together) / 2, 0.0)
     return after, left
