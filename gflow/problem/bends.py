@@ -111,6 +111,22 @@ class AbstractTangent(Module):
             slot: of each unit that slides, likewise.
         """
 
+    def ties(
+        self,
+        pattern: "Pattern",
+        normals: Callable[[Array], Weights],
+        moved: Callable[[Weights], Array],
+        bends: AbstractBends,
+    ) -> Array:
+        r"""$|\alpha|(1 - \kappa)$ of units that slide as it is now, (n, U).
+
+        Args:
+            pattern: as it was when the slides began.
+            normals, bends: as for ``project``.
+            moved: from a vector of weight space to how it moves the pre-activations, (n, U).
+        """
+        return pattern.tie
+
     layered: ClassVar[bool] = True
     """Whether a force put in at one unit may be felt at others."""
 
@@ -168,6 +184,29 @@ class WeightTangent(AbstractTangent):
 
     def summed(self, values: Array, slot: Array) -> Array:
         return jax.ops.segment_sum(values.reshape(-1), slot.reshape(-1), self.active.shape[0])
+
+    def ties(
+        self,
+        pattern: "Pattern",
+        normals: Callable[[Array], Weights],
+        moved: Callable[[Weights], Array],
+        bends: AbstractBends,
+    ) -> Array:
+        # Normals that are parallel stay so, but their lengths are those of activations in front.
+        if self.active.shape[0] == 0:
+            return pattern.tie
+
+        def now() -> Array:
+            each = self.of_slots(normals)
+            squares = jnp.sum(_flat(each, self.active.shape[0]) ** 2, 1)
+            products = jax.vmap(moved)(each)
+            own = jnp.abs(jnp.take_along_axis(products, pattern.slot[None], 0)[0])
+            alpha = own / jnp.where(squares > 0, squares, 1.0)[pattern.slot]
+            tie = alpha * (1 - jnp.asarray(bends.place().lower)[None, :])
+            return jnp.where(pattern.sliding & (tie > 0), tie, pattern.tie)
+
+        tied = jnp.sum(pattern.sliding) > jnp.sum(self.active)
+        return jax.lax.cond(tied, now, lambda: pattern.tie)
 
     def project(
         self, normals: Callable[[Array], Weights], vector: Weights, bends: AbstractBends
@@ -349,8 +388,13 @@ def sight(problem: Any, weights: Weights) -> Sight:
             .add(jnp.where(pattern.tangent.active, multipliers, 0.0))
         )
         force = vjp((cotangent, put_in.reshape(z.shape)))[1]
-    _, (_, speed) = jax.jvp(lambda w: at(w, jnp.zeros_like(z)), (weights,), (velocity,))
-    pull = pattern.tangent.summed(pattern.tie * force, pattern.slot)
+
+    def moved(vector: Weights) -> Array:
+        return jax.jvp(lambda w: at(w, jnp.zeros_like(z))[1], (weights,), (vector,))[1]
+
+    speed = moved(velocity)
+    tie = pattern.tangent.ties(pattern, normals, moved, bends)
+    pull = pattern.tangent.summed(tie * force, pattern.slot)
     theta = pattern.theta + multipliers / jnp.where(pull == 0, 1.0, pull)
     return Sight(z, force, velocity, speed, theta, pull, terms.log_risk)
 

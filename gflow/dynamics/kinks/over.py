@@ -169,7 +169,7 @@ class Over:
         return PARTS[-1]
 
     def _bend(self, points: np.ndarray, neurons: np.ndarray) -> np.ndarray:
-        """z'' of units in the step."""
+        """The second derivative of z of units in the step."""
         ends = (np.asarray(at.speed)[points, neurons] for at in (self.whole, self.start))
         return np.subtract(*ends) / self.h
 
