@@ -21,6 +21,9 @@ EXACT = 48 * 48
 """Entries up to which all of a matrix is decomposed. Up to there that takes 0.4 ms, like the other
 way, and OpenBLAS does it in one thread: it shares products of n x n matrices out from n = 51."""
 
+THIN = 8
+"""Rows or columns up to which the same holds of any matrix: LAPACK reduces it to a square one."""
+
 BLOCK, COLUMNS, KEPT = 2, 24, 8
 """Vectors in a block, two so that a tie is seen; in the basis; and kept of it when it is full.
 Blocks of 4 and 8 take a tenth and a quarter fewer products, of more columns: as long, or longer."""
@@ -66,13 +69,18 @@ def singular(matrix: Array) -> Singular:
     matrix = jnp.asarray(matrix)
     if 1 in matrix.shape:
         value, left, right, tail, defined = _of_vector(matrix)
-    elif matrix.size <= EXACT:
+    elif not _iterates(matrix):
         value, left, right, tail, defined = _decomposed(matrix)
     else:
         value, left, right, tail, defined = _iterated(matrix)
     sign = jnp.sign(right[jnp.argmax(jnp.abs(right))])
     sign = jnp.where(defined, sign, jnp.nan)
     return Singular(value, sign * left, sign * right, tail)
+
+
+def _iterates(matrix: Array) -> bool:
+    """Whether the Krylov method finds the triple sooner than a decomposition."""
+    return np.size(matrix) > EXACT and min(np.shape(matrix)) > THIN
 
 
 def _resolution(dtype: jnp.dtype) -> float:
@@ -86,8 +94,7 @@ def singulars(matrices: tuple[Array, ...]) -> list[Singular]:
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for k, matrix in enumerate(matrices):
-        iterated = 1 not in np.shape(matrix) and np.size(matrix) > EXACT
-        alike.setdefault(np.shape(matrix) if iterated else (k,), []).append(k)
+        alike.setdefault(np.shape(matrix) if _iterates(matrix) else (k,), []).append(k)
     found: dict[int, Singular] = {}
     for members in alike.values():
         if len(members) == 1:
