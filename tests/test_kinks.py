@@ -14,6 +14,8 @@ from gflow.dynamics.drive import checkpoint as checkpoint_module
 from gflow.dynamics.kinks.decide import Alone, Block, decide, decide_alone
 from gflow.dynamics.kinks.kinked import moment
 from gflow.dynamics.kinks.meeting import Layers, decide_layers
+from gflow.dynamics.kinks.patterns import Slide
+from gflow.dynamics.kinks.piece import Piece
 from gflow.problem import kinks as activations
 from gflow.problem.mlp import balances
 
@@ -512,3 +514,26 @@ def test_an_output_weight_that_changes_sign_on_a_slide_leaves_two_ways():
     assert "neuron 3 in layer 1 at point 3" in none.attrs["message"]
     assert on.attrs["status"] == off.attrs["status"] == "reached"
     assert np.max(np.abs(last(on)[0] - last(off)[0])) > 1e-3
+
+
+def test_units_that_slide_together_behind_a_layer_share_the_gate_that_their_lengths_now_ask_for():
+    # Two points are on at one neuron of the first layer only, so that its weight at one of the
+    # second puts both on their kinks; how long one normal is in units of the other changes.
+    x = np.array([[1.0, 0.2], [1.0, -0.3], [-1.0, 1.5]])
+    first, second = np.array([[1.0, 1.0], [-1.0, 0.1]]), np.array([[0.0, 0.7], [0.4, 0.5]])
+    last = np.array([[1.3, -0.6]])
+    problem = gflow.Problem(gflow.Regression(x, [-2.0, 0.3, 2.0]), gflow.MLP())
+    weights = problem.check((first, second, last))
+    with jax.enable_x64(True):
+        bends = problem.network.kinks(weights, problem.data)
+        piece = Piece(problem, bends, weights, None)
+        force = np.asarray(piece.look(weights).at.force)
+        stale = {2: Slide(np.array([2, 6]), np.array([1.0, 3.0]), 0.5)}  # alpha of long ago
+        piece.patterns.replace(None, stale, force)
+        piece.freeze()
+        seen = piece.look(weights).at
+    h = np.maximum(x @ first.T, 0)
+    b, on = np.asarray(seen.force)[:, 2], (h @ second[0] > 0) * 1.0
+    assert h[0, 1] == h[1, 1] == 0
+    assert np.isclose(seen.theta[0], -(on * b) @ h[:, 0] / (b[:2] @ h[:2, 0]), rtol=1e-12)
+    assert np.isclose(seen.pull[0], b[0] + b[1] * h[1, 0] / h[0, 0], rtol=1e-12)

@@ -101,6 +101,32 @@ class AbstractTangent(Module):
     """The unit i U + u of each slot, shape (C,); any one where the slot is not in use."""
     active: Array
     """Whether the slot is in use, shape (C,)."""
+
+    @abstractmethod
+    def summed(self, values: Array, slot: Array) -> Array:
+        """Sums over the units of each slot, (C,).
+
+        Args:
+            values: of all units, zero where they do not slide, (n, U).
+            slot: of each unit that slides, likewise.
+        """
+
+    def ties(
+        self,
+        pattern: "Pattern",
+        normals: Callable[[Array], Weights],
+        moved: Callable[[Weights], Array],
+        bends: AbstractBends,
+    ) -> Array:
+        r"""$|\alpha|(1 - \kappa)$ of units that slide as it is now, (n, U).
+
+        Args:
+            pattern: as it was when the slides began.
+            normals, bends: as for ``project``.
+            moved: from a vector of weight space to how it moves the pre-activations, (n, U).
+        """
+        return pattern.tie
+
     layered: ClassVar[bool] = True
     """Whether a force put in at one unit may be felt at others."""
 
@@ -127,7 +153,14 @@ class NeuronTangent(AbstractTangent):
     """Orthonormal bases of the normals, shape (U, r, d); zero where there are less."""
     dual: Array
     """From a vector across to its coefficients, shape (U, r, d)."""
+    members: Array
+    """The units of each slot, shape (C, most points on a ray); filled up with n U."""
     layered: ClassVar[bool] = False
+
+    def summed(self, values: Array, slot: Array) -> Array:
+        # Adding up by slot would cost more than the rest of a look at a wide network.
+        flat = values.reshape(-1)
+        return jnp.sum(flat.at[self.members].get(mode="fill", fill_value=0.0), 1)
 
     def project(
         self, normals: Callable[[Array], Weights], vector: Weights, bends: AbstractBends
@@ -148,6 +181,32 @@ class WeightTangent(AbstractTangent):
 
     num_units: int = eqx.field(static=True)
     """Of all points together."""
+
+    def summed(self, values: Array, slot: Array) -> Array:
+        return jax.ops.segment_sum(values.reshape(-1), slot.reshape(-1), self.active.shape[0])
+
+    def ties(
+        self,
+        pattern: "Pattern",
+        normals: Callable[[Array], Weights],
+        moved: Callable[[Weights], Array],
+        bends: AbstractBends,
+    ) -> Array:
+        # Normals that are parallel stay so, but their lengths are those of activations in front.
+        if self.active.shape[0] == 0:
+            return pattern.tie
+
+        def now() -> Array:
+            each = self.of_slots(normals)
+            squares = jnp.sum(_flat(each, self.active.shape[0]) ** 2, 1)
+            products = jax.vmap(moved)(each)
+            own = jnp.abs(jnp.take_along_axis(products, pattern.slot[None], 0)[0])
+            alpha = own / jnp.where(squares > 0, squares, 1.0)[pattern.slot]
+            tie = alpha * (1 - jnp.asarray(bends.place().lower)[None, :])
+            return jnp.where(pattern.sliding & (tie > 0), tie, pattern.tie)
+
+        tied = jnp.sum(pattern.sliding) > jnp.sum(self.active)
+        return jax.lax.cond(tied, now, lambda: pattern.tie)
 
     def project(
         self, normals: Callable[[Array], Weights], vector: Weights, bends: AbstractBends
@@ -215,6 +274,8 @@ class Frozen(AbstractNetwork):
     network: AbstractNetwork
     bends: AbstractBends
     pattern: Pattern
+    quiet: Array
+    """The log risk below which residuals are round-off, and no kinks are looked for."""
 
     def design(self, data: AbstractData) -> None:
         return None
@@ -299,6 +360,7 @@ class Sight(NamedTuple):
     """Of each slot, (C,)."""
     pull: Array
     r"""$\sum_k|\alpha_k|(1-\kappa_k)b_k$ of each slot, (C,)."""
+    log_risk: Array
 
 
 def sight(problem: Any, weights: Weights) -> Sight:
@@ -310,7 +372,8 @@ def sight(problem: Any, weights: Weights) -> Sight:
         return bends.evaluate(weights, data, pattern.gates, shifts)
 
     (coordinates, z), vjp = jax.vjp(at, weights, jnp.zeros_like(pattern.gates))
-    cotangent = problem.gather(problem.loss.terms(problem.spread(coordinates)).slopes)
+    terms = problem.loss.terms(problem.spread(coordinates))
+    cotangent = problem.gather(terms.slopes)
     nothing = jnp.zeros_like(coordinates)
 
     def normals(cotangent: Array) -> Weights:
@@ -325,12 +388,15 @@ def sight(problem: Any, weights: Weights) -> Sight:
             .add(jnp.where(pattern.tangent.active, multipliers, 0.0))
         )
         force = vjp((cotangent, put_in.reshape(z.shape)))[1]
-    _, (_, speed) = jax.jvp(lambda w: at(w, jnp.zeros_like(z)), (weights,), (velocity,))
-    pull = jax.ops.segment_sum(
-        (pattern.tie * force).reshape(-1), pattern.slot.reshape(-1), pattern.theta.shape[0]
-    )
+
+    def moved(vector: Weights) -> Array:
+        return jax.jvp(lambda w: at(w, jnp.zeros_like(z))[1], (weights,), (vector,))[1]
+
+    speed = moved(velocity)
+    tie = pattern.tangent.ties(pattern, normals, moved, bends)
+    pull = pattern.tangent.summed(tie * force, pattern.slot)
     theta = pattern.theta + multipliers / jnp.where(pull == 0, 1.0, pull)
-    return Sight(z, force, velocity, speed, theta, pull)
+    return Sight(z, force, velocity, speed, theta, pull, terms.log_risk)
 
 
 ON_KINK, OFF_GATE, TURNED = 1e-12, 1e-9, 1e-9
@@ -348,17 +414,33 @@ def scale_of(z: Array) -> Array:
     return jnp.maximum(largest, FLOOR * jnp.max(largest)) + jnp.finfo(z.dtype).tiny
 
 
+def past_kinks(pattern: Pattern, at: Sight) -> Array:
+    """How far units are on the wrong side of their kinks, above 1 if they are, (n, U)."""
+    past = jnp.where(pattern.on, -at.z, at.z) / (ON_KINK * scale_of(at.z))
+    return jnp.where(pattern.sliding, -jnp.inf, past)
+
+
+def past_ends(pattern: Pattern, at: Sight) -> Array:
+    """How far theta of slots is outside [0, 1], and their pull turned round, likewise, (2, C)."""
+    beyond = jnp.maximum(-at.theta, at.theta - 1) / OFF_GATE
+    turned = at.pull / (TURNED * jnp.abs(pattern.pull))
+    return jnp.where(pattern.tangent.active, jnp.stack([beyond, turned]), -jnp.inf)
+
+
 def violations(pattern: Pattern, at: Sight) -> Array:
     """How far a state is beyond its pattern, in units of what counts: above 1 it is, (n U + 2 C,).
 
     Of units the wrong side of the kink, of slots theta outside [0, 1] and the pull turned round.
     """
-    past = jnp.where(pattern.on, -at.z, at.z) / (ON_KINK * scale_of(at.z))
-    past = jnp.where(pattern.sliding, -jnp.inf, past)
-    beyond = jnp.maximum(-at.theta, at.theta - 1) / OFF_GATE
-    turned = at.pull / (TURNED * jnp.abs(pattern.pull))
-    slots = jnp.where(pattern.tangent.active, jnp.stack([beyond, turned]), -jnp.inf)
-    return jnp.concatenate([past.reshape(-1), slots.reshape(-1)])
+    past, ended = past_kinks(pattern, at), past_ends(pattern, at)
+    return jnp.concatenate([past.reshape(-1), ended.reshape(-1)])
+
+
+def largest_violation(pattern: Pattern, at: Sight) -> Array:
+    """The largest of them."""
+    past = jnp.where(pattern.sliding, -jnp.inf, jnp.where(pattern.on, -at.z, at.z))
+    most = jnp.max(past, axis=0) / (ON_KINK * scale_of(at.z)[0])
+    return jnp.maximum(jnp.max(most), jnp.max(past_ends(pattern, at), initial=-jnp.inf))
 
 
 def blank_pattern(on: np.ndarray, lower: np.ndarray, tangent: AbstractTangent) -> Pattern:

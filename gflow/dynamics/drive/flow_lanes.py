@@ -92,7 +92,7 @@ class FlowLanes(AbstractLanes):
         super().__init__(width)
         self.many = width > 1
         self.method, self.watches = alike[0].method, alike[0].watches_stiffness
-        self.rows = rows_for(alike[0].weights, width)
+        self.rows = min(rows_for(alike[0].weights, width), alike[0].most_rows)
         self.few = not self.many and alike[0].problem.data.num_margins <= FEW
         columns = list(zip(*(jax.tree.leaves(run.member) for run in alike), strict=True))
         self.own = [

@@ -24,7 +24,7 @@ from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, AtStart, Co
 from gflow.dynamics.drive.flow_lanes import FlowLanes, Report, Stand, at_no_goal, program_of
 from gflow.dynamics.drive.hand_over import HandOver
 from gflow.dynamics.drive.on_split import OnSplit, SplitLane
-from gflow.dynamics.drive.recorder import Recorder, filled, rows_for
+from gflow.dynamics.drive.recorder import ROWS, Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.hidden import Hidden
@@ -73,6 +73,8 @@ class FlowRun:
     """Whether it went side by side with others."""
     always: tuple[Event, ...] = ()
     """Events that every step is watched for."""
+    most_rows = ROWS
+    """Saved states in a call of the march, at most."""
     hidden: Hidden | None = None
     """Kinks that gflow does not know of, if there are some."""
 

@@ -52,6 +52,7 @@ class PiecewiseRun(FlowRun):
     """
 
     always = (_KINK,)
+    most_rows = 8  # most calls of the march end at a kink soon, and each clears its buffer
 
     def __init__(self, kinked: Kinked, *run: Any, **options: Any):
         self.kinked = kinked

@@ -196,7 +196,7 @@ class Kinked:
             StuckError: where no way on is found.
         """
         before, seen = self._gates(), self.piece.look(weights)
-        past = seen.beyond[: seen.at.z.size] > 1
+        past = seen.past.reshape(-1)
         near = seen.near.reshape(-1) & ~before[1].reshape(-1)
         units = np.nonzero(near | past | self.piece.ended(seen.at))[0]
         weights, touched = self.piece.settle(weights, units, start=False)

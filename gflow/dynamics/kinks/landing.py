@@ -12,7 +12,7 @@ from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule, Coordinates
 from gflow.problem.array import Array
-from gflow.problem.bends import sight, violations
+from gflow.problem.bends import largest_violation, sight, violations
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights
 
@@ -41,7 +41,9 @@ class PastKinks(AbstractRule):
         return value
 
     def measure(self, problem: Problem, weights: Weights) -> Array:
-        return jnp.max(_beyond(problem, weights))
+        at, frozen = sight(problem, weights), problem.network
+        worst = largest_violation(frozen.pattern, at)  # pyright: ignore
+        return jnp.where(at.log_risk <= frozen.quiet, 0.0, worst)  # pyright: ignore
 
 
 PAST = PastKinks()

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
-from gflow.problem.bends import sight, violations
+from gflow.problem.bends import past_ends, past_kinks, sight
 from gflow.problem.weights import squared_norm
 
 
@@ -36,8 +36,10 @@ class End(NamedTuple):
     """(n, U), as are the next two."""
     speed: Any
     force: Any
-    beyond: Any
-    """See ``violations``."""
+    past: Any
+    """Which units are past their kinks, (n, U)."""
+    ended: Any
+    """See ``past_ends``."""
     theta: Any
     pull: Any
     rate: Any
@@ -51,12 +53,12 @@ class End(NamedTuple):
 def seen_at(field: AbstractField, s: Array, state: FlowState) -> End:
     """What is seen in a pattern at the end of a step."""
     at = sight(field.problem, state.weights)
-    log_risk = field.problem.log_risk(state.weights)
     square = squared_norm(at.velocity)
-    rate = field.clock.rate(s, log_risk, square)
-    beyond = violations(field.problem.network.pattern, at)  # pyright: ignore
+    rate = field.clock.rate(s, at.log_risk, square)
+    pattern = field.problem.network.pattern  # pyright: ignore
+    past, ended = past_kinks(pattern, at) > 1, past_ends(pattern, at)
     speed, fall = rate * at.speed, rate * square
-    return End(at.z, speed, at.force, beyond, at.theta, at.pull, rate, log_risk, fall)
+    return End(at.z, speed, at.force, past, ended, at.theta, at.pull, rate, at.log_risk, fall)
 
 
 @eqx.filter_jit
@@ -121,6 +123,10 @@ def mended(
     several = jnp.sum(jnp.any(change != 0, 0)) > 1
     of_first, of_later = norm(first), norm(later)
     ratio = jnp.minimum(ratio + of_later / jnp.where(of_first > 0, of_first, 1.0), 1.0)
-    ended = norm(jump(change * jnp.where(ramp, once, 0.0)[None, :]))
+    ended = jax.lax.cond(
+        jnp.any(ramp),
+        lambda: norm(jump(change * jnp.where(ramp, once, 0.0)[None, :])),
+        lambda: jnp.zeros_like(of_first),
+    )
     left = ratio * of_later + curved * ended + jnp.where(several, norm(together) / 2, 0.0)
     return after, left

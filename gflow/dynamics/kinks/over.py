@@ -106,9 +106,8 @@ class Over:
         self.squares = np.sum(self.rows**2, 1)
         self.start = self._look(0, states[0]) if start is None else start
         self.end = self._look(1, states[1])
-        first = self.end
-        self.bend = (np.asarray(first.speed) - self.start.speed) / self.h
-        """z'' of the step."""
+        self.whole = self.end
+        """What was seen where it ended before anything was mended."""
         self.longest = np.full(piece.num_units, self.h)
         """How long ago the last kink of each neuron may have been that is not passed yet."""
         self.trust, self.guess = trust, 0.0
@@ -169,11 +168,18 @@ class Over:
                 return part
         return PARTS[-1]
 
+    def _bend(self, points: np.ndarray, neurons: np.ndarray) -> np.ndarray:
+        """The second derivative of z of units in the step."""
+        ends = (np.asarray(at.speed)[points, neurons] for at in (self.whole, self.start))
+        return np.subtract(*ends) / self.h
+
     def _heavy(self, events: Events) -> np.ndarray:
         """Which units that cross are so much of the field that their kinks are landed on."""
-        push = np.abs(self.end.force) * np.sqrt(self.squares)[:, None]
-        whole = np.sqrt(np.sum(push**2))
-        jump = push.reshape(-1)[events.unit] * (1 - self.piece.place.lower[events.neuron])
+        force = np.asarray(self.end.force)
+        whole = np.sqrt(np.einsum("iu,iu->i", force, force) @ self.squares)
+        points = events.unit // self.piece.num_units
+        push = np.abs(force[points, events.neuron]) * np.sqrt(self.squares)[points]
+        jump = push * (1 - self.piece.place.lower[events.neuron])
         return (events.unit >= 0) & (jump > HEAVY * whole)
 
     def _trusted(self, norm: float) -> float:
@@ -201,7 +207,8 @@ class Over:
         slid = {
             n: patterns.units_in([n]) for n in events.neuron.tolist() if n in patterns.of_neuron
         }
-        patterns.open(list(slid), np.asarray(self.end.theta))
+        if slid:  # else the pattern is where it has been put already
+            patterns.open(list(slid), np.asarray(self.end.theta))
         base = patterns.frozen()
         self._decide(events, slid)
         old, new = np.asarray(base.gates), np.asarray(patterns.pattern.gates)
@@ -231,12 +238,12 @@ class Over:
         """The first kink of each neuron that is past one at the end of the step."""
         end, shape = self.end, self.end.z.shape
         slots = self.piece.patterns.slots
-        past = np.nonzero(end.beyond[: end.z.size] > 1)[0]
+        past = np.nonzero(np.asarray(end.past).reshape(-1))[0]
         if self.flipped:
             past = past[~self._at_home(past)]
         points, neurons = np.divmod(past, shape[1])
         z, speed, force = (np.asarray(x)[points, neurons] for x in end[:3])
-        side, longest = np.sign(z), self.longest[neurons]
+        side, longest, bend = np.sign(z), self.longest[neurons], self._bend(points, neurons)
         if turn == 0:
             z0, speed0, force0 = (np.asarray(x)[points, neurons] for x in self.start[:3])
             part, speed = root_of_cubic(
@@ -246,9 +253,9 @@ class Over:
             force = force0 + part * (force - force0)
             change = np.abs(end.force[points, neurons] - force0) / (np.abs(force) + 1e-300)
         else:
-            since, speed = how_long_ago(z, speed, self.bend[points, neurons], longest)
+            since, speed = how_long_ago(z, speed, bend, longest)
             change = np.zeros(len(past))
-        bent = np.abs(self.bend[points, neurons]) * since / (np.abs(speed) + 1e-300)
+        bent = np.abs(bend) * since / (np.abs(speed) + 1e-300)
         ratio = np.minimum(change * since / self.h + bent, 1.0)
         never = np.zeros(len(past), bool)
         found = [neurons, np.minimum(since, longest), past, speed, force, side, ratio, never]
@@ -266,8 +273,7 @@ class Over:
 
     def _ended(self, slots: int, turn: int) -> list[np.ndarray]:
         """Slides that have ended, as columns of ``Events``."""
-        end, size = self.end, len(self.end.theta)
-        beyond = end.beyond[end.z.size :].reshape(2, size)
+        end, beyond = self.end, np.asarray(self.end.ended)
         which = np.nonzero(np.max(beyond, 0) > 1)[0]
         neurons, theta = which // slots, np.asarray(end.theta)[which]
         turned, bound = beyond[1][which] > 1, np.where(theta > 1, 1.0, 0.0)

@@ -39,14 +39,24 @@ def gates_of_slide(slide: Slide, theta: float, lower: np.ndarray) -> np.ndarray:
     return lower + np.where(slide.alpha > 0, theta, 1 - theta) * (1 - lower)
 
 
-def neuron_tangent(rows: np.ndarray, num_units: int, slots: int) -> NeuronTangent:
-    """That of one hidden layer, with no slot in use."""
+def neuron_tangent(
+    rows: np.ndarray, num_units: int, slots: int, alike: int, none: int
+) -> NeuronTangent:
+    """That of one hidden layer, with no slot in use.
+
+    Args:
+        rows: the normals, (n, d).
+        num_units, slots: of a point, and of a neuron.
+        alike: the most points on one ray.
+        none: the number that stands for no unit.
+    """
     shape = num_units, slots, rows.shape[1]
     return NeuronTangent(
         units=as_array(np.zeros(num_units * slots, np.int64)),
         active=as_array(np.zeros(num_units * slots, bool)),
         across=as_array(np.zeros(shape)),
         dual=as_array(np.zeros(shape)),
+        members=as_array(np.full((num_units * slots, alike), none)),
     )
 
 
@@ -76,23 +86,25 @@ class Patterns:
         place: where the units are.
         on: which are above their kinks, (n, U).
         rows: the normals of one hidden layer, (n, d); None for other networks.
+        alike: the most of them that are on one ray.
     """
 
-    def __init__(self, place: Place, on: np.ndarray, rows: np.ndarray | None):
-        self.place, self.rows, self.shape = place, rows, on.shape
+    def __init__(self, place: Place, on: np.ndarray, rows: np.ndarray | None, alike: int):
+        self.place, self.rows, self.shape, self.alike = place, rows, on.shape, alike
         self.slides: dict[int, Slide] = {}
         """By the number of their first unit."""
         self.of_neuron: dict[int, list[int]] = {}
         """The first units of the slides of each neuron that slides, of one hidden layer."""
         self.shown = False
         """Whether others have the arrays of the pattern."""
-        self.slots = min(FIRST_SLOTS, len(on)) if rows is not None else 0
+        self.slots = min(FIRST_SLOTS, *rows.shape) if rows is not None else 0
         self.pattern = blank_pattern(on, place.lower, self._tangent())
         self._open()
 
     def _tangent(self) -> AbstractTangent:
         if self.rows is not None:
-            return neuron_tangent(self.rows, self.shape[1], self.slots)
+            none = self.shape[0] * self.shape[1]
+            return neuron_tangent(self.rows, self.shape[1], self.slots, self.alike, none)
         return weight_tangent(int(np.prod(self.shape)), self.slots)
 
     def _open(self) -> None:
@@ -125,6 +137,10 @@ class Patterns:
 
     def frozen(self) -> Pattern:
         """The pattern as it is now, that no later change reaches."""
+        import jax
+
+        if not self.shown:  # once, instead of at each call of a program
+            self.pattern = jax.device_put(self.pattern)
         self.shown = True
         return self.pattern
 
@@ -253,6 +269,8 @@ class Patterns:
         np.asarray(at.pull)[slots] = (1 - low) * force
         np.asarray(tangent.units)[slots] = units
         np.asarray(tangent.active)[slots] = True
+        np.asarray(tangent.members)[slots, 0] = units
+        np.asarray(tangent.members)[slots, 1:] = self.shape[0] * self.shape[1]
         np.asarray(tangent.across)[neurons, 0] = normals / sizes
         np.asarray(tangent.dual)[neurons, 0] = normals / sizes**2
         for unit, neuron, part in zip(
@@ -273,6 +291,10 @@ class Patterns:
             normals = np.stack([rows[slide.units[0] // self.shape[1]] for slide in own])
             basis, back = across_of(normals)
             across[: len(basis)], dual[: len(back)] = basis, back
+            members = np.asarray(tangent.members)[first : first + len(own)]
+            members[:] = self.shape[0] * self.shape[1]
+            for row, slide in zip(members, own, strict=True):
+                row[: len(slide.units)] = slide.units
         self._place(range(first, first + len(own)), own, pull)
 
     def _place(self, slots: range, slides: list[Slide], pull: np.ndarray) -> None:

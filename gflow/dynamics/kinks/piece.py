@@ -13,7 +13,15 @@ from gflow.dynamics.kinks.decide import PARALLEL, Alone, Block, Group, decide, d
 from gflow.dynamics.kinks.meeting import Layers, decide_layers
 from gflow.dynamics.kinks.patterns import Patterns, Slide
 from gflow.problem.array import Array, as_array
-from gflow.problem.bends import AbstractBends, Frozen, Sight, scale_of, sight, violations
+from gflow.problem.bends import (
+    AbstractBends,
+    Frozen,
+    Sight,
+    past_ends,
+    past_kinks,
+    scale_of,
+    sight,
+)
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights
 
@@ -26,6 +34,10 @@ DEPENDENT = 1e-14
 AWAY = 1e-9
 """Speeds of pre-activations below this part of the largest one are zero."""
 
+QUIET = 4.0
+"""Log risks above that of round-off below which forces of units are round-off too: what is left of
+the flow is shorter than what counts as past a kink."""
+
 ROUNDS = 20
 """Decisions about one place, each in the light of the last, before it is given up."""
 
@@ -35,8 +47,10 @@ class Seen(NamedTuple):
 
     at: Any
     """Its ``Sight``."""
-    beyond: Any
-    """How far each unit, and each slot twice, is beyond the pattern; above 1 it is."""
+    past: Any
+    """Which units are past their kinks, (n, U)."""
+    ended: Any
+    """Which slots are beyond the pattern, by theta or by pull, (2, C)."""
     near: Any
     """Which units are at their kinks, (n, U)."""
 
@@ -45,7 +59,8 @@ class Seen(NamedTuple):
 def _seen(problem: Problem, weights: Weights) -> Seen:
     at = sight(problem, weights)
     near = jnp.abs(at.z) <= AT_KINK * scale_of(at.z)
-    return Seen(at, violations(problem.network.pattern, at), near)  # pyright: ignore
+    pattern = problem.network.pattern  # pyright: ignore
+    return Seen(at, past_kinks(pattern, at) > 1, past_ends(pattern, at) > 1, near)
 
 
 @eqx.filter_jit
@@ -118,7 +133,9 @@ class Piece:
         none = np.zeros(0, np.int64)
         self.ray, self.num_on_ray = rays(self.rows) if self.rows is not None else (none, none)
         """Of one hidden layer: the number of each point's ray, and how many points are on it."""
-        self.patterns = Patterns(self.place, self._start(weights) > 0, self.rows)
+        most = int(np.max(self.num_on_ray, initial=1))
+        self.patterns = Patterns(self.place, self._start(weights) > 0, self.rows, most)
+        self.quiet = np.float64(problem.loss.least_log_risk + QUIET)
         self.here = problem
         self.freeze()
 
@@ -138,7 +155,7 @@ class Piece:
     def freeze(self) -> None:
         """Let the problem be the one in the pattern as it is now."""
         network = self.problem.network.without_branch()
-        network = Frozen(network, self.bends, self.patterns.frozen())
+        network = Frozen(network, self.bends, self.patterns.frozen(), as_array(self.quiet))
         self.here = eqx.tree_at(lambda problem: problem.network, self.problem, network)
 
     def look(self, weights: Weights) -> Seen:
@@ -193,7 +210,7 @@ class Piece:
         speed = np.where(np.asarray(pattern.on), -at.speed, at.speed)[rows, columns]
         away = speed > AWAY * np.max(np.abs(at.speed), initial=0.0)
         wrong = seen.near[rows, columns] & away & ~np.asarray(pattern.sliding)[rows, columns]
-        if np.any(seen.beyond[at.z.size :] > 1):
+        if np.any(seen.ended):
             return np.union1d(among[wrong], np.nonzero(self.ended(at))[0])
         return among[wrong]
 
