@@ -88,10 +88,11 @@ class Shares(AbstractCurvature):
 
     def gram(self, design: AbstractDesign | None) -> Array:
         p, k = self.shares, self.shares.shape[1]
-        diagonal = (self.slopes[:, None] * p)[:, :, None] * jnp.eye(k)[None]
+        diagonal = jnp.where(jnp.eye(k, dtype=bool), (self.slopes[:, None] * p)[:, :, None], 0.0)
         outer = ((self.entries - self.slopes)[:, None] * p)[:, :, None] * p[:, None, :]
         if design is None:
-            blocks = (diagonal + outer)[:, :, None, :] * jnp.eye(len(p))[:, None, :, None]
+            same = jnp.eye(len(p), dtype=bool)[:, None, :, None]
+            blocks = jnp.where(same, (diagonal + outer)[:, :, None, :], 0.0)
             return blocks.reshape(p.size, p.size)
         return design.gram_of_blocks(diagonal + outer)
 

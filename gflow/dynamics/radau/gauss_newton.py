@@ -159,7 +159,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         if newton.decomposes(attempt):
             attempt = jax.lax.cond(
                 newton.stale(attempt),
-                lambda: newton.decomposed(field, self.stages, attempt, seen),
+                lambda: newton.decomposed(field, self.stages, h, attempt, seen),
                 lambda: attempt,
             )
         return newton.correct(field, self.stages, h, attempt, seen)
@@ -210,7 +210,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
 
         # Decompositions have a loop of their own: what a condition gives is copied.
         def through(at: Attempt) -> Attempt:
-            fresh = newton.decomposed(field, self.stages, at, look(at))
+            fresh = newton.decomposed(field, self.stages, h, at, look(at))
             going = (fresh, jnp.array(True))
 
             def unfinished(loop: tuple[Attempt, Array]) -> Array:
