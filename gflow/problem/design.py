@@ -70,6 +70,10 @@ class AbstractDesign(Module):
         """Some rows of A, by their r numbers, shape (r, m)."""
         return self.matrix[margins]
 
+    def among(self, margins: Array) -> "AbstractDesign":
+        """That of some margins, by their numbers, in the same coordinates."""
+        return Some(self.rows_at(margins))
+
 
 class Rows(AbstractDesign):
     """Any matrix: for one output the signed inputs, for K the measured matrices, each flattened."""
@@ -108,6 +112,13 @@ class Rows(AbstractDesign):
 
     def chosen(self, points: Array) -> "Rows":
         return Rows(jnp.asarray(self.rows)[points], self.num_outputs)
+
+
+class Some(Rows):
+    """Rows of another matrix, whose axes serve."""
+
+    def axes(self) -> "tuple[Array, AbstractDesign | None]":
+        return jnp.eye(self.shape[1]), self
 
 
 # Coordinates are a matrix C, (K - 1, d), flattened: the contrasts of the end-to-end matrix. With

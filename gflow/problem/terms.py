@@ -186,6 +186,14 @@ class AbstractJointLoss(Module):
         """
         return jnp.sum(sum_of_exponentials(-offsets).shares * distance)
 
+    @property
+    def of_margins(self) -> "AbstractJointLoss":
+        """The loss of single margins that adds up to this one where all of them are large.
+
+        That is where they exceed ``tail_from``, of a loss with an exponential tail.
+        """
+        return self
+
     def chosen(self, points: Array) -> "AbstractJointLoss":
         """The loss of some of the points, by their numbers; pure JAX."""
         return self

@@ -107,6 +107,14 @@ class Solution(NamedTuple):
     """Of the last step, relative to the weights: the precision reached."""
 
 
+class Balance(NamedTuple):
+    """What a step's end asks of the field at its stages, shapes (p,)."""
+
+    log_risk: Array
+    rate: Array
+    squared_norm: Array
+
+
 class Stages(NamedTuple):
     """The field at the stages of a step; the stages are the leading axis of all arrays."""
 
@@ -117,6 +125,10 @@ class Stages(NamedTuple):
     slopes: Array
     curvature: AbstractCurvature
     gap: Array
+
+    @property
+    def balance(self) -> Balance:
+        return Balance(self.log_risk, self.rate, self.squared_norm)
 
 
 class Frame(NamedTuple):
@@ -482,7 +494,7 @@ def end(
     log_risk: Array,
     solution: Solution,
     error: list[Array],
-    at: Stages,
+    at: Stages | Balance,
 ) -> End:
     """The new state and its error, from the solution of a step's equations.
 
