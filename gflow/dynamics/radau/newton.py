@@ -327,7 +327,7 @@ def decomposed(
 def _stiffness(
     field: AbstractField, curvature: AbstractCurvature, design: AbstractDesign | None, force: Array
 ) -> Array:
-    """:math:`A^\top HA` of a stage, in the precision of what is given."""
+    r""":math:`A^\top HA` of a stage, in the precision of what is given."""
     found = curvature.gram(design)
     return found - force[:, None] * force[None, :] if _centred(field) else found
 
