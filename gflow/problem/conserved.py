@@ -7,14 +7,12 @@ to a few fixed vectors: products of layers with thin blocks, in time proportiona
 from collections.abc import Sequence
 from itertools import pairwise
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.problem import settings
 from gflow.problem.array import Array, as_array
 from gflow.problem.module import Module
-from gflow.problem.singular import EXACT, both_ways, norm_of, spectral_norm
+from gflow.problem.singular import EXACT, norm_of, spectral_norm
 from gflow.problem.weights import Weights
 
 FORMED = 128
@@ -162,18 +160,8 @@ def lemma_slacks(
 
 def _imbalance_norm(lower: Array, upper: Array) -> float:
     r"""$\lVert D_k\rVert_2$ of two neighbouring layers."""
-    if np.shape(lower)[0] ** 2 <= EXACT:
-        (matrix,) = imbalance((np.asarray(lower), np.asarray(upper)))
+    lower, upper = np.asarray(lower), np.asarray(upper)
+    if lower.shape[0] ** 2 <= EXACT:
+        (matrix,) = imbalance((lower, upper))
         return float(np.linalg.norm(matrix, 2))
-    with settings.own():
-        return float(_norm_between(np.asarray(lower), np.asarray(upper)))
-
-
-@jax.jit
-def _norm_between(lower: Array, upper: Array) -> Array:
-    (down, back), (out, up) = both_ways(upper), both_ways(lower)
-
-    def times(vectors: Array) -> Array:
-        return back(down(vectors)) - out(up(vectors))
-
-    return norm_of(times, times, (lower.shape[0], lower.shape[0]))
+    return norm_of(lambda vector: _times(lower, upper, vector), lower.shape[0])

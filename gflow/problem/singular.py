@@ -6,6 +6,7 @@ threads, which on a busy machine wait for each other most of the time. What it f
 if its residuals prove it to be a singular triple.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.problem import settings
-from gflow.problem.array import Array, as_array
+from gflow.problem.array import Array
+from gflow.problem.one_thread import one_thread
 
 EXACT = 48 * 48
 """Entries up to which all of a matrix is decomposed. Up to there that takes 0.4 ms, like the other
 way, and OpenBLAS does it in one thread: it shares products of n x n matrices out from n = 51."""
+
+THIN = 8
+"""Rows or columns up to which the same holds of any matrix: LAPACK reduces it to a square one."""
 
 BLOCK, COLUMNS, KEPT = 2, 24, 8
 """Vectors in a block, two so that a tie is seen; in the basis; and kept of it when it is full.
@@ -65,13 +69,18 @@ def singular(matrix: Array) -> Singular:
     matrix = jnp.asarray(matrix)
     if 1 in matrix.shape:
         value, left, right, tail, defined = _of_vector(matrix)
-    elif matrix.size <= EXACT:
+    elif not _iterates(matrix):
         value, left, right, tail, defined = _decomposed(matrix)
     else:
         value, left, right, tail, defined = _iterated(matrix)
     sign = jnp.sign(right[jnp.argmax(jnp.abs(right))])
     sign = jnp.where(defined, sign, jnp.nan)
     return Singular(value, sign * left, sign * right, tail)
+
+
+def _iterates(matrix: Array) -> bool:
+    """Whether the Krylov method finds the triple sooner than a decomposition."""
+    return np.size(matrix) > EXACT and min(np.shape(matrix)) > THIN
 
 
 def _resolution(dtype: jnp.dtype) -> float:
@@ -85,8 +94,7 @@ def singulars(matrices: tuple[Array, ...]) -> list[Singular]:
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for k, matrix in enumerate(matrices):
-        iterated = 1 not in np.shape(matrix) and np.size(matrix) > EXACT
-        alike.setdefault(np.shape(matrix) if iterated else (k,), []).append(k)
+        alike.setdefault(np.shape(matrix) if _iterates(matrix) else (k,), []).append(k)
     found: dict[int, Singular] = {}
     for members in alike.values():
         if len(members) == 1:
@@ -103,30 +111,40 @@ def leading(values: Array, count: int) -> Array:
     return jnp.pad(values[:count], (0, max(0, count - values.shape[0])))
 
 
-def norm_of(apply: Multiply, adjoint: Multiply, shape: tuple[int, ...]) -> Array:
-    r"""$\lVert A\rVert_2$ of a matrix given by its products, of itself and of its transpose.
+def norm_of(times: Callable[[np.ndarray], np.ndarray], size: int) -> float:
+    r"""$\lVert A\rVert_2$ of a symmetric matrix given by its products with vectors, on the host.
 
+    By ARPACK: it is found once a run, for which a program of ours would take longer to compile.
     Its error is of the square of the residual over the gap: half the digits are enough of that.
 
     Args:
-        apply: from two vectors (2, columns) to two (2, rows).
-        adjoint: back.
-        shape: (rows, columns).
+        times: from a vector to its product with the matrix.
+        size: of the vectors.
     """
-    return _krylov(apply, adjoint, shape, jnp.dtype(np.float64), OF_VALUE).value
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    begin = np.random.default_rng(0).standard_normal(size)
+    first = float(np.linalg.norm(times(begin)))
+    if first == 0 or not math.isfinite(first):  # of which ARPACK makes an error
+        return first
+    operator = LinearOperator((size, size), matvec=times, dtype=np.float64)
+    with one_thread():
+        values = eigsh(
+            operator, 1, which="LM", v0=begin, ncv=COLUMNS, tol=OF_VALUE, return_eigenvectors=False
+        )
+    return float(abs(values[0]))
 
 
 def spectral_norm(matrix: np.ndarray) -> float:
     r"""$\lVert W\rVert_2$ of a matrix, on the host."""
-    if 1 in np.shape(matrix) or np.size(matrix) <= EXACT:
+    if min(np.shape(matrix)) ** 2 <= EXACT:
         return float(np.linalg.norm(matrix, 2))
-    with settings.own():
-        return float(_norm(as_array(matrix)))
-
-
-@jax.jit
-def _norm(matrix: Array) -> Array:
-    return norm_of(*both_ways(matrix), matrix.shape)
+    largest = float(np.max(np.abs(matrix)))
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    a = matrix / largest  # squares are to be finite
+    a = a if a.shape[0] >= a.shape[1] else a.T
+    return largest * math.sqrt(norm_of(lambda vector: a.T @ (a @ vector), a.shape[1]))
 
 
 def both_ways(matrix: Array) -> tuple[Multiply, Multiply]:
@@ -169,7 +187,7 @@ def _iterated(matrix: Array) -> Found:
     largest = jnp.max(jnp.abs(a))
     scale = 1 / jnp.where(largest == 0, 1.0, largest)  # squares are to be finite
     apply, adjoint = both_ways(scale * a)
-    near = _krylov(apply, adjoint, a.shape, a.dtype, CONVERGED * _resolution(a.dtype))
+    near = _krylov(apply, adjoint, a.shape, a.dtype)
 
     def normalised(vector: Array) -> tuple[Array, Array]:
         size = jnp.sqrt(jnp.sum(vector**2))
@@ -207,13 +225,7 @@ class _Near(NamedTuple):
 # when it is full, its eigenvectors of the largest values are a basis of which the same holds. Where
 # the space is exhausted F vanishes, and columns of zeros change nothing. Every new block is made
 # orthogonal to the basis twice: rounding would else bring back what has converged.
-def _krylov(
-    apply: Multiply,
-    adjoint: Multiply,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    converged: float,
-) -> _Near:
+def _krylov(apply: Multiply, adjoint: Multiply, shape: tuple[int, ...], dtype: jnp.dtype) -> _Near:
     rows, columns = shape
     eps = _resolution(dtype)
 
@@ -242,7 +254,7 @@ def _krylov(
 
     def go_on(loop: tuple) -> Array:
         *_, tries, values, residuals, _ = loop
-        return (tries < ITERATIONS) & ~_done(values, residuals, converged * values[0])
+        return (tries < ITERATIONS) & ~_done(values, residuals, CONVERGED * eps * values[0])
 
     def ritz(loop: tuple) -> tuple:
         """The best of the basis, which is cut back to it if it is full."""
