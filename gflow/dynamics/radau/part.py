@@ -2,10 +2,11 @@ r"""Steps of many margins of which few count.
 
 Once the risk is small, slopes of most margins are below round-off, and what solves the equations of
 a step among the others solves them for all, to the last digit. Which these are is predicted before
-the step: as many as there are coordinates or a sixteenth, those with the largest shares of the risk, where what is
-left out has no more than ``PREDICTED`` of it. That it had no more than ``ROUND_OFF`` at any stage,
-which is where the equations look, is seen from all margins once the step is solved; a step for
-which it does not hold is solved again among all. No bound on how far margins move is asked for.
+the step: as many as there are coordinates, or a sixteenth, those with the largest shares of the
+risk, where what is left out has no more than ``PREDICTED`` of it. That it had no more than
+``ROUND_OFF`` at any stage, which is where the equations look, is seen from all margins once the
+step is solved; a step for which it does not hold is solved again among all. No bound on how far
+margins move is asked for.
 
 All margins are then so large that the loss is a sum of exponentials of theirs to the last digit,
 whichever points they belong to. Shares are those of :math:`e^{-q}`.
