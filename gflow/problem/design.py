@@ -70,6 +70,10 @@ class AbstractDesign(Module):
         """Some rows of A, by their r numbers, shape (r, m)."""
         return self.matrix[margins]
 
+    def among(self, margins: Array) -> "AbstractDesign":
+        """That of some margins, by their numbers, in the same coordinates."""
+        return Some(self.rows_at(margins))
+
 
 class Rows(AbstractDesign):
     """Any matrix: for one output the signed inputs, for K the measured matrices, each flattened."""
@@ -108,6 +112,13 @@ class Rows(AbstractDesign):
 
     def chosen(self, points: Array) -> "Rows":
         return Rows(jnp.asarray(self.rows)[points], self.num_outputs)
+
+
+class Some(Rows):
+    """Rows of another matrix, whose axes serve."""
+
+    def axes(self) -> "tuple[Array, AbstractDesign | None]":
+        return jnp.eye(self.shape[1]), self
 
 
 # Coordinates are a matrix C, (K - 1, d), flattened: the contrasts of the end-to-end matrix. With
@@ -174,7 +185,8 @@ class ClassDesign(AbstractDesign):
         points, q, _ = blocks.shape
         m = q * self._width
         if self.inputs is None:
-            spread = blocks.transpose(1, 2, 0)[:, :, :, None] * jnp.eye(points)[None, None]
+            same = jnp.eye(points, dtype=bool)
+            spread = jnp.where(same, blocks.transpose(1, 2, 0)[:, :, :, None], 0.0)
             return spread.transpose(0, 2, 1, 3).reshape(m, m)
         inputs, width = jnp.asarray(self.inputs), self._width
         first, second, pair = _symmetric(q)
@@ -247,9 +259,9 @@ class OutputDesign(AbstractDesign):
         return (jnp.swapaxes(s, -1, -2) @ self.inputs).reshape(*slopes.shape[:-1], -1)
 
     def gram_of_diagonal(self, entries: Array) -> Array:
-        x, eye = jnp.asarray(self.inputs), jnp.eye(self.num_outputs)
+        x, same = jnp.asarray(self.inputs), jnp.eye(self.num_outputs, dtype=bool)
         of_each = jnp.einsum("na,nk,nb->kab", x, entries.reshape(-1, self.num_outputs), x)
-        spread = of_each[:, :, None, :] * eye[:, None, :, None]
+        spread = jnp.where(same[:, None, :, None], of_each[:, :, None, :], 0.0)
         return spread.reshape(self.shape[1], self.shape[1])
 
     def gram_of_blocks(self, blocks: Array) -> Array:

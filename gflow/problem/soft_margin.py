@@ -108,6 +108,10 @@ class SoftMargin(AbstractJointLoss):
     def tail_from(self) -> float:
         return self.of_one.tail_from
 
+    @property
+    def of_margins(self) -> AbstractLoss:
+        return self.of_one
+
     def inverse(self, log_value: Array) -> Array:
         r"""The soft margin at which the loss of a point has a logarithm."""
         return self.of_one.inverse(log_value)

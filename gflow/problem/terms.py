@@ -88,10 +88,11 @@ class Shares(AbstractCurvature):
 
     def gram(self, design: AbstractDesign | None) -> Array:
         p, k = self.shares, self.shares.shape[1]
-        diagonal = (self.slopes[:, None] * p)[:, :, None] * jnp.eye(k)[None]
+        diagonal = jnp.where(jnp.eye(k, dtype=bool), (self.slopes[:, None] * p)[:, :, None], 0.0)
         outer = ((self.entries - self.slopes)[:, None] * p)[:, :, None] * p[:, None, :]
         if design is None:
-            blocks = (diagonal + outer)[:, :, None, :] * jnp.eye(len(p))[:, None, :, None]
+            same = jnp.eye(len(p), dtype=bool)[:, None, :, None]
+            blocks = jnp.where(same, (diagonal + outer)[:, :, None, :], 0.0)
             return blocks.reshape(p.size, p.size)
         return design.gram_of_blocks(diagonal + outer)
 
@@ -184,6 +185,14 @@ class AbstractJointLoss(Module):
             distance: margins less offsets, shape (points,).
         """
         return jnp.sum(sum_of_exponentials(-offsets).shares * distance)
+
+    @property
+    def of_margins(self) -> "AbstractJointLoss":
+        """The loss of single margins that adds up to this one where all of them are large.
+
+        That is where they exceed ``tail_from``, of a loss with an exponential tail.
+        """
+        return self
 
     def chosen(self, points: Array) -> "AbstractJointLoss":
         """The loss of some of the points, by their numbers; pure JAX."""

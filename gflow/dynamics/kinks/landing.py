@@ -73,8 +73,7 @@ def land_on_kink(
 
     def trial(s: Array) -> Step:
         h = s - s0
-        attempt = method.solve(field, s0, h, state0, memory0)
-        seen = method.look(field, s0, h, state0, attempt)
+        attempt, seen = method.solve(field, s0, h, state0, memory0)
         return method.end(field, s0, h, state0, attempt, seen, memory0)
 
     def beyond(s: Array, state: FlowState) -> tuple[Array, Array]:

@@ -30,8 +30,7 @@ def land(
 
     def trial(s: Array) -> Step:
         h = s - s0
-        attempt = method.solve(field, s0, h, state0, memory0)
-        seen = method.look(field, s0, h, state0, attempt)
+        attempt, seen = method.solve(field, s0, h, state0, memory0)
         return method.end(field, s0, h, state0, attempt, seen, memory0)
 
     start, end = progress(state0) - goal, progress(lane.state) - goal

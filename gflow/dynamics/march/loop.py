@@ -180,12 +180,17 @@ def march(
     def end(own: Member, lane: Lane, seen: Any) -> tuple[Lane, Array]:
         return _end(eqx.combine(own, shared), method, lane, seen, watch_stiffness)
 
-    def iterate(lane: Lane) -> Lane:
-        """Work on attempts until enough of them are solved."""
+    def iterate(lane: Lane) -> tuple[Lane, Any]:
+        """Work on attempts until enough of them are solved, and look at all."""
         if not many:
             field = eqx.combine(member, shared).field
-            done = method.work(field, lane.s, lane.step, lane.state, lane.attempt)
-            return eqx.tree_at(lambda at: at.attempt, lane, done)
+            done, seen = method.work(field, lane.s, lane.step, lane.state, lane.attempt)
+            return eqx.tree_at(lambda at: at.attempt, lane, done), seen
+        if method.iterates:
+            lane = together(lane)
+        return lane, each(look)(member, lane)
+
+    def together(lane: Lane) -> Lane:
         running = lane.reason == Reason.RUNNING
 
         def carrying(attempt: Any) -> Lane:
@@ -208,11 +213,9 @@ def march(
 
     def trip(loop: tuple) -> tuple:
         lane, saved, made, busy = loop
-        if method.iterates:
-            lane = iterate(lane)
+        lane, seen = iterate(lane)
         running = lane.reason == Reason.RUNNING
         ready = running & each(solved)(lane)
-        seen = each(look)(member, lane)
         after, arrived = each(end)(member, lane, seen)
         if many:
             after = _chosen(ready, after, lane)

@@ -81,19 +81,27 @@ class AbstractMethod(Module):
     ) -> Step:
         """The new state with its error, infinite where the attempt failed."""
 
-    def solve(self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any) -> Any:
-        """An attempt from its beginning until it is solved, for one member by itself."""
-        attempt = self.begin(field, s, h, state, before)
-        return self.work(field, s, h, state, attempt) if self.iterates else attempt
+    def solve(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
+    ) -> tuple[Any, Any]:
+        """An attempt from its beginning until it is solved, and a last look, for one member."""
+        return self.work(field, s, h, state, self.begin(field, s, h, state, before))
 
-    def work(self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any) -> Any:
-        """Corrections until the attempt is solved, for one member by itself."""
+    def work(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
+    ) -> tuple[Any, Any]:
+        """Corrections until the attempt is solved, and a last look, for one member by itself.
 
-        def once(attempt: Any) -> Any:
-            seen = self.look(field, s, h, state, attempt)
-            return self.correct(field, h, attempt, seen)
+        The look may be less than what :meth:`look` gives, as long as :meth:`end` can do with it.
+        """
+        if self.iterates:
 
-        return jax.lax.while_loop(lambda attempt: ~self.solved(attempt), once, attempt)
+            def once(attempt: Any) -> Any:
+                seen = self.look(field, s, h, state, attempt)
+                return self.correct(field, h, attempt, seen)
+
+            attempt = jax.lax.while_loop(lambda attempt: ~self.solved(attempt), once, attempt)
+        return attempt, self.look(field, s, h, state, attempt)
 
     @abstractmethod
     def tally(self, memory: Any) -> Any:

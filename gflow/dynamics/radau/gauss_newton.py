@@ -14,7 +14,7 @@ from jax.scipy.sparse.linalg import gmres
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.radau import newton
-from gflow.dynamics.radau.newton import Attempt, Solution, Stages
+from gflow.dynamics.radau.newton import Attempt, Balance, Solution, Stages
 from gflow.dynamics.radau.part import Part
 from gflow.dynamics.radau.tableau import legendre_values, radau
 from gflow.problem.array import Array
@@ -159,41 +159,49 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         if newton.decomposes(attempt):
             attempt = jax.lax.cond(
                 newton.stale(attempt),
-                lambda: newton.decomposed(field, self.stages, attempt, seen),
+                lambda: newton.decomposed(field, self.stages, h, attempt, seen),
                 lambda: attempt,
             )
         return newton.correct(field, self.stages, h, attempt, seen)
 
     def work(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Attempt
-    ) -> Attempt:
-        problem = field.problem
+    ) -> tuple[Attempt, Balance]:
         part = Part.of(field, attempt.frame.log_risk, attempt.offsets)
         everything = self._corrections(field, s, h, state, 0.0)
         if part is None:
-            return everything(attempt, jnp.array(True))
-        among = self._corrections(part.field(field), s, h, state, part.log_share(problem))
-        own = attempt._replace(offsets=part.take(attempt.offsets, problem))
-        found = among(own, part.enough)
+            attempt = everything(attempt, jnp.array(True))
+            return attempt, self.look(field, s, h, state, attempt).balance
+        some = part.field(field), s, h, state, part.log_share(field.problem)
+        own = attempt._replace(offsets=attempt.offsets[:, part.margins])
+        found = self._corrections(*some)(own, part.enough)
 
         def margins() -> Array:
             coordinates, _ = field.along(state.weights, found.derivatives, found.coefficients)
-            all_margins = problem.spread(coordinates)
-            distance = part.take(all_margins, problem) - found.offsets
-            loss = part.field(field).problem.loss
-            level = jax.vmap(loss.level)(found.offsets, distance)
-            return part.put(found.offsets, all_margins - level[:, None], problem)
+            every = field.problem.spread(coordinates)
+            distance = every[:, part.margins] - found.offsets
+            level = jax.vmap(field.problem.loss.level)(found.offsets, distance)
+            return (every - level[:, None]).at[:, part.margins].set(found.offsets)
 
         offsets = jax.lax.cond(part.enough, margins, lambda: attempt.offsets)
         # One that fails among the part is refused as it is; the next is shorter.
         failed = newton.failed(newton.remaining(found.size, found.contraction), self.tolerance)
-        done = part.enough & (failed | part.proven(problem, offsets))
+        done = part.enough & (failed | part.proven(offsets))
         again = attempt._replace(stiffness=found.stiffness)  # which is what takes space
-        return everything(
+        attempt = everything(
             jax.tree.map(
                 lambda a, b: jnp.where(done, a, b), found._replace(offsets=offsets), again
             ),
             ~done,
+        )
+
+        def among() -> Balance:
+            seen = self._evaluate(some[0], state.weights, s, h, some[-1])
+            own = attempt.offsets[:, part.margins]
+            return seen(attempt.coefficients, attempt.derivatives, own).balance
+
+        return attempt, jax.lax.cond(
+            done, among, lambda: self.look(field, s, h, state, attempt).balance
         )
 
     def _corrections(
@@ -210,7 +218,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
 
         # Decompositions have a loop of their own: what a condition gives is copied.
         def through(at: Attempt) -> Attempt:
-            fresh = newton.decomposed(field, self.stages, at, look(at))
+            fresh = newton.decomposed(field, self.stages, h, at, look(at))
             going = (fresh, jnp.array(True))
 
             def unfinished(loop: tuple[Attempt, Array]) -> Array:
@@ -233,7 +241,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         h: Array,
         state: FlowState,
         attempt: Attempt,
-        seen: Stages,
+        seen: Stages | Balance,
         before: Solution,
     ) -> Step:
         found = Solution(
@@ -278,7 +286,7 @@ def _solve_stages(
     before: Solution,
 ) -> tuple[tuple[Factors, Array], tuple[Array, Array, Array, list[Array]]]:
     """Derivatives and offsets at the stages; Newton's count and error, log R, the step's error."""
-    last = solver.solve(field, t0, h, FlowState(weights, jnp.zeros_like(h)), before)
+    last, _ = solver.solve(field, t0, h, FlowState(weights, jnp.zeros_like(h)), before)
     error = newton.error_of_weights(solver.stages, h, last)
     left = newton.remaining(last.size, last.contraction)
     return (last.derivatives, last.offsets), (last.count, left, last.frame.log_risk, error)

@@ -68,8 +68,9 @@ Albersmeyer and Diehl, *The lifted Newton method*, SIAM J. Optim. 20 (2010).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,14 @@ class Solution(NamedTuple):
     """Of the last step, relative to the weights: the precision reached."""
 
 
+class Balance(NamedTuple):
+    """What a step's end asks of the field at its stages, shapes (p,)."""
+
+    log_risk: Array
+    rate: Array
+    squared_norm: Array
+
+
 class Stages(NamedTuple):
     """The field at the stages of a step; the stages are the leading axis of all arrays."""
 
@@ -116,6 +125,10 @@ class Stages(NamedTuple):
     slopes: Array
     curvature: AbstractCurvature
     gap: Array
+
+    @property
+    def balance(self) -> Balance:
+        return Balance(self.log_risk, self.rate, self.squared_norm)
 
 
 class Frame(NamedTuple):
@@ -278,30 +291,45 @@ def stale(attempt: Attempt) -> Array:
     return (attempt.count == 0) | ((attempt.count == PATIENCE) & (attempt.contraction > SLOW))
 
 
-def decomposed(field: AbstractField, stages: int, attempt: Attempt, at: Stages) -> Attempt:
+def decomposed(
+    field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages
+) -> Attempt:
     """The attempt with its systems decomposed, those of the stage in the middle for all."""
     known, j = attempt.stiffness, stages // 2
     if not isinstance(known, Systems):
         return attempt
-    force, growth, stiffness = _linearised(field, attempt.frame, at)
-    slopes, scale = at.slopes[j], growth[j] ** 2 * at.rate[j]
+    force, growth, _ = _linearised(field, attempt.frame, at)
     gram = attempt.frame.gram
     _, design = _axes(field.problem, len(gram), attempt.frame.lefts[0].shape[0])
-    middle = jax.tree.map(lambda x: x[j], at.curvature)
+    slopes, middle = at.slopes[j], jax.tree.map(lambda x: x[j], at.curvature)
 
     def among(chosen: Array) -> tuple[Array, Array]:
         rows = jnp.eye(len(gram))[chosen] if design is None else design.rows_at(chosen)
         found = middle.among(chosen)
         if _centred(field):
             found = found - slopes[chosen][:, None] * slopes[chosen][None, :]
-        return rows, scale * found
+        return rows, found
 
-    def whole() -> Array:
-        return growth[j] ** 2 * stiffness(at.rate[j], force[j], middle)
+    def whole(dtype: jnp.dtype) -> Array:
+        def within(x: Any) -> Any:
+            inexact = eqx.is_array_like(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+            return jnp.asarray(x, dtype) if inexact else x
+
+        curvature, known, mean = jax.tree.map(within, (middle, design, force[j]))
+        return _stiffness(field, curvature, known, mean)
 
     # All of the curvature if a part of it has not done.
-    found = Systems.of(gram, slopes, attempt.count == 0, whole, among)
+    scale = growth[j] ** 2 * at.rate[j]
+    found = Systems.of(gram, slopes, attempt.count == 0, whole, among, scale, h)
     return attempt._replace(stiffness=found)
+
+
+def _stiffness(
+    field: AbstractField, curvature: AbstractCurvature, design: AbstractDesign | None, force: Array
+) -> Array:
+    r""":math:`A^\top HA` of a stage, in the precision of what is given."""
+    found = curvature.gram(design)
+    return found - force[:, None] * force[None, :] if _centred(field) else found
 
 
 def _centred(field: AbstractField) -> bool:
@@ -319,10 +347,7 @@ def _linearised(
     growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
 
     def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
-        found = curvature.gram(design)
-        if _centred(field):
-            found = found - force[:, None] * force[None, :]
-        return mu * found
+        return mu * _stiffness(field, curvature, design, force)
 
     return force, growth, stiffness
 
@@ -469,7 +494,7 @@ def end(
     log_risk: Array,
     solution: Solution,
     error: list[Array],
-    at: Stages,
+    at: Stages | Balance,
 ) -> End:
     """The new state and its error, from the solution of a step's equations.
 

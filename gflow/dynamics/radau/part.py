@@ -1,14 +1,15 @@
-r"""Steps of many points of which few count.
+r"""Steps of many margins of which few count.
 
-Once the risk is small, slopes of most points are below round-off, and what solves the equations of
+Once the risk is small, slopes of most margins are below round-off, and what solves the equations of
 a step among the others solves them for all, to the last digit. Which these are is predicted before
-the step: a quarter of the points, those with the largest shares of the risk, where what is left out
-has no more than ``PREDICTED`` of it. That it had no more than ``ROUND_OFF`` at any stage, which is
-where the equations look, is seen from all margins once the step is solved; a step for which it does
-not hold is solved again among all. No bound on how far margins move is asked for.
+the step: as many as there are coordinates, or a sixteenth, those with the largest shares of the
+risk, where what is left out has no more than ``PREDICTED`` of it. That it had no more than
+``ROUND_OFF`` at any stage, which is where the equations look, is seen from all margins once the
+step is solved; a step for which it does not hold is solved again among all. No bound on how far
+margins move is asked for.
 
-Shares are those of :math:`e^{-q}`, which bounds a loss from above. For positive q it is no more
-than 1/log 2 times as large, and positive they all are where the losses sum to less than 1/2.
+All margins are then so large that the loss is a sum of exponentials of theirs to the last digit,
+whichever points they belong to. Shares are those of :math:`e^{-q}`.
 """
 
 import math
@@ -25,27 +26,27 @@ from gflow.problem.risk import Problem
 LEAST = 8192
 """Margins from which on it is worth a second loop, which takes as long to compile as the first."""
 
-PART = 4
-"""One in so many points is chosen."""
+PART = 16
+"""One in so many margins is chosen, or more."""
+
+MOST = 4
+"""And one in so many at most."""
 
 PREDICTED, ROUND_OFF = 1e-22, 1e-18
 """Shares of the risk that all left out may have together."""
 
-LOG_TOTAL = math.log(0.5)
-"""Of the sum of losses: below, all margins are positive."""
-
 
 class Part(NamedTuple):
-    """The points that a step is solved among."""
+    """The margins that a step is solved among."""
 
-    points: Array
+    margins: Array
     """Their numbers, shape (r,)."""
     enough: Array
     """Whether they do, as predicted."""
 
     @classmethod
     def of(cls, field: AbstractField, log_risk: Array, offsets: Array) -> "Part | None":
-        """Those for a step; None for a field or so few points that all serve.
+        """Those for a step; None for a field or so few margins that all serve.
 
         Args:
             field: of the flow.
@@ -53,48 +54,36 @@ class Part(NamedTuple):
             offsets: margins up to a common level at its stages, as predicted, shape (p, margins).
         """
         problem = field.problem
-        size = problem.data.num_points // PART
-        # Fewer points than features have other coordinates (``AbstractDesign.axes``).
-        able = problem.design is not None and size >= problem.data.dim
-        able = able and problem.num_margins >= LEAST
+        # Support vectors are no more than coordinates but by chance.
+        size = max(problem.num_margins // PART, problem.num_coordinates)
+        able = problem.num_margins >= max(LEAST, MOST * size) and problem.design is not None
         if not (able and problem.loss.exponential_tail and field.separates_points):
             return None
-        shares = jnp.max(_shares(problem, offsets), 0)
-        _, points = jax.lax.top_k(shares, size)
-        late = log_risk + math.log(problem.data.num_points) < LOG_TOTAL
-        return cls(points, late & (jnp.sum(shares.at[points].set(0.0)) < PREDICTED))
+        shares = jnp.max(_shares(offsets), 0)
+        # In single precision XLA looks for the largest, in double precision it sorts all.
+        _, margins = jax.lax.top_k(shares.astype(jnp.float32), size)
+        # No loss of a point is larger than their sum, which falls along the step.
+        late = log_risk + math.log(problem.data.num_points) < -problem.loss.tail_from
+        return cls(margins, late & (jnp.sum(shares.at[margins].set(0.0)) < PREDICTED))
 
     def field(self, field: AbstractField) -> AbstractField:
-        """The field of the points' risk."""
+        """The field of the risk that they make."""
         problem = field.problem
         assert problem.design is not None
-        parts = problem.design.chosen(self.points), problem.loss.chosen(self.points)
+        parts = problem.design.among(self.margins), problem.loss.of_margins
         return eqx.tree_at(lambda f: (f.problem.design, f.problem.loss), field, parts)
 
     def log_share(self, problem: Problem) -> float:
-        """The logarithm of the part of all points that they are, which a mean is to know."""
-        return math.log(len(self.points) / problem.data.num_points)
+        """What the logarithm of the mean over them lacks of that of the risk."""
+        return math.log(len(self.margins) / problem.data.num_points)
 
-    def take(self, of_margins: Array, problem: Problem) -> Array:
-        """Of numbers of all margins, shape (p, margins), those of the points."""
-        by_point = of_margins.reshape(len(of_margins), problem.data.num_points, -1)
-        return by_point[:, self.points].reshape(len(of_margins), -1)
-
-    def put(self, of_margins: Array, others: Array, problem: Problem) -> Array:
-        """The other way, among the numbers of the others."""
-        shape = len(others), problem.data.num_points, -1
-        own = of_margins.reshape(len(others), len(self.points), -1)
-        return others.reshape(shape).at[:, self.points].set(own).reshape(others.shape)
-
-    def proven(self, problem: Problem, offsets: Array) -> Array:
+    def proven(self, offsets: Array) -> Array:
         """Whether those left out are below round-off at all stages."""
-        shares = jnp.max(_shares(problem, offsets), 0)
-        return jnp.sum(shares.at[self.points].set(0.0)) < ROUND_OFF
+        shares = jnp.max(_shares(offsets), 0)
+        return jnp.sum(shares.at[self.margins].set(0.0)) < ROUND_OFF
 
 
-def _shares(problem: Problem, offsets: Array) -> Array:
-    """Of the points in the risk, at each stage, shape (p, points)."""
-    least = jnp.min(offsets, 1, keepdims=True)
-    each = jnp.exp(least - offsets).reshape(len(offsets), problem.data.num_points, -1)
-    of_points = jnp.sum(each, 2)
-    return of_points / jnp.sum(of_points, 1, keepdims=True)
+def _shares(offsets: Array) -> Array:
+    """Of the margins in the risk, at each stage, shape (p, margins)."""
+    each = jnp.exp(jnp.min(offsets, 1, keepdims=True) - offsets)
+    return each / jnp.sum(each, 1, keepdims=True)
