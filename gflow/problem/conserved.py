@@ -160,8 +160,12 @@ def lemma_slacks(
 
 def _imbalance_norm(lower: Array, upper: Array) -> float:
     r"""$\lVert D_k\rVert_2$ of two neighbouring layers."""
-    lower, upper = np.asarray(lower), np.asarray(upper)
-    if lower.shape[0] ** 2 <= EXACT:
-        (matrix,) = imbalance((lower, upper))
-        return float(np.linalg.norm(matrix, 2))
-    return norm_of(lambda vector: _times(lower, upper, vector), lower.shape[0])
+    before, after = np.asarray(lower), np.asarray(upper)
+
+    def times(vectors: np.ndarray) -> np.ndarray:
+        return after.T @ (after @ vectors) - before @ (before.T @ vectors)
+
+    width = before.shape[0]
+    if width**2 <= EXACT:
+        return float(np.linalg.norm(times(np.eye(width)), 2))
+    return norm_of(times, width)
