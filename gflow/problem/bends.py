@@ -416,8 +416,12 @@ def scale_of(z: Array) -> Array:
 
 def past_kinks(pattern: Pattern, at: Sight) -> Array:
     """How far units are on the wrong side of their kinks, above 1 if they are, (n, U)."""
-    past = jnp.where(pattern.on, -at.z, at.z) / (ON_KINK * scale_of(at.z))
-    return jnp.where(pattern.sliding, -jnp.inf, past)
+    return _past(pattern, at.z) / (ON_KINK * scale_of(at.z))
+
+
+def _past(pattern: Pattern, z: Array) -> Array:
+    """How far on the wrong side, in units of z; a unit that slides is on neither."""
+    return jnp.where(pattern.sliding, -jnp.inf, jnp.where(pattern.on, -z, z))
 
 
 def past_ends(pattern: Pattern, at: Sight) -> Array:
@@ -438,8 +442,8 @@ def violations(pattern: Pattern, at: Sight) -> Array:
 
 def largest_violation(pattern: Pattern, at: Sight) -> Array:
     """The largest of them."""
-    past = jnp.where(pattern.sliding, -jnp.inf, jnp.where(pattern.on, -at.z, at.z))
-    most = jnp.max(past, axis=0) / (ON_KINK * scale_of(at.z)[0])
+    # Divided by the scale of each unit once, not at every point: at each step this is looked at.
+    most = jnp.max(_past(pattern, at.z), axis=0) / (ON_KINK * scale_of(at.z)[0])
     return jnp.maximum(jnp.max(most), jnp.max(past_ends(pattern, at), initial=-jnp.inf))
 
 

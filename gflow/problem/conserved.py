@@ -6,6 +6,7 @@ to a few fixed vectors: products of layers with thin blocks, in time proportiona
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,10 +161,11 @@ def lemma_slacks(
 
 def _imbalance_norm(lower: Array, upper: Array) -> float:
     r"""$\lVert D_k\rVert_2$ of two neighbouring layers."""
-    before, after = np.asarray(lower), np.asarray(upper)
+    before: Any = np.asarray(lower)
+    after: Any = np.asarray(upper)
 
-    def times(vectors: np.ndarray) -> np.ndarray:
-        return after.T @ (after @ vectors) - before @ (before.T @ vectors)
+    def times(vectors: Any) -> Any:
+        return _times(before, after, vectors)
 
     width = before.shape[0]
     if width**2 <= EXACT:
