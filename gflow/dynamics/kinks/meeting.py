@@ -27,6 +27,7 @@ leaves: it passes the way out again and again, for steps however small, since th
 homogeneous. Plain NumPy and SciPy, of a few units.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ STARTS = 3
 AHEAD = 30.0
 """Widths from where a flow begins to the place."""
 
-SHARPER = 0.1
+SHARPER = 1e-3
 """Widths of gates of each layer, in those of the one before."""
 
 HORIZONS = (1e3, 1e5, 1e8)
@@ -54,6 +55,22 @@ HORIZONS = (1e3, 1e5, 1e8)
 
 CALLS = 5000
 """Evaluations of a flow, before it is given up."""
+
+STILL = 1e-4
+"""Widths in one of time by which units that stay at their kinks may yet move."""
+
+ALIKE = 0.05
+"""Gates of a piece are those of the flow that led to it up to so much."""
+
+CLEAR = 0.1
+"""A sum below this part of its terms is small since they cancel."""
+
+FAST, SEEN, MOST_STEPS, NEAR, ASTRAY, NOISE = 1e-2, 60.0, 5000, 4.0, 0.5, 15.0
+"""Of the limits that are compared: a speed that is none of rest, widths and most steps by which a
+descent is followed, twice, and widths ahead from which; parts and widths that it may be off by."""
+
+SMOOTHED = "gates smoothed one way and another lead away from it differently"
+DESCENDS = "descent by steps of any size leads away from it differently than smoothed gates do"
 
 GONE = 100.0
 """Widths from a kink at which a unit has left it."""
@@ -139,18 +156,17 @@ class Meeting(NamedTuple):
             nu = new
         return nu
 
-    def starts(self, width: np.ndarray, ago: float | None) -> np.ndarray:
+    def starts(self, width: np.ndarray, ahead: float) -> np.ndarray:
         """Where flows begin, rows of zeta, the first not disturbed.
 
         Args:
             width: of gates, (k,).
-            ago: how long before the place; None for where all units are well before their kinks.
+            ahead: widths from there to the kink of the unit that comes slowest.
         """
         side = np.where(self.block.on, 1.0, -1.0)
         comes = ~self.block.free & (side * self.layers.speed < -RESTS * width)
         comes &= self.layers.own
-        if ago is None:
-            ago = AHEAD / np.min(np.abs(self.layers.speed[comes]) / width[comes], initial=1.0)
+        ago = ahead / np.min(np.abs(self.layers.speed[comes]) / width[comes], initial=1.0)
         part = np.clip((self.layers.gates - self.lower) / (1 - self.lower), 1e-6, 1 - 1e-6)
         slides = width * np.log(part / (1 - part))
         z = np.where(comes, -ago * self.layers.speed, 2 * GONE * side * width)
@@ -220,30 +236,82 @@ def meet(at: Meeting, branch: int | None) -> list[Group] | None:
     for _ in range(int(np.max(at.layers.layer))):
         width = np.where(at.lengths > 0, width, np.abs(at.later) @ width)
     width = np.maximum(width, 1e-12 * np.max(width) + 1e-300)
-    nothing = np.zeros(len(width))
     if np.all(at.layers.own) and np.linalg.matrix_rank(at.gram, 1e-9 * np.max(at.gram)) == len(
         width
     ):
-        groups = _piece(at, nothing, nothing, width)
-        if groups is not None:  # the function has its minimum here
-            return groups
-    found: list[tuple[np.ndarray, list[Group]]] = []
-    for zeta in at.starts(width, None):
-        groups = _flow(at, zeta, width)
-        if groups is not None:
-            sides = _sides(groups, len(width))
+        way = _minimum(at, width)
+        if way is not None:
+            return way.groups
+    starts = at.starts(width, AHEAD)
+    found: list[tuple[np.ndarray, _Way]] = []
+    for zeta in starts:
+        way = _way(at, zeta, width)
+        if way is not None:
+            sides = _sides(way.groups, len(width))
             if not any(np.array_equal(sides, known) for known, _ in found):
-                found.append((sides, groups))
+                found.append((sides, way))
     if not found:
         return None
     if len(found) > 1:  # a unit that goes more than one way is to choose
         unit = int(np.argmax(np.ptp(np.stack([sides for sides, _ in found]), axis=0) > 0))
-        for sides, groups in found:
+        if branch is None:
+            raise TornError(unit, "both ways lead away from it")
+        for sides, way in found:
             if sides[unit] == branch:
-                return groups
-    else:
-        return found[0][1]
-    return [group._replace(open=branch is None and unit in group.members) for group in found[0][1]]
+                return way.groups
+    elif branch is None:
+        _agree(at, starts, width, *found[0])
+    return found[0][1].groups
+
+
+def _agree(
+    at: Meeting, starts: np.ndarray, width: np.ndarray, sides: np.ndarray, way: "_Way"
+) -> None:
+    """Make sure that other limits lead into the same piece.
+
+    Raises:
+        TornError: if they do not.
+    """
+    own = at.layers.own
+    for rest, still in _flow(at, starts[0], width, 1.0):
+        if still:
+            stays = own & (rest.side == 0)
+            goes = own & (rest.side != 0)
+            wrong = stays & (np.abs(way.speed) > FAST * width) | goes & (rest.side * sides < 0)
+            wrong |= goes & (sides == 0) & (np.abs(way.speed) < STILL * width)
+            if np.any(wrong):
+                raise TornError(int(np.argmax(wrong)), SMOOTHED)
+            break
+    wrong = own & _strays(at, at.starts(width, NEAR)[-1], width, way.speed)
+    if np.any(wrong):
+        raise TornError(int(np.argmax(wrong)), DESCENDS)
+
+
+def _strays(at: Meeting, zeta: np.ndarray, width: np.ndarray, speed: np.ndarray) -> np.ndarray:
+    """Which units descent leads elsewhere than at some speed, (k,).
+
+    Its steps are of one of time, and gates are sharp: the function is homogeneous, so that steps
+    of other sizes go the same ways.
+    """
+    scaled = np.abs(speed) / width
+    slow = np.min(scaled[scaled > STILL], initial=1.0)
+    half = int(np.clip(SEEN / slow, 200, MOST_STEPS))
+    lower, later, force, gram = at.lower, at.later, at.force, at.gram
+    passes = int(np.ptp(at.layers.layer))
+    seen = []
+    for _ in range(2):
+        for _ in range(half):
+            z = zeta
+            for _ in range(passes):
+                z = zeta + later @ np.where(z > 0, z, lower * z)
+            gates = np.where(z > 0, 1.0, lower)
+            nu = gates * force
+            for _ in range(passes):
+                nu = gates * (force + nu @ later)
+            zeta = zeta + at.ahead + gram @ nu
+        seen.append(z)
+    moved, expected = (seen[1] - seen[0]) / width, half * speed / width
+    return np.abs(moved - expected) > ASTRAY * np.max(np.abs(expected), initial=0.0) + NOISE
 
 
 def _sides(groups: list[Group], count: int) -> np.ndarray:
@@ -257,23 +325,49 @@ class _TiredError(Exception):
     """A flow has been followed for too long."""
 
 
-def _flow(at: Meeting, zeta: np.ndarray, width: np.ndarray) -> list[Group] | None:
-    """The piece in which the flow of smoothed gates goes on."""
+class TornError(Exception):
+    """The place of a unit in its block that may go several ways, and why."""
+
+
+class _Rest(NamedTuple):
+    """Where a flow of smoothed gates has come to, k units."""
+
+    side: np.ndarray
+    """1 or -1 of units that have left their kinks, 0 of those that stay, (k,), as are the next."""
+    sign: np.ndarray
+    """Of z."""
+    gates: np.ndarray
+    clear: np.ndarray
+    """Which z, of units without a kink of their own, are no differences of larger numbers, (k,)."""
+
+
+def _flow(
+    at: Meeting, zeta: np.ndarray, width: np.ndarray, sharper: float
+) -> Iterator[tuple[_Rest, bool]]:
+    """Where the flow of smoothed gates is at some times, and whether what stays there is at rest.
+
+    Args:
+        at: the place.
+        zeta, width: the start and the widths of gates of the first layer, (k,).
+        sharper: widths of each layer in those of the one before.
+    """
     from scipy.integrate import solve_ivp
 
-    sharp = width * SHARPER ** (at.layers.layer - np.min(at.layers.layer))
+    sharp = width * sharper ** (at.layers.layer - np.min(at.layers.layer))
     moves = at.lengths > 0
-
     calls = 0
+
+    def spread(own: np.ndarray) -> np.ndarray:
+        full = np.zeros(len(zeta))
+        full[moves] = own * width[moves]
+        return full
 
     def rhs(_: float, own: np.ndarray) -> np.ndarray:
         nonlocal calls
         calls += 1
         if calls > CALLS:
             raise _TiredError
-        full = np.zeros(len(zeta))
-        full[moves] = own * width[moves]
-        gates = at.activated(full, sharp)[1]
+        gates = at.activated(spread(own), sharp)[1]
         return ((at.ahead + at.gram @ at.nu(gates)) / width)[moves]
 
     done, own = 0.0, zeta[moves] / width[moves]
@@ -281,26 +375,67 @@ def _flow(at: Meeting, zeta: np.ndarray, width: np.ndarray) -> list[Group] | Non
         try:
             run = solve_ivp(rhs, (done, upto), own, "LSODA", rtol=1e-6, atol=1e-6)
         except _TiredError:
-            return None
+            return
         done, own = upto, run.y[:, -1]
-        full = np.zeros(len(zeta))
-        full[moves] = own * width[moves]
-        z, _ = at.activated(full, sharp)
+        z, gates = at.activated(spread(own), sharp)
         side = np.where(np.abs(z) > GONE * width, np.sign(z), 0.0)
-        groups = _piece(at, side, np.where(z == 0, np.where(at.block.on, 1, -1), np.sign(z)), width)
-        if groups is not None:
-            return groups
+        sign = np.where(z == 0, np.where(at.block.on, 1, -1), np.sign(z))
+        through = np.eye(len(z)) - at.later * gates[None, :]
+        speed = np.linalg.solve(through, spread(rhs(0.0, own)))
+        stays = side == 0
+        still = bool(np.all(np.abs(speed[stays]) <= STILL * width[stays]))
+        soft = sharp * np.logaddexp(0.0, z / sharp)
+        terms = np.abs(at.later) @ np.abs(at.lower * z + (1 - at.lower) * soft)
+        clear = ~moves & (np.abs(z) > CLEAR * terms)
+        yield _Rest(side, sign, gates, clear), still
+
+
+def _way(at: Meeting, zeta: np.ndarray, width: np.ndarray) -> "_Way | None":
+    """The piece in which the flow of smoothed gates goes on."""
+    for rest, still in _flow(at, zeta, width, SHARPER):
+        if still:
+            way = _piece(at, rest, width)
+            if way is not None:
+                return way
     return None
 
 
-def _piece(
-    at: Meeting, side: np.ndarray, sign: np.ndarray, width: np.ndarray
-) -> list[Group] | None:
+class _Way(NamedTuple):
+    """A piece."""
+
+    groups: list[Group]
+    speed: np.ndarray
+    """Of z of each unit, (k,)."""
+
+
+def _piece(at: Meeting, rest: _Rest, width: np.ndarray) -> _Way | None:
     """The piece of some sides, and of signs of those that have none; None if there is none."""
+    sliding = (rest.side == 0) & (at.lengths > 0)
+    ends = np.where(rest.sign > 0, 1.0, at.lower)
+    through = np.linalg.inv(np.eye(len(ends)) - at.later * np.where(sliding, 0.0, ends)[None, :])
+    found = _solved_piece(at, rest, width, through)
+    if found is None:
+        return None
+    # The gates of the flow itself are not as sharp where little is in front of them.
+    way, off = found[0], np.abs(found[1] - rest.gates)[found[2] & ~rest.clear]
+    return way if np.max(off, initial=0.0) <= ALIKE else None
+
+
+def _minimum(at: Meeting, width: np.ndarray) -> _Way | None:
+    """The piece in which all units slide, if the function has its minimum there."""
+    nothing = np.zeros(len(width))
+    found = _solved_piece(at, _Rest(*3 * [nothing], nothing > 0), width, np.eye(len(width)))
+    return None if found is None else found[0]
+
+
+def _solved_piece(
+    at: Meeting, rest: _Rest, width: np.ndarray, through: np.ndarray
+) -> tuple[_Way, np.ndarray, np.ndarray] | None:
+    """A piece, its gates, and which of these are to be those of the flow; None if there is none."""
+    side, sign = rest.side, rest.sign
     k, own_kink = len(side), at.lengths > 0
     sliding = (side == 0) & own_kink
     gates = np.where(sign > 0, 1.0, at.lower)
-    through = np.linalg.inv(np.eye(k) - at.later * np.where(sliding, 0.0, gates)[None, :])
     products = through @ at.gram @ through.T  # of the normals that units that have left add to
     slides = _groups(products, np.nonzero(sliding)[0])
     theta, first = np.full(len(slides), 0.5), [own[0] for own, _ in slides]
@@ -341,10 +476,15 @@ def _piece(
         Group(own, alpha, (1 if part > 0.5 else -1) * end, float(part), open=False)
         for (own, alpha), part, end in zip(slides, theta.tolist(), ends.tolist(), strict=True)
     ]
-    return groups + [
+    groups += [
         Group(np.array([unit]), np.ones(1), int(sign[unit]), 0.0, open=False)
         for unit in np.nonzero(~sliding)[0]
     ]
+    stays = sliding.copy()
+    for (own, _), end in zip(slides, ends.tolist(), strict=True):
+        stays[own] = not end
+    behind = ~own_kink & np.any(at.later[:, stays] != 0, axis=1)
+    return _Way(groups, speed), gates, stays | behind
 
 
 def _solved(
