@@ -13,7 +13,8 @@ import gflow
 from gflow.dynamics.drive import checkpoint as checkpoint_module
 from gflow.dynamics.kinks.decide import Alone, Block, decide, decide_alone
 from gflow.dynamics.kinks.kinked import moment
-from gflow.dynamics.kinks.meeting import Layers, decide_layers
+from gflow.dynamics.kinks.meeting import Layers
+from gflow.dynamics.kinks.ways import decide_layers
 from gflow.dynamics.kinks.patterns import Slide
 from gflow.dynamics.kinks.piece import Piece
 from gflow.problem import kinks as activations
