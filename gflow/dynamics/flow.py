@@ -267,11 +267,11 @@ def second_run(run: FlowRun, options: Options) -> FlowRun:
     rtol = second_tolerance(run.plan.tolerance.rtol.item())
     atol = None if options.atol is None else options.atol * rtol / options.rtol
     options = options._replace(rtol=rtol, atol=atol)
-    recorder, points = run.recorder, run.recorder.points
-    taken = np.diff([int(point["num_steps"]) for point in points]).tolist()
+    recorder = run.recorder
+    taken = np.diff(recorder.column("num_steps")).tolist()
     saves = [
-        Event.at(float(point["clock_value"]), shorter(steps), run.clock)
-        for point, steps in zip(points[1:], taken, strict=True)
+        Event.at(value, shorter(steps), run.clock)
+        for value, steps in zip(recorder.column("clock_value")[1:].tolist(), taken, strict=True)
     ]
     saves[-1:] = [last._replace(action=Action.STOP) for last in saves[-1:]]
     again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
