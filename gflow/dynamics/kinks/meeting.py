@@ -103,29 +103,40 @@ class Meeting(NamedTuple):
         """Of the normals, (k,)."""
         return np.sqrt(np.diagonal(self.gram))
 
+    @property
+    def passes(self) -> int:
+        """After so many a unit of the last layer knows of all in front of it."""
+        return int(np.ptp(self.layers.layer))
+
     def activated(self, zeta: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pre-activations of rows of zeta, and their gates; sharp ones for widths of zero."""
         z, smooth = zeta, width > 0
         some = np.where(smooth, width, 1.0)
-        for _ in range(len(self.force)):
+        for _ in range(self.passes):
             soft = some * np.logaddexp(0.0, z / some)
             h = self.lower * z + (1 - self.lower) * np.where(smooth, soft, np.maximum(z, 0.0))
-            new = zeta + h @ self.later.T
-            if np.array_equal(new, z):
-                break
-            z = new
+            z = zeta + h @ self.later.T
         part = np.exp(-np.logaddexp(0.0, -z / some))
         return z, self.lower + (1 - self.lower) * np.where(smooth, part, z > 0)
 
     def nu(self, gates: np.ndarray) -> np.ndarray:
         r"""$\nu$ of rows of gates."""
         nu = gates * self.force
-        for _ in range(len(self.force)):
-            new = gates * (self.force + nu @ self.later)
-            if np.array_equal(new, nu):
-                break
-            nu = new
+        for _ in range(self.passes):
+            nu = gates * (self.force + nu @ self.later)
         return nu
+
+    def slope(self, zeta: np.ndarray, width: np.ndarray) -> np.ndarray:
+        r"""$\partial\dot\zeta/\partial\zeta$ with gates of some widths, all positive, (k, k).
+
+        By $dz = (1 - A\,\mathrm{diag}\,g)^{-1}d\zeta$ and
+        $d\nu = (1 - \mathrm{diag}(g)A^\top)^{-1}\,\mathrm{diag}(\tilde b)\,dg$.
+        """
+        gates = self.activated(zeta, width)[1]
+        force = self.force + self.nu(gates) @ self.later
+        steep = (gates - self.lower) * (1 - gates) / ((1 - self.lower) * width)
+        through = np.linalg.inv(np.eye(len(gates)) - self.later * gates[None, :])
+        return self.gram @ through.T @ ((force * steep)[:, None] * through)
 
     def starts(self, width: np.ndarray, ahead: float) -> np.ndarray:
         """Where flows begin, rows of zeta, the first not disturbed.

@@ -146,7 +146,7 @@ def _strays(at: Meeting, width: np.ndarray, speed: np.ndarray) -> np.ndarray:
     slow, late = (np.min(x[x > STILL], initial=1.0) for x in (scaled, comes))
     coming, half = (int(np.clip(x, 200, MOST_STEPS)) for x in (2 * NEAR / late, SEEN / slow))
     lower, later, force, gram = at.lower, at.later, at.force, at.gram
-    passes, z, seen = int(np.ptp(at.layers.layer)), zeta, []
+    passes, z, seen = at.passes, zeta, []
     for steps in (coming, half, half):
         for _ in range(steps):
             z = zeta
@@ -218,10 +218,14 @@ def _flow(
         gates = at.activated(spread(own), sharp)[1]
         return ((at.ahead + at.gram @ at.nu(gates)) / width)[moves]
 
+    def slope(_: float, own: np.ndarray) -> np.ndarray:
+        scaled = at.slope(spread(own), sharp) * (width[None, :] / width[:, None])
+        return scaled[moves][:, moves]
+
     done, own = 0.0, zeta[moves] / width[moves]
     for upto in HORIZONS:
         try:
-            run = solve_ivp(rhs, (done, upto), own, "LSODA", rtol=1e-6, atol=1e-6)
+            run = solve_ivp(rhs, (done, upto), own, "LSODA", jac=slope, rtol=1e-6, atol=1e-6)
         except _TiredError:
             return
         done, own = upto, run.y[:, -1]
