@@ -182,6 +182,9 @@ class PiecewiseRun(FlowRun):
         self._keep_counts(steps)
         self._leave(Stand(s, state, steps), next_step)
         self._meet()
+        # The march, which counts steps, says of a lane that has met a kink only that.
+        if self.end is None and steps + self.num_rejected >= self.plan.max_steps:
+            self.end = self._out_of_steps()
         self._arm()
 
     def _go_back(self, lane: Lane, part: float) -> None:
