@@ -45,16 +45,16 @@ Variable = tuple[tuple[str, ...], np.ndarray, dict[str, str]]
 
 
 def build(
-    points: Mapping[str, Sequence[Any]],
+    points: Mapping[str, np.ndarray],
     *,
     constants: Mapping[str, tuple[Sequence[str], Any, str]],
     attrs: Mapping[str, Any],
     extra_dims: Mapping[str, Sequence[str]] | None = None,
 ) -> "xr.Dataset":
-    """A record from per-point values.
+    """A record from values at saved points.
 
     Args:
-        points: for each variable its values, one a saved point.
+        points: for each variable its values, the points on a leading axis.
         constants: for each further variable (dimensions, value, meaning).
         attrs: provenance of the whole run; None values are dropped, booleans become 0 or 1.
         extra_dims: dimensions after ``point`` of variables that the table does not list.
@@ -63,14 +63,14 @@ def build(
 
 
 def variables(
-    points: Mapping[str, Sequence[Any]],
+    points: Mapping[str, np.ndarray],
     constants: Mapping[str, tuple[Sequence[str], Any, str]],
     extra_dims: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Variable]:
     """The variables of a record, with dimensions and meanings; arguments as of `build`."""
     found: dict[str, Variable] = {}
     for name, values in points.items():
-        stacked = _countable(np.array([np.asarray(value) for value in values]))
+        stacked = _countable(np.asarray(values))
         if name in VARIABLES:
             dims, meaning = VARIABLES[name]
             if (row := QUANTITIES.get(name.removesuffix("_error"))) is not None:

@@ -16,7 +16,8 @@ from gflow.dynamics.drive.flow_run import FlowRun, Plan
 from gflow.dynamics.drive.piecewise_run import flow_run
 from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.field import AbstractField, FlowField, FlowState
-from gflow.dynamics.march.method import method_of
+from gflow.dynamics.horizon import is_near
+from gflow.dynamics.march.method import method_of, sharp
 from gflow.dynamics.march.tolerance import (
     AbstractTolerance,
     FunctionTolerance,
@@ -85,9 +86,10 @@ def gradient_flow(
             leading rule is a time, or the loss a square, and ``LogRisk`` otherwise.
         solver: any adaptive diffrax solver, or ``SlowManifold()`` for a start that has separated
             the data. By default gflow chooses: ``GaussNewton`` where
-            its linear algebra costs nothing beside the field, else ``diffrax.Dopri8`` as long as
-            accuracy limits its step and ``GaussNewton`` from where stability would; beyond
-            log R = -1e6 ``SlowManifold``, in whose coordinates nothing small is lost.
+            its linear algebra costs nothing beside the field and the flow goes far, else
+            ``diffrax.Dopri8`` as long as accuracy limits its step and ``GaussNewton`` from where
+            stability would; beyond log R = -1e6 ``SlowManifold``, in whose coordinates nothing
+            small is lost.
         modified: a ``ModifiedEquation`` to integrate instead of $\dot W = -\nabla R$: the flow that
             descent with its learning rate follows, in any clock and by any solver, to any horizon.
             By default ``Dopri8`` comes first: what the equation adds makes ``GaussNewton`` slow to
@@ -209,10 +211,16 @@ def flow_of(
     recorder = Recorder(problem, weights, options.observables, options.keep_weights)
     at_start = AtStart.of(problem, weights)
     way = course(problem, weights, rules, save, clock, at_start)
-    return flow_run(plan(problem, weights, clock, options), recorder, rules, way, at_start)
+    return flow_run(plan(problem, weights, rules, clock, options), recorder, rules, way, at_start)
 
 
-def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, options: Options) -> Plan:
+def plan(
+    problem: Problem,
+    weights: Weights,
+    rules: Sequence[AbstractRule],
+    clock: clocks.AbstractClock,
+    options: Options,
+) -> Plan:
     """The field, the solvers in the order of their use, and how exact they are to be."""
     field: AbstractField = FlowField(problem, clock)
     if options.modified is not None:
@@ -224,7 +232,11 @@ def plan(problem: Problem, weights: Weights, clock: clocks.AbstractClock, option
             # To a time pieces between kinks are short, and steps limited by accuracy.
             kinked = problem.network.kinks(weights, problem.data) is not None
             explicit = problem.loss.attained or not field.dense or (kinked and clock.knows_time)
-            methods = ([diffrax.Dopri8()] if explicit else []) + [GaussNewton()]
+            methods = [GaussNewton()]
+            if explicit:
+                methods = [diffrax.Dopri8(), *methods]
+            elif is_near(problem, weights, rules):
+                methods = [sharp(diffrax.Dopri8(), rtol), *methods]
             if not problem.loss.attained:
                 split = SlowManifold(rtol=max(rtol, 1e-13))
         case SlowManifold() as split:
@@ -267,15 +279,15 @@ def second_run(run: FlowRun, options: Options) -> FlowRun:
     rtol = second_tolerance(run.plan.tolerance.rtol.item())
     atol = None if options.atol is None else options.atol * rtol / options.rtol
     options = options._replace(rtol=rtol, atol=atol)
-    recorder, points = run.recorder, run.recorder.points
-    taken = np.diff([int(point["num_steps"]) for point in points]).tolist()
+    recorder = run.recorder
+    taken = np.diff(recorder.column("num_steps")).tolist()
     saves = [
-        Event.at(float(point["clock_value"]), shorter(steps), run.clock)
-        for point, steps in zip(points[1:], taken, strict=True)
+        Event.at(value, shorter(steps), run.clock)
+        for value, steps in zip(recorder.column("clock_value")[1:].tolist(), taken, strict=True)
     ]
     saves[-1:] = [last._replace(action=Action.STOP) for last in saves[-1:]]
     again = Recorder(recorder.problem, recorder.start, recorder.extra, keep_weights=False)
-    followed = plan(recorder.problem, recorder.start, run.clock, options)
+    followed = plan(recorder.problem, recorder.start, run.rules, run.clock, options)
     end = None if saves else Reason.REACHED_AT_START.end(rule=run.rules[0])
     at_start = AtStart.of(recorder.problem, recorder.start)
     way = Course(saves, [], end)

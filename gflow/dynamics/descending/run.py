@@ -158,7 +158,7 @@ class DescentRun:
         sampler = self.descent.sampler
         if sampler is not None and lead.variable is None and not lead.of_risk:
             # The risk is that of all points, many times the work of a step.
-            risk = float(self.recorder.points[-1]["log_risk"])
+            risk = float(self.recorder.last_of("log_risk"))
             here = coordinates(self.carry.num_steps, self.carry.elapsed, jnp.full((), jnp.nan))
             epochs = self.num_steps / sampler.batches_an_epoch(self.descent.problem)
             return float(lead.progress(here)), f"epoch {epochs:.1f}, last saved log R = {risk:.4g}"

@@ -85,13 +85,13 @@ def certificate(run: "FlowRun", other: "FlowRun") -> tuple[dict[str, np.ndarray]
         run: to certify, at its end.
         other: the second run over the same points, at its end.
     """
-    points, again, end = run.recorder.points, other.recorder, other.end
+    points, again, end = run.recorder.columns(), other.recorder, other.end
     assert end is not None
     rtol = float(other.plan.tolerance.rtol)
     told = f"a second run at rtol = {rtol:.3g}"
     if end.status != "reached":
-        done = len(again.points) - 1
-        told += f", which ended at saved point {done} of {len(points) - 1}: {end.message}"
+        done, all_points = again.num_points - 1, run.recorder.num_points - 1
+        told += f", which ended at saved point {done} of {all_points}: {end.message}"
     facts = {
         "certificate": told,
         "certificate_rtol": rtol,
@@ -101,7 +101,7 @@ def certificate(run: "FlowRun", other: "FlowRun") -> tuple[dict[str, np.ndarray]
     recorder = run.recorder
     degree = recorder.problem.network.degree(recorder.start)
     names = tuple(recorder.extra)
-    return error_estimates(points, again.points[: len(points)], names, degree), facts
+    return error_estimates(points, again.columns(recorder.num_points), names, degree), facts
 
 
 def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
@@ -111,13 +111,13 @@ def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
         recorder: that of the run.
         conserved: whether the flow conserves the imbalance, as gradient flow does.
     """
-    points, start = recorder.points, recorder.start
+    start = recorder.start
     offers = recorder.problem.data.offers
     several, lemma = "classes" in offers, ()
     if recorder.layers is not None and "margins" in offers:
         lemma = ("singular_values",) if several else LEMMA
     needed = ("log_risk", "beyond_hand_over", *lemma)
-    column = {name: np.stack([np.asarray(point[name]) for point in points]) for name in needed}
+    column = {name: recorder.column(name) for name in needed}
     lost = EPSILON * np.maximum(1.0, -column["log_risk"])
     apart = column["beyond_hand_over"].astype(bool)
     found = {"digits_left": -np.log10(np.where(apart, EPSILON, lost))}
@@ -131,27 +131,26 @@ def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
 
 
 def error_estimates(
-    points: Sequence[Mapping[str, Any]],
-    others: Sequence[Mapping[str, Any]],
+    points: Mapping[str, np.ndarray],
+    others: Mapping[str, np.ndarray],
     names: Sequence[str] = (),
     degree: float | None = None,
 ) -> dict[str, np.ndarray]:
     """The absolute error of each observable at each saved point, as ``NAME_error``.
 
     Args:
-        points: the observables of the run.
-        others: those of the second run at the same points; NaN from where it ended.
+        points: the observables of the run, by name, with the points on a leading axis.
+        others: those of the second run at the same points, fewer where it ended early: NaN there.
         names: further observables that the caller added.
         degree: of homogeneity of the margins, if they have one.
     """
     found, noise = {}, _round_off(points, degree)
     for name in (*CERTIFIED, *names):
-        if name not in points[0]:
+        if name not in points:
             continue
-        value = np.stack([np.asarray(point[name], dtype=np.float64) for point in points])
+        value = points[name].astype(np.float64)
         other = np.full_like(value, np.nan)
-        for i, point in enumerate(others):
-            other[i] = point[name]
+        other[: len(others[name])] = others[name]
         error = _error(name, value, other) + noise.get(name, 0.0)
         error[0] = 0.0  # the start is given
         found[f"{name}_error"] = error
@@ -167,7 +166,7 @@ def _error(name: str, value: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.where(known, error, np.where(value == other, 0.0, np.nan))  # log t starts at -inf
 
 
-def _round_off(points: Sequence[Mapping[str, Any]], degree: float | None) -> dict[str, np.ndarray]:
+def _round_off(points: Mapping[str, np.ndarray], degree: float | None) -> dict[str, np.ndarray]:
     r"""Round-off, absolute, of the observables that are small differences of large numbers.
 
     Angles are known to ``ANGLE``, halves of their squares accordingly. Margins of size s are known
@@ -179,29 +178,29 @@ def _round_off(points: Sequence[Mapping[str, Any]], degree: float | None) -> dic
     """
 
     def column(name: str) -> np.ndarray:
-        return np.nan_to_num(np.stack([np.asarray(point[name]) for point in points]))
+        return np.nan_to_num(points[name])
 
     far = column("beyond_hand_over").astype(bool)
     angle = np.where(far, 0.0, ANGLE)
     found = {}
-    for name in points[0].keys() & set(of_kind(Kind.ANGLE, Kind.ANGLE_SQUARED)):
+    for name in points.keys() & set(of_kind(Kind.ANGLE, Kind.ANGLE_SQUARED)):
         value = column(name)
         lost_angle = _each(angle, value)
         if quantity(name).kind is Kind.ANGLE_SQUARED:  # (a + e)^2/2 - a^2/2
             found[name] = np.sqrt(2 * value) * lost_angle + lost_angle**2 / 2
         else:
             found[name] = lost_angle
-    if degree is None or "kkt_residual" not in points[0]:
+    if degree is None or "kkt_residual" not in points:
         return found
     lost = np.where(far, ANGLE, EPSILON * np.maximum(1.0, -column("log_risk")))
-    if "direction_error" in points[0]:
+    if "direction_error" in points:
         norm = np.linalg.norm(column("frobenius_norm"), axis=1)
         smallest = column("margin") * np.linalg.norm(column("end_to_end"), axis=1)
     else:
         norm, smallest = column("norm"), column("min_margin")
     smallest = np.where(smallest > 0, smallest, np.inf)  # before the data are separated
     size, seen = norm / smallest ** (1 / degree), 1.0
-    if "direction_error" in points[0]:
+    if "direction_error" in points:
         residual = column("kkt_residual")
         turned = size * column("direction_error") / np.where(residual > 0, residual, np.inf)
         seen = np.minimum(1.0, turned)

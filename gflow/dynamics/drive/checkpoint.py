@@ -172,19 +172,20 @@ class Checkpoint:
 
     def _segment(self, end: End | None) -> _Segment:
         snapshot = self.run.snapshot()  # the recorder has all points from then on
-        return _Segment(len(self.recorder.points), snapshot, end)
+        return _Segment(self.recorder.num_points, snapshot, end)
 
     def _write(self) -> None:
         assert self.path is not None
         assert self.segment is not None
         segment, began = self.segment, time.monotonic()
+        columns = self.recorder.columns(segment.num_points)
         content = {
             "identity": np.array(json.dumps(self.identity)),
             "end": np.array(json.dumps(segment.end)),
             "elapsed": np.array(self.recorder.seconds()),
             "facts": np.array(json.dumps(segment.snapshot.facts)),
             **_flat("state", segment.snapshot.arrays),
-            **_flat("points", self.recorder.columns(segment.num_points)),
+            **{f"points/{name}": values for name, values in columns.items()},
         }
         with whole_file(self.path) as partial, open(partial, "wb") as file:
             head = {"schema": np.array(SCHEMA), "sha256": np.array(_digest(content))}
@@ -263,12 +264,9 @@ def _fingerprint(tree: PyTree) -> str:
 
 
 def _flat(folder: str, trees: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
-    """The arrays of some pytrees by their paths; a list of values is one array."""
+    """The arrays of some pytrees by their paths."""
     found: dict[str, np.ndarray] = {}
     for name, tree in trees.items():
-        if isinstance(tree, list):
-            found[f"{folder}/{name}"] = np.asarray(tree)
-            continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(_without_keys(tree)):
             found[f"{folder}/{name}/{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
     return found

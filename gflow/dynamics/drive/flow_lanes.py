@@ -13,7 +13,7 @@ from gflow.dynamics.drive.drive import AbstractLanes
 from gflow.dynamics.drive.progress import Pace
 from gflow.dynamics.drive.recorder import rows_for
 from gflow.dynamics.field import FlowState
-from gflow.dynamics.march.lane import Lane, Member, Saved
+from gflow.dynamics.march.lane import Lane, Member
 from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import as_array
@@ -23,9 +23,9 @@ from gflow.programs import FEW
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun
 
-TRIPS_AT_FIRST = 128
-"""Steps tried in the first call, before their speed is known; fewer where few states fit a buffer,
-whose weights are large."""
+TRIPS_AT_FIRST, EXPLICIT = 128, 4
+"""Steps tried in the first call, before their speed is known, and so many times as many where no
+step is worked on; fewer where few states fit a buffer, whose weights are large."""
 
 
 def program_of(member: Member, *more: Hashable) -> Hashable:
@@ -50,11 +50,13 @@ class Report:
         reason: why the lane stopped, RUNNING if it did not.
         num_steps, num_rejected: so far.
         tally: the solver's own counts.
-        saved: the states on goals, rows of a buffer.
+        num_saved: how many states on goals there are.
+        rows: of a buffer, the first of which are those states; None where there is none.
     """
 
-    def __init__(self, lanes: "FlowLanes", k: int, scalars: Any, tally: Any, saved: Saved):
-        self.lanes, self.k, self.tally, self.saved = lanes, k, tally, saved
+    def __init__(self, lanes: "FlowLanes", k: int, scalars: Any, tally: Any, rows: Any):
+        self.lanes, self.k, self.tally, self.rows = lanes, k, tally, rows
+        self.num_saved = int(scalars["num_saved"])
         self.reason = Reason(int(scalars["reason"]))
         self.num_steps = int(scalars["num_steps"])
         self.num_rejected = int(scalars["num_rejected"])
@@ -71,7 +73,7 @@ class Report:
 
     def row(self, row: int) -> Stand:
         """A saved state."""
-        at = jax.tree.map(lambda leaf: leaf[row], self.saved.rows)
+        at = jax.tree.map(lambda leaf: leaf[row], self.rows)
         return Stand(float(at.s), at.state, int(at.num_steps))
 
     def replace(self, lane: Lane) -> None:
@@ -100,7 +102,8 @@ class FlowLanes(AbstractLanes):
             and (not self.many or not all(_equal(column[0], each) for each in column))
             for column in columns
         ]
-        self.pace = Pace(min(TRIPS_AT_FIRST, 4 * self.rows))
+        trips = TRIPS_AT_FIRST * (1 if self.method.iterates else EXPLICIT)
+        self.pace = Pace(min(trips, 4 * self.rows))
         self.lane: Lane | None = None
         self._stands: tuple[Lane, Any] | None = None
         """Lanes, and on the host where they stand."""
@@ -160,11 +163,11 @@ class FlowLanes(AbstractLanes):
         )
         self.lane = lane
         names = ("reason", "num_steps", "num_rejected")
-        told = jax.device_get(
-            ({name: getattr(lane, name) for name in names}, self.method.tally(lane.memory))
-        )
+        asked = {name: getattr(lane, name) for name in names} | {"num_saved": saved.count}
+        told = jax.device_get((asked, self.method.tally(lane.memory)))
         self.pace.took(time.perf_counter() - began, full=int(made) == trips)
-        rows = gathered(saved)
+        # Most calls fill no row of a buffer that may be as large as the weights.
+        rows = gathered(saved.rows) if np.any(told[0]["num_saved"]) else None
         self.done += float(busy), float(made) * width
         found = []
         for k, run in enumerate(self.seats):

@@ -269,8 +269,8 @@ class FlowRun:
         self.leg_counts = self.method.counts(report.tally, report.num_steps - self.leg_began)
         self.num_rejected = report.num_rejected
         rows: list[int] = []
-        for row in range(int(report.saved.count)):
-            at = report.saved.rows
+        for row in range(report.num_saved):
+            at = report.rows
             events = self.agenda.passing(int(at.clock_goal[row]), int(at.steps_goal[row]))
             if any(event.action.saves for event in events):
                 rows.append(row)
@@ -322,7 +322,7 @@ class FlowRun:
     def _record(self, report: Report, rows: list[int]) -> None:
         """Record saved states."""
         if rows:
-            rows_of = report.saved.rows
+            rows_of = report.rows
             chosen = rows_of.state, rows_of.s, rows_of.num_steps
             self.pending.append(jax.tree.map(lambda leaf: leaf[rows], chosen))
 

@@ -76,8 +76,8 @@ class Recorder:
         self.reference = (
             None if self.layers is None else of_layers(problem.data).reference(problem, weights)
         )
-        self.points: list[dict[str, Any]] = []
-        self.kept: list[Weights] = []
+        self.blocks: list[dict[str, np.ndarray]] = []
+        """The variables of so many saved points together, the points on a leading axis."""
         self.last = weights
         self.more: Callable[[], Mapping[str, np.ndarray]] | None = None
         """Gives further variables of the run as a whole, with a row in the table each."""
@@ -101,14 +101,16 @@ class Recorder:
                 gates, whose slides the gradient does not see.
         """
         found = self._observed(seen or self.problem, weights, rows)
-        columns = {**found, **more(found)}
-        for k, row in enumerate(rows):
-            at = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), weights)
-            own = extras.evaluate(self.extra, self.problem, at)
-            self.points.append(merged({name: each[k] for name, each in columns.items()}, own))
-            self.last = at
-            if self.keep_weights:
-                self.kept.append(at)
+
+        def at(row: int) -> Weights:
+            return jax.tree.map(lambda leaf: np.asarray(leaf[row]), weights)
+
+        added: dict[str, np.ndarray] = {}
+        if self.extra or self.keep_weights:
+            own = [self._asked_for(at(row)) for row in rows]
+            added = {name: np.stack([each[name] for each in own]) for name in own[0]}
+        self.blocks.append(merged({**found, **more(found)}, added))
+        self.last = at(rows[-1])
 
     def add_one(self, weights: Weights, values: Mapping[str, Any]) -> None:
         """Add the point at some weights, with what the run knows of it."""
@@ -116,6 +118,11 @@ class Recorder:
         buffer = jax.tree.map(lambda leaf: filled(np.asarray(leaf)[None], rows), weights)
         columns = {name: np.asarray(value)[None] for name, value in values.items()}
         self.add(buffer, [0], lambda _: columns)
+
+    def _asked_for(self, weights: Weights) -> dict[str, Any]:
+        """What a record has at some weights because the caller asked for it."""
+        kept = dict(_named(weights)) if self.keep_weights else {}
+        return merged(extras.evaluate(self.extra, self.problem, weights), kept)
 
     def _observed(
         self, problem: Problem, weights: Weights, rows: Sequence[int]
@@ -131,31 +138,32 @@ class Recorder:
     @property
     def num_steps(self) -> int:
         """Of the run at the last saved point."""
-        return int(self.points[-1]["num_steps"])
+        return int(self.last_of("num_steps"))
+
+    @property
+    def num_points(self) -> int:
+        """How many points are saved."""
+        return sum(len(block["num_steps"]) for block in self.blocks)
+
+    def last_of(self, name: str) -> Any:
+        """The value of a variable at the last saved point."""
+        return self.blocks[-1][name][-1]
+
+    def column(self, name: str) -> np.ndarray:
+        """The values of a variable at all points so far."""
+        return np.concatenate([block[name] for block in self.blocks])
 
     def seconds(self) -> float:
         """Wall time of the run, that before it was resumed included."""
         return time.perf_counter() - self.began
 
-    def columns(self, num_points: int) -> dict[str, list[Any]]:
-        """The values of each variable at the first ``num_points`` saved points."""
-        points, kept = self.points[:num_points], self.kept[:num_points]
-        columns = {name: [point[name] for point in points] for name in points[0]}
-        for index, (name, _) in enumerate(_named(self.start) if self.keep_weights else []):
-            columns[name] = [jax.tree.leaves(weights)[index] for weights in kept]
-        return columns
+    def columns(self, num_points: int | None = None) -> dict[str, np.ndarray]:
+        """The values of each variable at the first ``num_points`` saved points, or at all."""
+        return {name: self.column(name)[:num_points] for name in self.blocks[0]}
 
     def resume(self, columns: Mapping[str, np.ndarray], last: Weights, elapsed: float) -> None:
         """Take over the points of an earlier part of the run, which ended at weights ``last``."""
-        columns = dict(columns)
-        if self.keep_weights:
-            leaves = [columns.pop(name) for name, _ in _named(self.start)]
-            structure = jax.tree.structure(self.start)
-            self.kept = [
-                jax.tree.unflatten(structure, point) for point in zip(*leaves, strict=True)
-            ]
-        count = len(columns["num_steps"])
-        self.points = [{name: columns[name][i] for name in columns} for i in range(count)]
+        self.blocks = [dict(columns)]
         self.last, self.began = last, time.perf_counter() - elapsed
 
     def record(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> "xr.Dataset":
@@ -164,7 +172,7 @@ class Recorder:
 
     def contents(self, more: Mapping[str, np.ndarray] | None = None, **attrs: Any) -> dict:
         """The arguments of ``record.build`` for this record."""
-        columns = merged(self.columns(len(self.points)), more or {})
+        columns = merged(self.columns(), more or {})
         dims: dict[str, tuple[str, ...]] = {}
         constants: dict[str, tuple[tuple[str, ...], Any, str]] = {}
         for label, weights in (("initial", self.start), ("final", self.last)):

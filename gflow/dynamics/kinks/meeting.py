@@ -17,52 +17,40 @@ $$\langle\mu, \zeta\rangle - \langle b_0, \phi(z)\rangle
 
 which has its minimum at zero where each $\mu_k/\tilde b_k \in [\kappa, 1]$ and $\tilde b_k < 0$:
 all slide. Elsewhere the flow is that of the network with smoothed gates in the limit of sharp ones.
-It is integrated from where the flow comes from, gates of later layers being sharper, until the
-signs that it shows are those of a *piece*: where units that slide have gates in $[\kappa, 1]$ and a
-force that attracts, and all others move to where they are.
+It is integrated from where the flow comes from, until units that stay at their kinks are at rest
+and the signs that it shows are those of a *piece*: where units that slide have gates in
+$[\kappa, 1]$ and a force that attracts, and all others move to where they are. The velocity is that
+of the piece.
 
-**Not unique.** A flow whose start is disturbed may end in another piece: there the run ends, or
-takes the branch that it is told. Descent, whose steps have a size, may besides stay where that flow
-leaves: it passes the way out again and again, for steps however small, since the function is
-homogeneous. Plain NumPy and SciPy, of a few units.
+**What a piece is held to.** While units slide the velocity is the projection of ``bends.py``
+whatever their gates are, but when they end their slides is not; so a piece counts only
+
+* if its gates are those at which the smoothed flow rests. It may rest where a piece cannot: with
+  $h = \phi(z)$ of sliding units small but not zero, units of later layers are moved by Ah, which
+  tells apart gates of units with one kink, and holds others between their ends where terms of Ah
+  cancel;
+* if descent goes there: $\zeta \leftarrow \zeta + p + G\nu$ with sharp gates. The function is
+  homogeneous, so that steps of all sizes go the same way, up to where they begin. It may stay where
+  the smoothed flow leaves, since its gates vary together: where a force repels only on average.
+
+How much sharper gates of a later layer are matters too. Some are tried in turn until both hold.
+
+**Not unique.** Where descent goes elsewhere, or a flow whose start is disturbed ends in another
+piece, the run ends, or takes the branch that it is told. Where no piece is found it ends too. Plain
+NumPy and SciPy, of a few units.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from gflow.dynamics.kinks.decide import (
-    INTERIOR,
-    PARALLEL,
-    Block,
-    Group,
-    decide,
-    gates_of,
-)
+from gflow.dynamics.kinks.decide import Block
 
 STARTS = 3
-"""Flows, and descents, from disturbed starts."""
-
-AHEAD = 30.0
-"""Widths from where a flow begins to the place."""
-
-SHARPER = 0.1
-"""Widths of gates of each layer, in those of the one before."""
-
-HORIZONS = (1e3, 1e5, 1e8)
-"""Times at which a piece is looked for; in one of time a unit moves by about a width."""
-
-CALLS = 5000
-"""Evaluations of a flow, before it is given up."""
+"""Flows; all but the first from disturbed starts."""
 
 GONE = 100.0
 """Widths from a kink at which a unit has left it."""
-
-OUTSIDE = 1e-6
-"""Gates of slides may be outside their interval by so much: such a slide ends."""
-
-DIVERGED = 1e6
-"""Gates that are larger are none."""
 
 RESTS = 1e-9
 """Speeds below this part of what forces and normals allow are zero."""
@@ -139,18 +127,17 @@ class Meeting(NamedTuple):
             nu = new
         return nu
 
-    def starts(self, width: np.ndarray, ago: float | None) -> np.ndarray:
+    def starts(self, width: np.ndarray, ahead: float) -> np.ndarray:
         """Where flows begin, rows of zeta, the first not disturbed.
 
         Args:
             width: of gates, (k,).
-            ago: how long before the place; None for where all units are well before their kinks.
+            ahead: widths from there to the kink of the unit that comes slowest.
         """
         side = np.where(self.block.on, 1.0, -1.0)
         comes = ~self.block.free & (side * self.layers.speed < -RESTS * width)
         comes &= self.layers.own
-        if ago is None:
-            ago = AHEAD / np.min(np.abs(self.layers.speed[comes]) / width[comes], initial=1.0)
+        ago = ahead / np.min(np.abs(self.layers.speed[comes]) / width[comes], initial=1.0)
         part = np.clip((self.layers.gates - self.lower) / (1 - self.lower), 1e-6, 1 - 1e-6)
         slides = width * np.log(part / (1 - part))
         z = np.where(comes, -ago * self.layers.speed, 2 * GONE * side * width)
@@ -167,207 +154,3 @@ class Meeting(NamedTuple):
         by[0] = 0.0
         squares = np.where(self.lengths > 0, self.lengths**2, np.inf)
         return zeta[None, :] + by * (width / squares) @ self.gram
-
-
-def decide_layers(block: Block, layers: Layers, branch: int | None) -> list[Group] | None:
-    """Where units of any layers go, those without a kink of their own too.
-
-    Args:
-        block, layers: the units.
-        branch: the side, 1 or -1, that a unit takes where the flow is not unique.
-
-    Returns:
-        None if no way on is found.
-    """
-    if np.all(layers.own) and not np.any(layers.later):
-        groups = decide(block, branch)
-        if len(groups) == 1 or np.all(block.force < 0) or _moves(block, layers.speed, groups):
-            return groups
-    if not np.any(layers.own):
-        return []
-    normals = np.where(layers.own[:, None], block.normals, 0.0)
-    size = float(np.linalg.norm(block.base))
-    at = Meeting(block, layers, normals @ block.base, normals @ normals.T, size)
-    return meet(at, branch)
-
-
-def _moves(block: Block, before: np.ndarray, groups: list[Group]) -> bool:
-    """Whether groups that repel move from their kinks, or stay on the side where they rested."""
-    nu = np.zeros(len(block.units))
-    for group in groups:
-        nu[group.members] = gates_of(group, block.lower) * block.force[group.members]
-    speed = block.normals @ (block.base + nu @ block.normals)
-    lengths = np.linalg.norm(block.normals, axis=1)
-    tiny = RESTS * lengths * (np.linalg.norm(block.base) + np.sum(np.abs(nu) * lengths))
-    for group in groups:
-        unit = group.members[0]
-        rested = abs(before[unit]) <= tiny[unit] and block.on[unit] == (group.side > 0)
-        repels = group.side != 0 and bool(np.any(block.force[group.members] >= 0))
-        if repels and not rested and group.side * speed[unit] <= tiny[unit]:
-            return False
-    return True
-
-
-def meet(at: Meeting, branch: int | None) -> list[Group] | None:
-    """Where units go, those without a kink of their own too; None if that is not found.
-
-    Args:
-        at: the place.
-        branch: the side, 1 or -1, that a unit takes where the flow is not unique.
-    """
-    push = np.abs(at.force) + np.abs(at.force) @ np.abs(at.later)
-    width = np.abs(at.gram) @ push + at.lengths * at.size
-    for _ in range(int(np.max(at.layers.layer))):
-        width = np.where(at.lengths > 0, width, np.abs(at.later) @ width)
-    width = np.maximum(width, 1e-12 * np.max(width) + 1e-300)
-    nothing = np.zeros(len(width))
-    if np.all(at.layers.own) and np.linalg.matrix_rank(at.gram, 1e-9 * np.max(at.gram)) == len(
-        width
-    ):
-        groups = _piece(at, nothing, nothing, width)
-        if groups is not None:  # the function has its minimum here
-            return groups
-    found: list[tuple[np.ndarray, list[Group]]] = []
-    for zeta in at.starts(width, None):
-        groups = _flow(at, zeta, width)
-        if groups is not None:
-            sides = _sides(groups, len(width))
-            if not any(np.array_equal(sides, known) for known, _ in found):
-                found.append((sides, groups))
-    if not found:
-        return None
-    if len(found) > 1:  # a unit that goes more than one way is to choose
-        unit = int(np.argmax(np.ptp(np.stack([sides for sides, _ in found]), axis=0) > 0))
-        for sides, groups in found:
-            if sides[unit] == branch:
-                return groups
-    else:
-        return found[0][1]
-    return [group._replace(open=branch is None and unit in group.members) for group in found[0][1]]
-
-
-def _sides(groups: list[Group], count: int) -> np.ndarray:
-    sides = np.zeros(count)
-    for group in groups:
-        sides[group.members] = np.sign(group.alpha) * group.side
-    return sides
-
-
-class _TiredError(Exception):
-    """A flow has been followed for too long."""
-
-
-def _flow(at: Meeting, zeta: np.ndarray, width: np.ndarray) -> list[Group] | None:
-    """The piece in which the flow of smoothed gates goes on."""
-    from scipy.integrate import solve_ivp
-
-    sharp = width * SHARPER ** (at.layers.layer - np.min(at.layers.layer))
-    moves = at.lengths > 0
-
-    calls = 0
-
-    def rhs(_: float, own: np.ndarray) -> np.ndarray:
-        nonlocal calls
-        calls += 1
-        if calls > CALLS:
-            raise _TiredError
-        full = np.zeros(len(zeta))
-        full[moves] = own * width[moves]
-        gates = at.activated(full, sharp)[1]
-        return ((at.ahead + at.gram @ at.nu(gates)) / width)[moves]
-
-    done, own = 0.0, zeta[moves] / width[moves]
-    for upto in HORIZONS:
-        try:
-            run = solve_ivp(rhs, (done, upto), own, "LSODA", rtol=1e-6, atol=1e-6)
-        except _TiredError:
-            return None
-        done, own = upto, run.y[:, -1]
-        full = np.zeros(len(zeta))
-        full[moves] = own * width[moves]
-        z, _ = at.activated(full, sharp)
-        side = np.where(np.abs(z) > GONE * width, np.sign(z), 0.0)
-        groups = _piece(at, side, np.where(z == 0, np.where(at.block.on, 1, -1), np.sign(z)), width)
-        if groups is not None:
-            return groups
-    return None
-
-
-def _piece(
-    at: Meeting, side: np.ndarray, sign: np.ndarray, width: np.ndarray
-) -> list[Group] | None:
-    """The piece of some sides, and of signs of those that have none; None if there is none."""
-    k, own_kink = len(side), at.lengths > 0
-    sliding = (side == 0) & own_kink
-    gates = np.where(sign > 0, 1.0, at.lower)
-    through = np.linalg.inv(np.eye(k) - at.later * np.where(sliding, 0.0, gates)[None, :])
-    products = through @ at.gram @ through.T  # of the normals that units that have left add to
-    slides = _groups(products, np.nonzero(sliding)[0])
-    theta, first = np.full(len(slides), 0.5), [own[0] for own, _ in slides]
-    solved = not slides
-    for _ in range(30):
-        for (own, alpha), part in zip(slides, theta, strict=True):
-            low = at.lower[own]
-            gates[own] = low + np.where(alpha > 0, part, 1 - part) * (1 - low)
-        nu = at.nu(gates)
-        force = at.force + nu @ at.later
-        speed = through @ (at.ahead + at.gram @ nu)
-        if solved:
-            break
-        by = np.zeros((k, len(slides)))
-        for g, (own, alpha) in enumerate(slides):
-            by[own, g] = np.sign(alpha) * (1 - at.lower[own]) * force[own]
-        matrix = products[first] @ by
-        size = np.linalg.norm(matrix, axis=0)
-        size = np.where(size > 0, size, 1.0)
-        change = _solved(matrix / size, -speed[first], -theta * size, (1 - theta) * size) / size
-        theta = theta + change
-        if not np.all(np.abs(theta) < DIVERGED):
-            return None
-        solved = bool(np.max(np.abs(change)) < 1e-12)
-    if not solved:
-        return None
-    pull = [np.sum(np.abs(alpha) * (1 - at.lower[own]) * force[own]) for own, alpha in slides]
-    if np.any(np.array(pull) >= 0) or np.any(np.abs(theta - 0.5) > 0.5 + OUTSIDE):
-        return None
-    if np.any(np.abs(speed[first]) > 1e-6 * width[first]):
-        return None
-    ends = np.abs(theta - 0.5) > 0.5 - INTERIOR  # and is left with no speed
-    # Units that stay where they were may be at rest.
-    least = np.where(~at.block.free & (np.where(at.block.on, 1, -1) == sign), -RESTS, RESTS)
-    if np.any(np.where(sliding | ~own_kink, np.inf, sign * speed) <= least * width):
-        return None
-    groups = [
-        Group(own, alpha, (1 if part > 0.5 else -1) * end, float(part), open=False)
-        for (own, alpha), part, end in zip(slides, theta.tolist(), ends.tolist(), strict=True)
-    ]
-    return groups + [
-        Group(np.array([unit]), np.ones(1), int(sign[unit]), 0.0, open=False)
-        for unit in np.nonzero(~sliding)[0]
-    ]
-
-
-def _solved(
-    matrix: np.ndarray, target: np.ndarray, least: np.ndarray, most: np.ndarray
-) -> np.ndarray:
-    """A solution x of a system of k equations; where it has many one between bounds."""
-    from scipy.optimize import lsq_linear
-
-    found, _, rank, _ = np.linalg.lstsq(matrix, target, rcond=1e-10)
-    if rank == len(target) or np.all((found >= least) & (found <= most)):
-        return found
-    bounds = least, np.maximum(most, np.nextafter(least, np.inf))
-    return lsq_linear(matrix, target, bounds, method="bvls", tol=1e-15).x
-
-
-def _groups(products: np.ndarray, units: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Units of one kink, and their normals in units of the first one's, from a Gram matrix."""
-    lengths, left, found = np.sqrt(np.diagonal(products)), units, []
-    while len(left):
-        first = left[0]
-        cosines = products[first, left] / (lengths[first] * lengths[left])
-        same = 1 - np.abs(cosines) <= PARALLEL
-        alpha = np.sign(cosines[same]) * lengths[left[same]] / lengths[first]
-        found.append((left[same], alpha))
-        left = left[~same]
-    return found

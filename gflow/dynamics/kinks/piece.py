@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gflow.dynamics.kinks.decide import PARALLEL, Alone, Block, Group, decide, decide_alone
-from gflow.dynamics.kinks.meeting import Layers, decide_layers
+from gflow.dynamics.kinks.meeting import Layers
 from gflow.dynamics.kinks.patterns import Patterns, Slide
+from gflow.dynamics.kinks.ways import TornError, decide_layers
 from gflow.problem.array import Array, as_array
 from gflow.problem.bends import (
     AbstractBends,
@@ -322,7 +323,10 @@ class Piece:
         speed, gates = (
             np.asarray(x).reshape(-1)[units] for x in (seen.at.speed, self.patterns.pattern.gates)
         )
-        groups = decide_layers(block, Layers(own, later, layer, speed, gates), self.branch)
+        try:
+            groups = decide_layers(block, Layers(own, later, layer, speed, gates), self.branch)
+        except TornError as torn:
+            raise self._not_unique(int(units[torn.args[0]]), torn.args[1]) from None
         if groups is None:
             points = ", ".join(str(i) for i in np.unique(units // self.num_units))
             raise StuckError(f"of several layers at points {points} none leads on by itself")
@@ -392,9 +396,9 @@ class Piece:
                 self.patterns.gate(members, above)
         self.patterns.replace(neurons, slides, force)
 
-    def _not_unique(self, unit: int) -> NotUniqueError:
+    def _not_unique(self, unit: int, why: str = "both ways lead away from it") -> NotUniqueError:
         point, u = divmod(unit, self.num_units)
         return NotUniqueError(
             f"the unit of neuron {self.place.neuron[u]} in layer {self.place.layer[u]} at "
-            f"point {point} is on its kink, and both ways lead away from it"
+            f"point {point} is on its kink, and {why}"
         )

@@ -23,7 +23,7 @@ def propose(
     *,
     exponent: float,
     noise: Any,
-    grow: float = GROW,
+    grow: Any = GROW,
     xp: ModuleType = jnp,
 ) -> tuple[Any, Any]:
     """Whether a step is accepted, and the next step.
@@ -39,7 +39,9 @@ def propose(
         noise: the norm that round-off, or an iteration within the step, may leave at any length.
             A smaller error says no more than that: it is no reason to stay at a short step, as the
             memory of the control would have it, nor how much longer the next may be.
-        grow: the largest ratio of two steps.
+        grow: the largest ratio of two steps. Behind a step that has been refused it leads to less
+            than the length at which that was (1 in Hairer, Norsett and Wanner, section II.4, which
+            would be more steps where an iteration failed, and would not have at the next).
         xp: ``jax.numpy``, or ``numpy`` for a solver that is not compiled.
 
     >>> accept, longer = propose(1.0, 1e-4, 1.0, exponent=0.5, noise=0.01, xp=np)

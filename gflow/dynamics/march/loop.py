@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.march.control import GROW, STEADY, propose
+from gflow.dynamics.march.control import GROW, SAFETY, STEADY, propose
 from gflow.dynamics.march.lane import Lane, Member, Rows, Saved, strong
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
@@ -293,7 +293,12 @@ def _end(
     norm = tolerance.norm(made.error, lane.state, made.state)
     norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
     noise = method.noise / tolerance.rtol
-    accept, following = propose(lane.step, norm, lane.error, exponent=method.exponent, noise=noise)
+    first_step, first_norm = lane.refused
+    below = jnp.clip(SAFETY * first_step / lane.step, 1.0, GROW)
+    grow = jnp.where(first_norm > 0, below, GROW)
+    accept, following = propose(
+        lane.step, norm, lane.error, exponent=method.exponent, noise=noise, grow=grow
+    )
     # A step that was cut does not shorten the next; where it could have been longer, so can that.
     wanted = lane.next_step * jnp.maximum(following / lane.step, 1.0)
     kept = jnp.maximum(jnp.minimum(wanted, GROW * lane.step), lane.next_step)
@@ -310,7 +315,6 @@ def _end(
     num_stiff = lane.num_stiff
     if watch_stiffness:
         num_stiff = now(_count_stiff(field, lane, s, made), num_stiff)
-    first_step, first_norm = lane.refused
     fresh = (first_norm == 0) & jnp.isfinite(norm)
     first = jnp.where(fresh, lane.step, first_step), jnp.where(fresh, norm, first_norm)
 

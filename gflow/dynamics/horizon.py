@@ -1,0 +1,34 @@
+"""How far a flow goes, told before it begins."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gflow.dynamics.stops import AbstractRule
+from gflow.problem.data import labelled
+from gflow.problem.risk import Problem
+from gflow.problem.weights import Weights
+
+A_STEP = 12.0
+r"""Times $(\gamma/\max_i\lVert x_i\rVert)^2$: how far log R falls in a step of ``diffrax.Dopri8``
+that stability limits. Measured for one to six layers, both losses, $\gamma/\max_i\lVert x_i\rVert$
+from 0.02 to 0.1 and log R from -5 to -20: 10 to 14."""
+
+FEW = 200.0
+"""So many steps cost no more than those of the implicit solver to the same place, whose program
+takes twice as long to compile."""
+
+
+def is_near(problem: Problem, weights: Weights, rules: Sequence[AbstractRule]) -> bool:
+    r"""Whether a flow is over in few explicit steps, since a rule ends it at a risk not far off.
+
+    In the clock $-\log R$ its fastest rate is about $(\max_i\lVert x_i\rVert/\gamma)^2$. Told of
+    products of matrices with one output, on separable data; of others the answer is no.
+    """
+    levels = [rule.value for rule in rules if rule.of_risk]
+    told = {"margins", "one output"} <= problem.data.offers
+    if not (levels and told) or problem.network.layers(weights) is None:
+        return False
+    data = labelled(problem.data)
+    part = data.max_margin().margin / np.max(np.linalg.norm(data.inputs, axis=1))
+    return bool(-max(levels) <= FEW * A_STEP * part**2)
