@@ -77,7 +77,7 @@ import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.radau.batching import solve, solve_differentiably
-from gflow.dynamics.radau.spectral import LARGE, Systems
+from gflow.dynamics.radau.spectral import LARGE, SINGLE, Systems
 from gflow.dynamics.radau.tableau import decay_rate, legendre_values, radau
 from gflow.problem.array import Array
 from gflow.problem.design import AbstractDesign
@@ -93,7 +93,8 @@ SLOW, PATIENCE = 0.5, 6
 
 KEPT, KEPT_LOOKS = 0.03, 3
 """A decomposition serves for the next attempt too, up to the sizes of both matrices, where
-corrections have shrunk by more than the first, and as long as they do after so many."""
+corrections have shrunk by more than the first, and as long as they do after so many. Not beyond the
+order of ``SINGLE``: ten digits take a quarter more corrections with it."""
 
 
 class Solution(NamedTuple):
@@ -246,7 +247,8 @@ def begin(
     change = extrapolate @ before.offsets - latest
     offsets, _ = jax.vmap(lambda c: field.problem.loss.advance(latest[0], c))(change)
     stiffness, kept = _no_stiffness(frame.gram, many), jnp.zeros((), bool)
-    if last is not None and not many and decomposes(last):
+    small = len(frame.gram) <= SINGLE
+    if last is not None and not many and small and decomposes(last):
         stiffness, kept = last.stiffness, _serves(last)
     return Attempt(
         frame=frame,
