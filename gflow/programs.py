@@ -20,7 +20,7 @@ ONCE = {"xla_backend_optimization_level": 0, **SMALL}
 """For a program that is called once a run: it is compiled in less time, and runs in more."""
 
 FEW = 4096
-"""So many margins are still few."""
+"""So many margins, or entries of a matrix, are still few."""
 
 
 def compiled(function: Callable, options: dict[str, Any] | None = None) -> Callable:
@@ -28,9 +28,9 @@ def compiled(function: Callable, options: dict[str, Any] | None = None) -> Calla
     return eqx.filter_jit(function, compiler_options=options)  # pyright: ignore[reportCallIssue]
 
 
-def by_size(function: Callable) -> Callable:
-    """A program that is compiled for few numbers where the call says ``few=True``."""
-    forms = {True: compiled(function, SMALL), False: compiled(function)}
+def by_size(function: Callable, options: dict[str, Any] = SMALL) -> Callable:
+    """A program that is compiled with ``options`` where the call says ``few=True``."""
+    forms = {True: compiled(function, options), False: compiled(function)}
 
     def call(*args: Any, few: bool, **options: Any) -> Any:
         return forms[few](*args, **options)

@@ -4,6 +4,7 @@ Warnings are errors by `pyproject.toml`. Nothing here outlives the test process 
 compiled programs, and gflow itself never touches JAX's configuration.
 """
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jaxtyping.install_import_hook(["gflow.problem", "gflow.analysis.exact"], "typechecker.checked")
 
 collect_ignore = ["conftest.py"]  # there is another of that name, and doctests are in neither
+
+
+def pytest_collection_finish(session):
+    """What is imported stays: searching it for garbage, again and again, took a twentieth."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 import gflow
 from gflow.dynamics.radau import newton, part
-from gflow.dynamics.radau.spectral import NEGLIGIBLE, Systems
+from gflow.dynamics.radau.spectral import NEGLIGIBLE, SINGLE, Spectral, Systems
 from gflow.dynamics.radau.tableau import radau
 
 # The error of a whole run at step tolerance 1e-8: the requirement is eight correct digits.
@@ -223,20 +223,44 @@ def test_large_systems_are_solved_in_all_coordinates_or_in_the_few_margins_that_
             jnp.asarray(1.0),
             h,
         )
-        return (
-            systems,
-            systems.solve(tableau, h, gram, rhs),
-            systems.damped(jnp.asarray(0.2), rhs[0]),
-        )
+        # Twice in a row: what G has grown by since it was decomposed adds up.
+        kept = systems.rescaled(4 * gram, jnp.asarray(0.5)).rescaled(3 * gram, jnp.asarray(2.0))
 
-    systems, (y, forces), damped = solve(gram, slopes, rhs)
-    assert systems.few == (negligible == 1.0)
-    system = np.eye(5 * order) + h * np.kron(tableau.matrix, gram @ stiffness)
-    expected = np.linalg.solve(system, rhs.ravel()).reshape(5, order)
-    np.testing.assert_allclose(y, expected, atol=1e-11)
-    np.testing.assert_allclose(forces, expected @ stiffness, rtol=1e-9, atol=1e-9)
-    expected = stiffness @ np.linalg.solve(np.eye(order) + 0.2 * gram @ stiffness, rhs[0])
-    np.testing.assert_allclose(damped, expected, rtol=1e-9, atol=1e-9)
+        def solutions(systems, gram):
+            damped = systems.damped(jnp.asarray(0.2), rhs[0])
+            return *systems.solve(tableau, h, gram, rhs), damped
+
+        return systems.few, solutions(systems, gram), solutions(kept, 3 * gram)
+
+    few, first, later = solve(gram, slopes, rhs)
+    assert few == (negligible == 1.0)
+    for (y, forces, damped), g, t in ((first, gram, stiffness), (later, 3 * gram, 2 * stiffness)):
+        system = np.eye(5 * order) + h * np.kron(tableau.matrix, g @ t)
+        expected = np.linalg.solve(system, rhs.ravel()).reshape(5, order)
+        np.testing.assert_allclose(y, expected, atol=1e-10)
+        np.testing.assert_allclose(forces, expected @ t, rtol=1e-9, atol=1e-9)
+        expected = t @ np.linalg.solve(np.eye(order) + 0.2 * g @ t, rhs[0])
+        np.testing.assert_allclose(damped, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_systems_of_many_unknowns_are_decomposed_in_single_precision_where_that_does():
+    order, rng, tableau = SINGLE + 10, np.random.default_rng(0), radau(5)
+    root, other = rng.normal(size=(2, order, order)) / np.sqrt(order)
+    gram, stiffness = root @ root.T + np.eye(order), other @ other.T
+    rhs, h = rng.normal(size=(5, order)), jnp.asarray(0.5)
+
+    @jax.jit
+    def solve(scale):
+        found = Spectral.of(gram, lambda dtype: jnp.asarray(stiffness, dtype), scale, h)
+        return found.solve(tableau, h, rhs) @ found.into @ gram
+
+    def error(scale):
+        system = np.eye(5 * order) + 0.5 * scale * np.kron(tableau.matrix, gram @ stiffness)
+        expected = np.linalg.solve(system, rhs.ravel()).reshape(5, order)
+        return np.linalg.norm(solve(jnp.asarray(scale)) - expected) / np.linalg.norm(expected)
+
+    assert 1e-9 < error(1.0) < 1e-3
+    assert error(1e5) < 1e-9  # the trace of hGS is above SINGLE_TRACE
 
 
 def test_margins_below_round_off_are_left_out_of_a_step_and_no_others(field, long_run, monkeypatch):

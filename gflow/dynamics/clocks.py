@@ -47,11 +47,11 @@ class AbstractClock(Module):
         """The clock's value where the risk has a given value; None if the clock cannot know."""
         return self.read(log_risk, -math.inf) if self.centred else None
 
-    def log_risk_at(self, s: Array) -> Array | None:
+    def log_risk_at(self, s: Numbers) -> Numbers | None:
         """The risk that the clock's value implies, or None: the free error monitor."""
         return None
 
-    def log_time_at(self, s: Array) -> Array | None:
+    def log_time_at(self, s: Numbers) -> Numbers | None:
         """The log time that the clock's value implies, or None."""
         return None
 
@@ -73,8 +73,9 @@ class Time(AbstractClock):
     def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
         return np.exp(log_time)
 
-    def log_time_at(self, s: Array) -> Array:
-        return jnp.log(s)
+    def log_time_at(self, s: Numbers) -> Numbers:
+        with np.errstate(divide="ignore"):
+            return np.log(s)
 
 
 class LogTime(AbstractClock):
@@ -90,8 +91,9 @@ class LogTime(AbstractClock):
     def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
         return np.logaddexp(0.0, log_time)
 
-    def log_time_at(self, s: Array) -> Array:
-        return s + jnp.log(-jnp.expm1(-s))
+    def log_time_at(self, s: Numbers) -> Numbers:
+        with np.errstate(divide="ignore"):
+            return s + np.log(-np.expm1(-s))
 
 
 class Risk(AbstractClock):
@@ -109,7 +111,7 @@ class Risk(AbstractClock):
     def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
         return -log_risk
 
-    def log_risk_at(self, s: Array) -> Array:
+    def log_risk_at(self, s: Numbers) -> Numbers:
         return -s
 
 
@@ -130,8 +132,8 @@ class LogRisk(AbstractClock):
     def read(self, log_risk: Numbers, log_time: Numbers) -> Numbers:
         return np.arcsinh(-log_risk)
 
-    def log_risk_at(self, s: Array) -> Array:
-        return -jnp.sinh(s)
+    def log_risk_at(self, s: Numbers) -> Numbers:
+        return -np.sinh(s)
 
 
 def _scale(value: Numbers) -> Array:
@@ -174,10 +176,6 @@ class PathLength(AbstractClock):
         return None
 
 
-AT_ONCE = 32
-"""Points whose clock is read in one call, or a multiple."""
-
-
 def readings(
     clock: AbstractClock,
     s: np.ndarray,
@@ -200,14 +198,12 @@ def readings(
     with np.errstate(divide="ignore", invalid="ignore"):
         log_time = np.log(scaled_time) - log_risk
         found = {"log_time": log_time}
-        # Of one length, whatever the number of points, so that JAX compiles it once.
-        full = np.pad(s, (0, -len(s) % AT_ONCE), mode="edge")
-        by_risk, by_time = clock.log_risk_at(as_array(full)), clock.log_time_at(as_array(full))
+        by_risk, by_time = clock.log_risk_at(s), clock.log_time_at(s)
         if by_risk is not None:
-            off = np.abs(log_risk - np.asarray(by_risk)[: len(s)])
+            off = np.abs(log_risk - np.asarray(by_risk))
             found["clock_error"] = off / np.maximum(1.0, np.abs(log_risk))
         if by_time is not None:
-            time = np.asarray(by_time)[: len(s)]
+            time = np.asarray(by_time)
             off = np.abs(log_time - time) / np.maximum(1.0, np.abs(time))
             found["clock_error"] = np.where(scaled_time > 0, off, 0.0)
             # Where t R underflows, the clock still knows t.

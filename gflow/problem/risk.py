@@ -10,6 +10,7 @@ g = \nabla\log R = -\sum_i s_i \nabla q_i, \qquad
 s_i = \frac{-\ell'(q_i)}{\sum_j \ell(q_j)}.$$
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Collection, Sequence
@@ -35,6 +36,7 @@ from gflow.problem.soft_margin import CrossEntropy
 from gflow.problem.squared import Squared
 from gflow.problem.terms import AbstractJointLoss
 from gflow.problem.weights import Weights
+from gflow.programs import FEW, ONCE, by_size
 
 ROUND_OFF = 1e-13
 """By how much the log risk of a zero product may differ from log l(0) without being above it."""
@@ -303,10 +305,11 @@ def level_at_zero(problem: Problem) -> float:
 
 def risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     r"""$\log R$ and $\lVert\nabla\log R\rVert^2$, compiled."""
-    return _risk_and_slope(problem, problem.network.placed(weights))
+    largest = max(problem.data.num_margins, *map(np.size, jax.tree.leaves(weights)))
+    return _risk_and_slope(problem, problem.network.placed(weights), few=largest <= FEW)
 
 
-@eqx.filter_jit
+@functools.partial(by_size, options=ONCE)
 def _risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     log_risk, _, squared_norm = problem.log_risk_gradient_and_norm(weights)
     return log_risk, squared_norm

@@ -10,7 +10,6 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.reasons import End, Reason
 from gflow.dynamics.stops import AbstractRule, LogRisk, LogTime, progress_of, save_grid
-from gflow.problem.array import as_array
 from gflow.problem.risk import Problem, risk_and_slope
 from gflow.problem.weights import Weights
 
@@ -91,7 +90,7 @@ class Event(NamedTuple):
     @classmethod
     def at(cls, clock_value: float, pieces: int, clock: AbstractClock) -> "Event":
         """A point to record where the clock has this value."""
-        s = as_array(np.float64(clock_value))
+        s = np.float64(clock_value)
         log_risk, log_time = clock.log_risk_at(s), clock.log_time_at(s)
         rule = LogRisk(float(log_risk)) if log_risk is not None else None
         if rule is None:

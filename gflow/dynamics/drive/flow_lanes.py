@@ -23,9 +23,9 @@ from gflow.programs import FEW
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun
 
-TRIPS_AT_FIRST = 128
-"""Steps tried in the first call, before their speed is known; fewer where few states fit a buffer,
-whose weights are large."""
+TRIPS_AT_FIRST, EXPLICIT = 128, 4
+"""Steps tried in the first call, before their speed is known, and so many times as many where no
+step is worked on; fewer where few states fit a buffer, whose weights are large."""
 
 
 def program_of(member: Member, *more: Hashable) -> Hashable:
@@ -102,7 +102,8 @@ class FlowLanes(AbstractLanes):
             and (not self.many or not all(_equal(column[0], each) for each in column))
             for column in columns
         ]
-        self.pace = Pace(min(TRIPS_AT_FIRST, 4 * self.rows))
+        trips = TRIPS_AT_FIRST * (1 if self.method.iterates else EXPLICIT)
+        self.pace = Pace(min(trips, 4 * self.rows))
         self.lane: Lane | None = None
         self._stands: tuple[Lane, Any] | None = None
         """Lanes, and on the host where they stand."""

@@ -1,9 +1,9 @@
 """Why a flow cannot go on: what is known of a place where shorter steps do not help."""
 
+import functools
 import math
 from collections.abc import Sequence
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from gflow.problem.losses import AbstractJointLoss
 from gflow.problem.memo import once_per_object
 from gflow.problem.risk import Problem, level_at_zero, risk_and_slope
 from gflow.problem.weights import Weights
+from gflow.programs import ONCE, compiled
 
 SADDLE = 1e-4
 """A slope that has fallen below this part of the first one, on the level R(0), is that of a saddle:
@@ -127,7 +128,7 @@ def wall(problem: Problem) -> tuple[float, End]:
     return -UNCERTAIN_MARGIN, Reason.UNCERTAIN_MARGINS.end(log_risk=-UNCERTAIN_MARGIN, way=way)
 
 
-@eqx.filter_jit
+@functools.partial(compiled, options=ONCE)
 def _log_risk(loss: AbstractJointLoss, margins: Array) -> Array:
     return loss.terms(margins).log_risk
 

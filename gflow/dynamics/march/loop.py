@@ -274,7 +274,7 @@ def _begin(member: Member, method: AbstractMethod, lane: Lane) -> Lane:
             step,
             lands,
             lands | halved | (allowed < lane.next_step),
-            method.begin(member.field, lane.s, step, lane.state, lane.memory),
+            method.begin(member.field, lane.s, step, lane.state, lane.memory, lane.attempt),
         ),
         is_leaf=lambda leaf: leaf is None,
     )

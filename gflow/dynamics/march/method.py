@@ -53,8 +53,19 @@ class AbstractMethod(Module):
         """The memory at the start of a run whose first step may be ``h`` long."""
 
     @abstractmethod
-    def begin(self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any) -> Any:
-        """An attempt at the step from ``s`` to ``s + h``."""
+    def begin(
+        self,
+        field: AbstractField,
+        s: Array,
+        h: Array,
+        state: FlowState,
+        before: Any,
+        last: Any = None,
+    ) -> Any:
+        """An attempt at the step from ``s`` to ``s + h``.
+
+        ``last`` is the attempt before it, accepted or not, or the same one at another length.
+        """
 
     @abstractmethod
     def solved(self, attempt: Any) -> Array:
@@ -138,7 +149,15 @@ class WholeStep(AbstractMethod):
     def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
         return self.solver.init(diffrax.ODETerm(field), s, s + h, state, None)
 
-    def begin(self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any) -> Any:
+    def begin(
+        self,
+        field: AbstractField,
+        s: Array,
+        h: Array,
+        state: FlowState,
+        before: Any,
+        last: Any = None,
+    ) -> Any:
         return ()
 
     def solved(self, attempt: Any) -> Array:

@@ -141,9 +141,15 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         return newton.at_rest(field, self.stages, s, state.weights, h)
 
     def begin(
-        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Solution
+        self,
+        field: AbstractField,
+        s: Array,
+        h: Array,
+        state: FlowState,
+        before: Solution,
+        last: Attempt | None = None,
     ) -> Attempt:
-        return newton.begin(field, self.stages, s, h, state.weights, before, self.many)
+        return newton.begin(field, self.stages, s, h, state.weights, before, self.many, last)
 
     def solved(self, attempt: Attempt) -> Array:
         return newton.solved(attempt, self.tolerance, self.max_iterations)

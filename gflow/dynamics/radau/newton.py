@@ -77,7 +77,7 @@ import numpy as np
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.radau.batching import solve, solve_differentiably
-from gflow.dynamics.radau.spectral import LARGE, Systems
+from gflow.dynamics.radau.spectral import LARGE, SINGLE, Systems
 from gflow.dynamics.radau.tableau import decay_rate, legendre_values, radau
 from gflow.problem.array import Array
 from gflow.problem.design import AbstractDesign
@@ -90,6 +90,11 @@ DIRECT = 100
 
 SLOW, PATIENCE = 0.5, 6
 """If corrections shrink by no more than the one after so many, there is a fresh Jacobian."""
+
+KEPT, KEPT_LOOKS = 0.03, 3
+"""A decomposition serves for the next attempt too, up to the sizes of both matrices, where
+corrections have shrunk by more than the first, and as long as they do after so many. Not beyond the
+order of ``SINGLE``: ten digits take a quarter more corrections with it."""
 
 
 class Solution(NamedTuple):
@@ -172,6 +177,8 @@ class Attempt(NamedTuple):
     stiffness: Array | Systems
     """The last stage's :math:`\\varphi^2\\mu A^\\top H A`, shape (m, m); of a large system, of all
     stages, as it was last decomposed."""
+    kept: Array
+    """Whether that was in an attempt before."""
 
 
 def at_rest(field: AbstractField, stages: int, s: Array, weights: Weights, h: Array) -> Solution:
@@ -226,10 +233,12 @@ def begin(
     weights: Weights,
     before: Solution,
     many: bool = True,
+    last: Attempt | None = None,
 ) -> Attempt:
     """The predictor: the polynomial of the previous step, for at most three of its lengths.
 
-    Whether it is one of ``many`` says from which order on its systems are decomposed.
+    Whether it is one of ``many`` says from which order on its systems are decomposed. One alone
+    may keep the decomposition of the ``last`` attempt, whether that was accepted or not.
     """
     tableau, frame = radau(stages), start_frame(field, weights)
     ahead = 1 + jnp.minimum(h / before.step, 3.0) * tableau.nodes
@@ -237,6 +246,10 @@ def begin(
     latest = before.offsets[-1:]
     change = extrapolate @ before.offsets - latest
     offsets, _ = jax.vmap(lambda c: field.problem.loss.advance(latest[0], c))(change)
+    stiffness, kept = _no_stiffness(frame.gram, many), jnp.zeros((), bool)
+    small = len(frame.gram) <= SINGLE
+    if last is not None and not many and small and decomposes(last):
+        stiffness, kept = last.stiffness, _serves(last)
     return Attempt(
         frame=frame,
         count=jnp.zeros((), int),
@@ -246,7 +259,8 @@ def begin(
         offsets=offsets,
         size=jnp.full_like(h, jnp.inf),
         contraction=jnp.ones_like(h),
-        stiffness=_no_stiffness(frame.gram, many),
+        stiffness=stiffness,
+        kept=kept,
     )
 
 
@@ -288,7 +302,16 @@ def decomposes(attempt: Attempt) -> bool:
 
 def stale(attempt: Attempt) -> Array:
     """Whether large systems are to be decomposed: at first, and where they do not do."""
-    return (attempt.count == 0) | ((attempt.count == PATIENCE) & (attempt.contraction > SLOW))
+    slow = (attempt.count == PATIENCE) & (attempt.contraction > SLOW)
+    aged = attempt.kept & (attempt.count >= KEPT_LOOKS) & (attempt.contraction > KEPT)
+    return (attempt.count == 0) | slow | aged
+
+
+def _serves(attempt: Attempt) -> Array:
+    """Whether its decomposition does for the attempt after it; as told before it has begun."""
+    # With two corrections a rate is not known, and they were enough.
+    does = (attempt.contraction < KEPT) | ((attempt.count == 2) & jnp.isfinite(attempt.size))
+    return jnp.where(attempt.count == 0, attempt.kept, does)
 
 
 def decomposed(
@@ -319,9 +342,14 @@ def decomposed(
         return _stiffness(field, curvature, known, mean)
 
     # All of the curvature if a part of it has not done.
-    scale = growth[j] ** 2 * at.rate[j]
-    found = Systems.of(gram, slopes, attempt.count == 0, whole, among, scale, h)
-    return attempt._replace(stiffness=found)
+    scale, first = growth[j] ** 2 * at.rate[j], attempt.count == 0
+    kept = first & attempt.kept
+    found = jax.lax.cond(
+        kept,
+        lambda: known.rescaled(gram, scale),
+        lambda: Systems.of(gram, slopes, first | attempt.kept, whole, among, scale, h),
+    )
+    return attempt._replace(stiffness=found, kept=kept)
 
 
 def _stiffness(
@@ -433,6 +461,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         size=size,
         contraction=jnp.where(attempt.size < 1, size / attempt.size, 1.0),
         stiffness=last,
+        kept=attempt.kept,
     )
 
 

@@ -123,7 +123,7 @@ class Spectral(NamedTuple):
         return jnp.real(tableau.vectors @ (inner / shifted))
 
     def forces(self, found: Array) -> Array:
-        """$S y$, from what :meth:`solve` found."""
+        """$S y$ times the growth of G since, from what :meth:`solve` found."""
         return (found * self.values[None]) @ self.into
 
     def damped(self, factor: Array, rhs: Array) -> Array:
@@ -140,6 +140,12 @@ class Systems(NamedTuple):
     """$B$, shape (r, m); zero rows fill it up."""
     few: Array
     """Whether ``active`` is the one."""
+    size: Array
+    """The largest entry of G."""
+    scale: Array
+    """Of S."""
+    grown: Array
+    """How many times as large as when it was decomposed G is."""
 
     @classmethod
     def of(
@@ -177,10 +183,24 @@ class Systems(NamedTuple):
             found = Spectral.of(rows @ gram @ rows.T, curvature.astype, scale, h)
             return blank._replace(active=found, rows=rows, few=jnp.ones((), bool))
 
-        return jax.lax.cond(
+        found = jax.lax.cond(
             allowed & (count <= size),
             active,
             lambda: blank._replace(whole=Spectral.of(gram, whole, scale, h)),
+        )
+        return found._replace(size=jnp.max(jnp.diag(gram)), scale=scale)
+
+    def rescaled(self, gram: Array, scale: Array) -> "Systems":
+        """Those of G and S of another step, as if they had changed in size alone."""
+        size = jnp.max(jnp.diag(gram))
+        grown = size / self.size
+        more = grown * (scale / self.scale)
+        return self._replace(
+            whole=self.whole._replace(values=more * self.whole.values),
+            active=self.active._replace(values=more * self.active.values),
+            size=size,
+            scale=scale,
+            grown=grown * self.grown,
         )
 
     @classmethod
@@ -193,6 +213,7 @@ class Systems(NamedTuple):
             Spectral.blank(size, gram.dtype),
             jnp.zeros((size, order), gram.dtype),
             jnp.zeros((), bool),
+            *jnp.ones((3,), gram.dtype),
         )
 
     def solve(self, tableau: Radau, h: Array, gram: Array, rhs: Array) -> tuple[Array, Array]:
@@ -200,19 +221,20 @@ class Systems(NamedTuple):
 
         def active() -> tuple[Array, Array]:
             found = self.active.solve(tableau, h, rhs @ self.rows.T)
-            forces = self.active.forces(found) @ self.rows
+            forces = self.active.forces(found / self.grown) @ self.rows
             return rhs - h * tableau.matrix @ (forces @ gram), forces
 
         def whole() -> tuple[Array, Array]:
-            found = self.whole.solve(tableau, h, rhs)
+            found = self.whole.solve(tableau, h, rhs) / self.grown
             return (found @ self.whole.into) @ gram, self.whole.forces(found)
 
         return jax.lax.cond(self.few, active, whole)
 
     def damped(self, factor: Array, rhs: Array) -> Array:
         r"""$S(I + c\,GS)^{-1}r$, shape (m,)."""
-        return jax.lax.cond(
+        found = jax.lax.cond(
             self.few,
             lambda: self.active.damped(factor, self.rows @ rhs) @ self.rows,
             lambda: self.whole.damped(factor, rhs),
         )
+        return found / self.grown
