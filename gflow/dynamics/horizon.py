@@ -8,27 +8,32 @@ from gflow.dynamics.stops import AbstractRule
 from gflow.problem.data import labelled
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights
+from gflow.programs import FEW
 
 A_STEP = 12.0
 r"""Times $(\gamma/\max_i\lVert x_i\rVert)^2$: how far log R falls in a step of ``diffrax.Dopri8``
 that stability limits. Measured for one to six layers, both losses, $\gamma/\max_i\lVert x_i\rVert$
 from 0.02 to 0.1 and log R from -5 to -20: 10 to 14."""
 
-FEW = 200.0
-"""So many steps cost no more than those of the implicit solver to the same place, whose program
-takes twice as long to compile."""
+FEW_STEPS = 200.0
+"""So many cost no more than those of the implicit solver to the same place, whose program takes
+longer to compile; with up to ``FEW`` entries of a matrix, and margins. At width 128 they cost twice
+as much, at 256 four times."""
 
 
 def is_near(problem: Problem, weights: Weights, rules: Sequence[AbstractRule]) -> bool:
     r"""Whether a flow is over in few explicit steps, since a rule ends it at a risk not far off.
 
     In the clock $-\log R$ its fastest rate is about $(\max_i\lVert x_i\rVert/\gamma)^2$. Told of
-    products of matrices with one output, on separable data; of others the answer is no.
+    products of small matrices with one output, on separable data; of others the answer is no.
     """
     levels = [rule.value for rule in rules if rule.of_risk]
     told = {"margins", "one output"} <= problem.data.offers
-    if not (levels and told) or problem.network.layers(weights) is None:
+    layers = problem.network.layers(weights)
+    if not (levels and told) or layers is None:
+        return False
+    if max(problem.num_margins, *map(np.size, layers)) > FEW:
         return False
     data = labelled(problem.data)
     part = data.max_margin().margin / np.max(np.linalg.norm(data.inputs, axis=1))
-    return bool(-max(levels) <= FEW * A_STEP * part**2)
+    return bool(-max(levels) <= FEW_STEPS * A_STEP * part**2)
