@@ -238,6 +238,14 @@ def test_an_interrupted_run_returns_what_was_done(flow, monkeypatch):
     assert 0 < record.num_steps[-1] <= 10 and np.isfinite(record.end_to_end).all()
 
 
+def test_a_near_risk_is_reached_by_explicit_steps_as_exactly(flow):
+    problem, far = flow
+    near = gflow.gradient_flow(problem, WEIGHTS, until=gflow.LogRisk(-20), save=[-1, -5])
+    assert (near.attrs["solver"], far.attrs["solver"]) == ("Dopri8", "GaussNewton")
+    for name in ("log_time", "direction_error", "misalignment", "frobenius_norm"):
+        np.testing.assert_allclose(near[name][1:], far[name][1:4], rtol=1e-9, err_msg=name)
+
+
 def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(flow, monkeypatch):
     problem, _ = flow
     arguments = {"until": gflow.LogRisk(-20), "save": 3}
