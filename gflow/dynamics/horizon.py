@@ -6,9 +6,8 @@ import numpy as np
 
 from gflow.dynamics.stops import AbstractRule
 from gflow.problem.data import labelled
-from gflow.problem.risk import Problem
+from gflow.problem.risk import Problem, is_small
 from gflow.problem.weights import Weights
-from gflow.programs import FEW
 
 A_STEP = 12.0
 r"""Times $(\gamma/\max_i\lVert x_i\rVert)^2$: how far log R falls in a step of ``diffrax.Dopri8``
@@ -17,7 +16,7 @@ from 0.02 to 0.1 and log R from -5 to -20: 10 to 14."""
 
 FEW_STEPS = 200.0
 """So many cost no more than those of the implicit solver to the same place, whose program takes
-longer to compile; with up to ``FEW`` entries of a matrix, and margins. At width 128 they cost twice
+longer to compile, where the problem is small. At width 128 they cost twice
 as much, at 256 four times."""
 
 
@@ -29,10 +28,9 @@ def is_near(problem: Problem, weights: Weights, rules: Sequence[AbstractRule]) -
     """
     levels = [rule.value for rule in rules if rule.of_risk]
     told = {"margins", "one output"} <= problem.data.offers
-    layers = problem.network.layers(weights)
-    if not (levels and told) or layers is None:
+    if not (levels and told and is_small(problem, weights)):
         return False
-    if max(problem.num_margins, *map(np.size, layers)) > FEW:
+    if problem.network.layers(weights) is None:
         return False
     data = labelled(problem.data)
     part = data.max_margin().margin / np.max(np.linalg.norm(data.inputs, axis=1))

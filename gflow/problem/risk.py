@@ -305,8 +305,13 @@ def level_at_zero(problem: Problem) -> float:
 
 def risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     r"""$\log R$ and $\lVert\nabla\log R\rVert^2$, compiled."""
-    largest = max(problem.data.num_margins, *map(np.size, jax.tree.leaves(weights)))
-    return _risk_and_slope(problem, problem.network.placed(weights), few=largest <= FEW)
+    few = is_small(problem, weights)
+    return _risk_and_slope(problem, problem.network.placed(weights), few=few)
+
+
+def is_small(problem: Problem, weights: Weights) -> bool:
+    """Whether neither the margins nor the entries of any array of weights are more than ``FEW``."""
+    return max(problem.num_margins, *map(np.size, jax.tree.leaves(weights))) <= FEW
 
 
 @functools.partial(by_size, options=ONCE)

@@ -12,7 +12,7 @@ import numpy as np
 from gflow.dynamics.kinks.decide import PARALLEL, Alone, Block, Group, decide, decide_alone
 from gflow.dynamics.kinks.meeting import Layers
 from gflow.dynamics.kinks.patterns import Patterns, Slide
-from gflow.dynamics.kinks.ways import TornError, decide_layers
+from gflow.dynamics.kinks.ways import BOTH_WAYS, TornError, decide_layers
 from gflow.problem.array import Array, as_array
 from gflow.problem.bends import (
     AbstractBends,
@@ -396,7 +396,7 @@ class Piece:
                 self.patterns.gate(members, above)
         self.patterns.replace(neurons, slides, force)
 
-    def _not_unique(self, unit: int, why: str = "both ways lead away from it") -> NotUniqueError:
+    def _not_unique(self, unit: int, why: str = BOTH_WAYS) -> NotUniqueError:
         point, u = divmod(unit, self.num_units)
         return NotUniqueError(
             f"the unit of neuron {self.place.neuron[u]} in layer {self.place.layer[u]} at "

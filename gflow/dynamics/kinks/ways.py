@@ -40,6 +40,8 @@ SEEN, MOST_STEPS, NEAR, ASTRAY, NOISE = 60.0, 10000, 2.0, 0.5, 15.0
 """Of descents: widths and most steps by which they are followed, twice, and widths ahead from which
 they begin; the part of the speed, and widths, that they may be off by."""
 
+BOTH_WAYS = "both ways lead away from it"
+
 DESCENDS = "descent by small steps leads elsewhere from it than smoothed gates do"
 
 OUTSIDE = 1e-6
@@ -123,7 +125,7 @@ def meet(at: Meeting, branch: int | None) -> list[Group] | None:
             for sides, way in found:
                 if sides[unit] == branch:
                     return way.groups
-            torn = torn or TornError(unit, "both ways lead away from it")
+            torn = torn or TornError(unit, BOTH_WAYS)
         elif found:
             way = found[0][1]
             strays = at.layers.own & _strays(at, width, way.speed)
@@ -262,10 +264,7 @@ class _Way(NamedTuple):
 
 def _piece(at: Meeting, rest: _Rest, width: np.ndarray) -> _Way | None:
     """The piece of some sides, and of signs of those that have none; None if there is none."""
-    sliding = (rest.side == 0) & (at.lengths > 0)
-    ends = np.where(rest.sign > 0, 1.0, at.lower)
-    through = np.linalg.inv(np.eye(len(ends)) - at.later * np.where(sliding, 0.0, ends)[None, :])
-    found = _solved_piece(at, rest, width, through)
+    found = _solved_piece(at, rest, width)
     if found is None:
         return None
     # The gates of the flow itself are not as sharp where little is in front of them.
@@ -276,20 +275,19 @@ def _piece(at: Meeting, rest: _Rest, width: np.ndarray) -> _Way | None:
 def _minimum(at: Meeting, width: np.ndarray) -> _Way | None:
     """The piece in which all units slide, if the function has its minimum there."""
     nothing = np.zeros(len(width))
-    found = _solved_piece(
-        at, _Rest(nothing, nothing, nothing, nothing > 0), width, np.eye(len(width))
-    )
+    found = _solved_piece(at, _Rest(nothing, nothing, nothing, nothing > 0), width)
     return None if found is None else found[0]
 
 
 def _solved_piece(
-    at: Meeting, rest: _Rest, width: np.ndarray, through: np.ndarray
+    at: Meeting, rest: _Rest, width: np.ndarray
 ) -> tuple[_Way, np.ndarray, np.ndarray] | None:
     """A piece, its gates, and which of these are to be those of the flow; None if there is none."""
     side, sign = rest.side, rest.sign
     k, own_kink = len(side), at.lengths > 0
     sliding = (side == 0) & own_kink
     gates = np.where(sign > 0, 1.0, at.lower)
+    through = np.linalg.inv(np.eye(k) - at.later * np.where(sliding, 0.0, gates)[None, :])
     products = through @ at.gram @ through.T  # of the normals that units that have left add to
     slides = _groups(products, np.nonzero(sliding)[0])
     theta, first = np.full(len(slides), 0.5), [own[0] for own, _ in slides]
