@@ -246,6 +246,14 @@ def test_a_near_risk_is_reached_by_explicit_steps_as_exactly(flow):
         np.testing.assert_allclose(near[name][1:], far[name][1:4], rtol=1e-9, err_msg=name)
 
 
+def test_a_near_risk_that_is_not_near_is_left_to_the_implicit_solver(flow, monkeypatch):
+    problem, far = flow
+    monkeypatch.setattr("gflow.dynamics.flow.PATIENCE", 10)
+    near = gflow.gradient_flow(problem, WEIGHTS, until=gflow.LogRisk(-20), save=[-1, -5])
+    assert near.attrs["solver"] == "Dopri8, then GaussNewton"
+    np.testing.assert_allclose(near.log_time[1:], far.log_time[1:4], rtol=1e-9)
+
+
 def test_a_run_in_pieces_is_the_run_in_one_bit_for_bit(flow, monkeypatch):
     problem, _ = flow
     arguments = {"until": gflow.LogRisk(-20), "save": 3}

@@ -16,8 +16,9 @@ from gflow.dynamics.drive.flow_run import FlowRun, Plan
 from gflow.dynamics.drive.piecewise_run import flow_run
 from gflow.dynamics.drive.recorder import Observable, Recorder
 from gflow.dynamics.field import AbstractField, FlowField, FlowState
-from gflow.dynamics.horizon import is_near
-from gflow.dynamics.march.method import method_of, sharp
+from gflow.dynamics.horizon import PATIENCE, is_near
+from gflow.dynamics.march.of_diffrax import method_of
+from gflow.dynamics.march.runge_kutta import sharp
 from gflow.dynamics.march.tolerance import (
     AbstractTolerance,
     FunctionTolerance,
@@ -236,7 +237,7 @@ def plan(
             if explicit:
                 methods = [diffrax.Dopri8(), *methods]
             elif is_near(problem, weights, rules):
-                methods = [sharp(diffrax.Dopri8(), rtol), *methods]
+                methods = [sharp(diffrax.Dopri8(), rtol, PATIENCE), *methods]
             if not problem.loss.attained:
                 split = SlowManifold(rtol=max(rtol, 1e-13))
         case SlowManifold() as split:

@@ -19,6 +19,10 @@ FEW_STEPS = 200.0
 longer to compile, where the problem is small. At width 128 they cost twice
 as much, at 256 four times."""
 
+PATIENCE = 600
+"""After so many, and two a saved point, a flow that was told to be over is taken for a stiff one;
+those to be told cost a third of the program's compilation to look at for that."""
+
 
 def is_near(problem: Problem, weights: Weights, rules: Sequence[AbstractRule]) -> bool:
     r"""Whether a flow is over in few explicit steps, since a rule ends it at a risk not far off.

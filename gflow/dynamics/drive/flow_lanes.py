@@ -96,6 +96,9 @@ class FlowLanes(AbstractLanes):
         self.method, self.watches = alike[0].method, alike[0].watches_stiffness
         self.rows = min(rows_for(alike[0].weights, width), alike[0].most_rows)
         self.few = not self.many and alike[0].problem.data.num_margins <= FEW
+        # Corrections multiply matrices, which a library does faster than one function of all.
+        whole = alike[0].problem.network.mesh is None
+        self.at_once = self.few and whole and not self.method.iterates
         columns = list(zip(*(jax.tree.leaves(run.member) for run in alike), strict=True))
         self.own = [
             _is_array(column[0])
@@ -159,6 +162,7 @@ class FlowLanes(AbstractLanes):
             self.rows,
             self.watches,
             self.many,
+            self.at_once,
             few=self.few,
         )
         self.lane = lane

@@ -238,8 +238,21 @@ class FlowRun:
 
     @property
     def watches_stiffness(self) -> bool:
+        """Whether steps are looked at for that; a method with a patience ends its leg by it."""
+        return self._goes_on_if_stiff and self.method.patience is None
+
+    @property
+    def _goes_on_if_stiff(self) -> bool:
         """Whether a stiff flow goes to the next leg."""
         return self.leg + 1 < len(self.plan.methods)
+
+    @property
+    def _most_steps(self) -> int:
+        """Steps to try in all, on this leg."""
+        patience, most = self.method.patience, self.plan.max_steps
+        if patience is None or not self._goes_on_if_stiff:
+            return most
+        return min(most, self.leg_began + patience + 2 * len(self.saves))
 
     @property
     def member(self) -> Member:
@@ -287,11 +300,11 @@ class FlowRun:
                 case Reason.CROSSED:
                     self._land(report)
                 case Reason.STIFF:
-                    self._leave(report.stand, float(report.lane.next_step))
-                    self._begin_leg(self.leg + 1)
-                    self._arm()
+                    self._next_leg(report)
                 case Reason.REFUSED_STEPS:
                     self._stop_short()
+                case Reason.OUT_OF_STEPS if self._most_steps < self.plan.max_steps:
+                    self._next_leg(report)
                 case Reason.OUT_OF_STEPS:
                     self.end = self._out_of_steps()
         if self.end is not None and self.report is not None and report.lanes.many:
@@ -312,6 +325,12 @@ class FlowRun:
         """Go on in other lanes, which watch other events, from where these have brought the run."""
         self.resumed = at_no_goal(report.lane)
         self._leave(report.stand)
+
+    def _next_leg(self, report: Report) -> None:
+        """Go on by the next method."""
+        self._leave(report.stand, float(report.lane.next_step))
+        self._begin_leg(self.leg + 1)
+        self._arm()
 
     def _begin_leg(self, leg: int) -> None:
         """Begin a leg on the weights."""
@@ -359,7 +378,7 @@ class FlowRun:
             return
         program, others = self._program, [*self.ends, *self._turns(), *self.always]
         ahead = self.saves[self.done :]
-        self.agenda = Agenda(ahead, others, self.stand.s, self.plan.max_steps)
+        self.agenda = Agenda(ahead, others, self.stand.s, self._most_steps)
         self._program = self._member = None
         self.anew = self.report is not None
         if self.report is not None and self.program != program:

@@ -28,6 +28,7 @@ from gflow.dynamics.march.lane import Lane, Member, Rows, Saved, strong
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
+from gflow.native import native
 from gflow.problem.array import Array
 from gflow.problem.weights import Weights, squared_norm
 from gflow.programs import ONCE, by_size, compiled
@@ -151,6 +152,7 @@ def march(
     rows: int,
     watch_stiffness: bool = False,
     many: bool = False,
+    at_once: bool = False,
 ) -> tuple[Lane, Saved, Array, Array]:
     """Go on until ``enough`` lanes have a reason to stop, or for so many trips.
 
@@ -161,6 +163,7 @@ def march(
         enough: how many lanes are to have stopped, 1 for a single member.
         rows: of the buffer of each lane.
         watch_stiffness: stop also where the step is limited by stability (for explicit solvers).
+        at_once: whether a CPU may run it as one function.
 
     Returns:
         The lanes; the states on goals; the trips made, and how many lanes ended a step in them.
@@ -234,7 +237,12 @@ def march(
 
     zero = jnp.zeros((), jnp.int64)
     empty = _buffer(lane, rows, many)
-    return jax.lax.while_loop(go, trip, (lane, empty, zero, zero))
+    begin = lane, empty, zero, zero
+
+    def until_over(begin: tuple) -> tuple:
+        return jax.lax.while_loop(go, trip, begin)
+
+    return native(until_over, begin) if at_once else until_over(begin)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,11 +3,8 @@
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
-import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optimistix
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.control import ROUND_OFF
@@ -43,6 +40,14 @@ class AbstractMethod(Module):
     def noise(self) -> float:
         """The error, relative to the weights, that a step of any length may have."""
         return ROUND_OFF
+
+    @property
+    def patience(self) -> int | None:
+        """Attempts, beside two a saved point, after which a flow is taken for stiff.
+
+        None where every so many steps are looked at for that.
+        """
+        return None
 
     def among(self, many: bool) -> "AbstractMethod":
         """The same, for a member that others may go beside, or for one alone."""
@@ -128,26 +133,10 @@ class AbstractMethod(Module):
         return type(self).__name__
 
 
-class WholeStep(AbstractMethod):
-    """An adaptive diffrax solver, which makes a step at once."""
+class AtOnce(AbstractMethod):
+    """A method whose attempts are solved as they begin: all is done as they end."""
 
-    solver: diffrax.AbstractAdaptiveSolver
-    sharper: float = 1.0
-    """By how much its estimate of the error is to stay below the tolerance."""
     iterates: ClassVar[bool] = False
-
-    @property
-    def exponent(self) -> float:
-        order = self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y))
-        assert order is not None  # the solver is adaptive
-        return 1 / float(order)
-
-    @property
-    def noise(self) -> float:
-        return self.sharper * ROUND_OFF
-
-    def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
-        return self.solver.init(diffrax.ODETerm(field), s, s + h, state, None)
 
     def begin(
         self,
@@ -169,71 +158,5 @@ class WholeStep(AbstractMethod):
     def correct(self, field: AbstractField, h: Array, attempt: Any, seen: Any) -> Any:
         return attempt
 
-    def end(
-        self,
-        field: AbstractField,
-        s: Array,
-        h: Array,
-        state: FlowState,
-        attempt: Any,
-        seen: Any,
-        before: Any,
-    ) -> Step:
-        after, error, _, memory, result = self.solver.step(
-            diffrax.ODETerm(field), s, s + h, state, None, before, jnp.array(False)
-        )
-        assert error is not None  # the solver is adaptive
-        failed = result != diffrax.RESULTS.successful
-        error = jax.tree.map(lambda leaf: self.sharper * leaf, error)
-        scaled_time = jnp.where(failed, jnp.inf, error.scaled_time)
-        return Step(after, FlowState(error.weights, scaled_time), memory)
-
     def tally(self, memory: Any) -> tuple:
         return ()
-
-    def counts(self, tally: Any, num_steps: int) -> tuple[int, int]:
-        """Of an explicit Runge–Kutta method; zero for others, which do not say."""
-        tableau = getattr(self.solver, "tableau", None)
-        explicit = isinstance(self.solver, diffrax.AbstractERK)
-        if not (explicit and isinstance(tableau, diffrax.ButcherTableau)):
-            return 0, 0
-        stages = len(tableau.c) + 1 - int(tableau.fsal)
-        return stages * num_steps, 0
-
-    @property
-    def name(self) -> str:
-        return type(self.solver).__name__
-
-
-def method_of(
-    solver: diffrax.AbstractAdaptiveSolver | AbstractMethod, rtol: float, atol: float
-) -> AbstractMethod:
-    """The solver as the march takes it; tolerances that it leaves open are those of the steps."""
-    if isinstance(solver, AbstractMethod):
-        return solver
-    whole: diffrax.AbstractAdaptiveSolver = solver
-    if isinstance(solver, diffrax.AbstractImplicitSolver):
-        given = {"rtol": rtol, "atol": atol, "norm": optimistix.rms_norm}
-        # What is open is an object of diffrax's own, neither a number nor a function.
-        there = {name: getattr(solver.root_finder, name, 0.0) for name in given}
-        left = [name for name, x in there.items() if not (callable(x) or eqx.is_array_like(x))]
-        if left:
-            whole = eqx.tree_at(
-                lambda s: [getattr(s.root_finder, name) for name in left],
-                whole,
-                [given[name] for name in left],
-            )
-    return WholeStep(whole)
-
-
-SHARPER, SHARPEST = 100.0, 1e-12
-"""By how much, and down to which tolerance."""
-
-
-def sharp(solver: diffrax.AbstractAdaptiveSolver, rtol: float) -> WholeStep:
-    """An explicit solver whose steps are as exact as those of the implicit one at a tolerance.
-
-    The estimate of the implicit solver is of lower order than its steps, whose errors are a hundred
-    times smaller, or less. That of an explicit pair is as large as they are.
-    """
-    return WholeStep(solver, min(SHARPER, max(1.0, rtol / SHARPEST)))

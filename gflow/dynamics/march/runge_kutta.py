@@ -1,0 +1,128 @@
+r"""Explicit Runge–Kutta steps, from the tableaus of diffrax.
+
+$$k_i = f\Bigl(s + c_ih,\; y + h\sum_{j<i}a_{ij}k_j\Bigr), \qquad
+y' = y + h\sum_ib_ik_i, \qquad e = h\sum_i(b_i - \hat b_i)k_i.$$
+
+A step of diffrax's own does the same, with as much work beside the field as the field of a small
+network takes: of the march to log R = -10 a third.
+"""
+
+from typing import Any, TypeGuard
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.march.method import AtOnce, Step
+from gflow.problem.array import Array
+
+
+class RungeKutta(AtOnce):
+    """An explicit pair, which makes a step at once.
+
+    Attributes:
+        solver: whose tableau it is.
+        sharper: by how much its estimate of the error is to stay below the tolerance.
+        attempts: see ``patience``.
+    """
+
+    solver: diffrax.AbstractERK
+    sharper: float = 1.0
+    attempts: int | None = None
+
+    @property
+    def patience(self) -> int | None:
+        return self.attempts
+
+    @property
+    def _tableau(self) -> diffrax.ButcherTableau:
+        tableau = self.solver.tableau
+        assert isinstance(tableau, diffrax.ButcherTableau)
+        return tableau
+
+    @property
+    def exponent(self) -> float:
+        order = self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y))
+        assert order is not None  # the solver is adaptive
+        return 1 / float(order)
+
+    @property
+    def noise(self) -> float:
+        return self.sharper * super().noise
+
+    def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
+        return field(s, state)
+
+    def end(
+        self,
+        field: AbstractField,
+        s: Array,
+        h: Array,
+        state: FlowState,
+        attempt: Any,
+        seen: Any,
+        before: Any,
+    ) -> Step:
+        tableau = self._tableau
+        count = len(tableau.c) + 1
+        lower, nodes = np.zeros((count, count)), np.concatenate([[0.0], tableau.c])
+        for i, row in enumerate(tableau.a_lower, start=1):
+            lower[i, : len(row)] = row
+
+        def sums(coefficients: Any, slopes: FlowState) -> FlowState:
+            """The step times the sum of the slopes, each with its coefficient."""
+
+            def one(of_leaf: Array) -> Array:
+                weighted = jnp.asarray(coefficients, of_leaf.dtype)
+                return h.astype(of_leaf.dtype) * jnp.tensordot(
+                    weighted, of_leaf, 1, precision=jax.lax.Precision.HIGHEST
+                )
+
+            return jax.tree.map(one, slopes)
+
+        def stage(i: Array, slopes: FlowState) -> FlowState:
+            at = jax.tree.map(jnp.add, state, sums(jnp.asarray(lower)[i], slopes))
+            slope = field(s + jnp.asarray(nodes)[i] * h, at)
+            return jax.tree.map(lambda rows, row: rows.at[i].set(row), slopes, slope)
+
+        slopes = jax.tree.map(lambda k: jnp.zeros((count, *k.shape), k.dtype).at[0].set(k), before)
+        slopes = jax.lax.fori_loop(1, count, stage, slopes)
+        after = jax.tree.map(jnp.add, state, sums(tableau.b_sol, slopes))
+        error = jax.tree.map(lambda e: self.sharper * e, sums(tableau.b_error, slopes))
+        # The last stage of most pairs is the first of the next step.
+        if tableau.fsal:
+            memory = jax.tree.map(lambda rows: rows[-1], slopes)
+        else:
+            memory = field(s + h, after)
+        return Step(after, error, memory)
+
+    def counts(self, tally: Any, num_steps: int) -> tuple[int, int]:
+        tableau = self._tableau
+        return (len(tableau.c) + 1 - int(tableau.fsal)) * num_steps, 0
+
+    @property
+    def name(self) -> str:
+        return type(self.solver).__name__
+
+
+def is_explicit_pair(solver: Any) -> TypeGuard[diffrax.AbstractERK]:
+    """Whether a solver's step is what its tableau says, with an estimate of the error."""
+    if not isinstance(solver, diffrax.AbstractERK):
+        return False
+    plain = type(solver).step is diffrax.AbstractERK.step
+    return plain and isinstance(getattr(solver, "tableau", None), diffrax.ButcherTableau)
+
+
+SHARPER, SHARPEST = 100.0, 1e-12
+"""By how much, and down to which tolerance."""
+
+
+def sharp(solver: diffrax.AbstractERK, rtol: float, attempts: int) -> RungeKutta:
+    """An explicit solver whose steps are as exact as those of the implicit one at a tolerance.
+
+    The estimate of the implicit solver is of lower order than its steps, whose errors are a hundred
+    times smaller, or less. That of an explicit pair is as large as they are.
+    """
+    return RungeKutta(solver, min(SHARPER, max(1.0, rtol / SHARPEST)), attempts)
