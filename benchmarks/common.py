@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 import gflow
 from gflow.dynamics.march.lane import Goals, Lane, Member
 from gflow.dynamics.march.loop import lanes_at, march
-from gflow.dynamics.march.method import method_of
+from gflow.dynamics.march.of_diffrax import method_of
 from gflow.dynamics.march.tolerance import Tolerance, default_atol
 from gflow.dynamics.reasons import Reason
 from gflow.problem.observables import Reference, standard

@@ -136,6 +136,7 @@ def lemma_slacks(
     spectral: np.ndarray,
     rank_one_gap: np.ndarray,
     misalignment: np.ndarray,
+    spectral_at_start: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""What Ji and Telgarsky's Lemma 2 leaves at each point, never negative along the flow.
 
@@ -147,6 +148,7 @@ def lemma_slacks(
         start: the initial weights.
         frobenius, spectral, rank_one_gap: along the run, shape (points, layers).
         misalignment: shape (points, layers - 1).
+        spectral_at_start: the spectral norms of the start, shape (layers,), where they are known.
 
     Returns:
         (points, layers) and (points, layers - 1).
@@ -154,7 +156,9 @@ def lemma_slacks(
     constant = lemma_constant(start)
     with np.errstate(invalid="ignore"):
         tails = np.where(frobenius > 0, rank_one_gap * frobenius * (frobenius + spectral), 0.0)
-    squares = np.array([spectral_norm(np.asarray(matrix)) ** 2 for matrix in start])
+    if spectral_at_start is None:
+        spectral_at_start = np.array([spectral_norm(np.asarray(matrix)) for matrix in start])
+    squares = spectral_at_start**2
     turned = misalignment * (2 - misalignment) * spectral[:, 1:] ** 2
     return constant - tails, constant + squares[1:] + squares[:-1] - turned
 

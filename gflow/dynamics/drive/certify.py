@@ -126,7 +126,8 @@ def evidence(recorder: Recorder, *, conserved: bool) -> dict[str, np.ndarray]:
     if several:
         rank, values = class_slacks(start, column["singular_values"])
         return found | {"rank_slack": rank, "spectrum_slack": values}
-    rank_one, alignment = lemma_slacks(start, *(column[name] for name in LEMMA))
+    along = (column[name] for name in LEMMA)
+    rank_one, alignment = lemma_slacks(start, *along, spectral_at_start=column["spectral_norm"][0])
     return found | {"rank_one_slack": rank_one, "alignment_slack": alignment}
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from gflow.dynamics.drive.drive import AbstractLanes
 from gflow.dynamics.drive.progress import Pace
-from gflow.dynamics.drive.recorder import rows_for
+from gflow.dynamics.drive.recorder import rows_for, size_of
 from gflow.dynamics.field import FlowState
-from gflow.dynamics.march.lane import Lane, Member
+from gflow.dynamics.march.lane import Lane, Member, watching
 from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import as_array
@@ -106,7 +106,7 @@ class FlowLanes(AbstractLanes):
             for column in columns
         ]
         trips = TRIPS_AT_FIRST * (1 if self.method.iterates else EXPLICIT)
-        self.pace = Pace(min(trips, 4 * self.rows))
+        self.pace = Pace(min(trips, 4 * self.rows), size_of(alike[0].weights))
         self.lane: Lane | None = None
         self._stands: tuple[Lane, Any] | None = None
         """Lanes, and on the host where they stand."""
@@ -122,9 +122,10 @@ class FlowLanes(AbstractLanes):
             self.seats[k].seated = True
         self._stack()
         member, shared = self._members()
-        resumed = {k: self.seats[k].resumed for k in places if self.seats[k].resumed is not None}
-        for k in resumed:
-            self.seats[k].resumed = None
+        resumed: dict[int, Lane] = {}
+        for k in places:
+            if (lane := self.seats[k].resumed) is not None:
+                resumed[k], self.seats[k].resumed = watching(lane, bool(shared.rules)), None
         if not self.many:
             lane = resumed.get(0)
             if lane is None:

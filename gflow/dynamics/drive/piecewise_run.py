@@ -140,7 +140,7 @@ class PiecewiseRun(FlowRun):
             if found is not None and found.many:
                 # As much as may be stepped over, or up to the next kink.
                 part = max(found.part, min(found.second, 1.0), LEAST_PART)
-                longest = part * float(lane.s - lane.previous[0])
+                longest = part * float(lane.s - lane.began[0])
                 next_step = as_array(np.float64(min(float(at_kink.next_step), longest)))
                 at_kink = dataclasses.replace(at_kink, next_step=next_step)
             report.replace(at_kink)
@@ -189,7 +189,7 @@ class PiecewiseRun(FlowRun):
 
     def _go_back(self, lane: Lane, part: float) -> None:
         """Refuse the last step, and try a part of it."""
-        s, state, _ = lane.previous
+        s, state, _ = lane.began
         self._keep_counts(int(lane.num_steps) - 1)
         stand = Stand(float(s), state, int(lane.num_steps) - 1)
         self._leave(stand, part * float(lane.s - s))

@@ -39,9 +39,13 @@ to be asked seldom, and the buffers of all lanes are cleared at each call."""
 
 def rows_for(weights: Weights, width: int = 1) -> int:
     """How many states of each of ``width`` members are observed, or saved, in one call."""
-    size = sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
     most = ROWS if width == 1 else ROWS_OF_MANY
-    return max(1, min(most, BUFFER // (size * width)))
+    return max(1, min(most, BUFFER // (size_of(weights) * width)))
+
+
+def size_of(weights: Weights) -> int:
+    """How many numbers there are."""
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
 
 
 def filled(leaf: np.ndarray, rows: int) -> np.ndarray:

@@ -223,7 +223,7 @@ class Kinked:
         """
         if self.piece.rows is None:
             return None
-        s0, state0, _ = lane.previous
+        s0, state0, _ = lane.began
         before, ends = self._gates(), (float(s0), float(lane.s))
         if not ends[1] > ends[0]:
             return None

@@ -68,7 +68,7 @@ def land_on_kink(
     Returns:
         The lane there, the number of trials, and what they add to the solver's tally.
     """
-    s0, state0, memory0 = lane.previous
+    s0, state0, memory0 = lane.began
     before = method.tally(memory0)
 
     def trial(s: Array) -> Step:

@@ -23,7 +23,7 @@ def land(
     The step's length is found by the Illinois variant of regula falsi, each trial a true step of
     the solver from where the last one began. No attempt is on its way then: its length is zero.
     """
-    s0, state0, memory0 = lane.previous
+    s0, state0, memory0 = lane.began
 
     def progress(state: Any) -> Array:
         return rule.progress(observe(field, state, lane.num_steps, (rule,)))

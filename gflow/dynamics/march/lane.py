@@ -3,6 +3,7 @@
 All are pytrees of one member; of many, every array has the lanes on a leading axis.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -69,8 +70,8 @@ class Lane(Module):
     cut: Array
     """Whether it is shorter than the control would have it."""
     attempt: Any
-    previous: tuple[Array, FlowState, Any]
-    """Where the last accepted step began: (s, state, memory)."""
+    previous: tuple[Array, FlowState, Any] | None
+    """Where the last accepted step began: (s, state, memory). None where no rule is watched."""
     num_steps: Array
     num_rejected: Array
     refused: tuple[Array, Array]
@@ -81,6 +82,12 @@ class Lane(Module):
     """Number of the clock goal ahead."""
     steps_goal: Array
     reason: Array
+
+    @property
+    def began(self) -> tuple[Array, FlowState, Any]:
+        """Where the last accepted step began, of a lane whose member watches rules."""
+        assert self.previous is not None
+        return self.previous
 
 
 class Rows(NamedTuple):
@@ -105,3 +112,12 @@ class Saved(NamedTuple):
 def strong(tree: PyTree[Array]) -> PyTree[Array]:
     """The same arrays without JAX's weak types, so that one compilation serves them all."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype), tree)
+
+
+def watching(lane: Lane, watches: bool) -> Lane:
+    """A lane, or lanes, of a member that watches rules, or of one that does not."""
+    if watches == (lane.previous is not None):
+        return lane
+    return dataclasses.replace(
+        lane, previous=(lane.s, lane.state, lane.memory) if watches else None
+    )
