@@ -162,14 +162,17 @@ class NeuronTangent(AbstractTangent):
         flat = values.reshape(-1)
         return jnp.sum(flat.at[self.members].get(mode="fill", fill_value=0.0), 1)
 
+    def across_removed(self, vector: Weights, bends: AbstractBends) -> Weights:
+        """The part along all kinks: of weights, they themselves put on their kinks."""
+        part = bends.of_neurons(vector)
+        along = jnp.einsum("urd,ud->ur", self.across, part)
+        return bends.with_neurons(vector, part - jnp.einsum("urd,ur->ud", self.across, along))
+
     def project(
         self, normals: Callable[[Array], Weights], vector: Weights, bends: AbstractBends
     ) -> tuple[Weights, Array]:
-        part = bends.of_neurons(vector)
-        along = jnp.einsum("urd,ud->ur", self.across, part)
-        kept = part - jnp.einsum("urd,ur->ud", self.across, along)
-        multipliers = -jnp.einsum("urd,ud->ur", self.dual, part)
-        return bends.with_neurons(vector, kept), multipliers.reshape(-1)
+        multipliers = -jnp.einsum("urd,ud->ur", self.dual, bends.of_neurons(vector))
+        return self.across_removed(vector, bends), multipliers.reshape(-1)
 
 
 CUT = 1e-11
