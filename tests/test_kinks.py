@@ -559,3 +559,21 @@ def test_units_that_slide_together_behind_a_layer_share_the_gate_that_their_leng
     assert h[0, 1] == h[1, 1] == 0
     assert np.isclose(seen.theta[0], -(on * b) @ h[:, 0] / (b[:2] @ h[:2, 0]), rtol=1e-12)
     assert np.isclose(seen.pull[0], b[0] + b[1] * h[1, 0] / h[0, 0], rtol=1e-12)
+
+    # At points x and -2x the neuron in front slides too: its gates differ, and what these put into
+    # the normals behind it counts for its own slide.
+    x = np.array([[1.0, 0.5], [-2.0, -1.0], [0.3, -1.0]])
+    first, second = np.array([[0.5, -1.0], [1.0, 0.3]]), np.array([[0.8, 0.0], [0.4, 0.5]])
+    problem = gflow.Problem(gflow.Regression(x, [-2.0, 0.3, 2.0]), gflow.MLP(slope=0.1))
+    weights = problem.check((first, second, last))
+    with jax.enable_x64(True):
+        piece = Piece(problem, problem.network.kinks(weights, problem.data), weights, None)
+        slides = {
+            0: Slide(np.array([0, 4]), np.array([1.0, -2.0]), 0.3),
+            2: Slide(np.array([2, 6]), np.array([1.0, -0.7]), 0.5),
+        }
+        piece.patterns.replace(None, slides, force)
+        piece.freeze()
+        seen = piece.look(weights).at
+    b = np.asarray(seen.force)[:, 2]  # h is 1.15 and -0.23
+    assert np.isclose(seen.pull[1], 0.9 * (b[0] + 0.2 * b[1]), rtol=1e-12)
