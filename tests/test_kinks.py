@@ -409,6 +409,24 @@ def test_kinks_of_two_layers_that_meet_are_passed_as_by_descent(two_hidden_layer
         when = gflow.kinks(flow).log_time.values
         assert np.all(np.diff(when) >= 0) and when[-1] < np.log(15.0)
 
+def test_a_way_on_that_seems_at_rest_is_followed_until_slow_units_have_left():
+    # Gates of the second layer far sharper than those of the first rest where two units of the
+    # first slide. One of them leaves, at 1/30 of a width in one of time; off by 0.12 if it did not.
+    layers = np.zeros((5, 5))
+    layers[2:, :2] = [[1.97552, -0.70839], [-0.82294, 0.77873], [1.20625, -0.05913]]
+    normals, root = np.zeros((5, 3)), np.sqrt(4.340483)
+    normals[[0, 1], [0, 1]] = root
+    base = np.array([0.0870627 / root, 0.17152 / root, 0.3])
+    force = np.array([0, 0, 0.07743, -0.06979, -0.12989])
+    on, free = np.arange(5) == 3, np.arange(5) == 1
+    at = Block(np.arange(5), normals, base, force, np.zeros(5), on, free)
+    speed, gates = np.array([0.0870627, 0, 0, 0, 0]), np.array([0, 0.3025, 0, 1, 0])
+    own, number = np.arange(5) < 2, np.array([1, 1, 2, 2, 2])
+    groups = decide_layers(at, Layers(own, layers, number, speed, gates), None)
+    sides = {int(group.members[0]): group.side for group in groups}
+    assert sides == {0: 1, 1: 0, 2: 1, 3: -1, 4: 1}
+
+
 
 def test_a_run_ends_by_name_where_limits_part_or_no_gates_lead_on():
     # At the first descent stays on a kink that smoothed gates leave. At the second gates of a unit
