@@ -278,6 +278,48 @@ def test_relu_in_a_network_of_ones_own_is_the_same(to_five):
         np.testing.assert_allclose(a, b, atol=LOCATED)
 
 
+def test_deep_networks_of_frameworks_have_the_kinks_of_the_same_mlp():
+    rng = np.random.default_rng(0)
+    shapes = ((5, 3), (4, 5), (2, 4))
+    layers = tuple((rng.normal(size=s), rng.normal(size=s[0])) for s in shapes)
+    data = gflow.Regression(rng.normal(size=(6, 3)), rng.normal(size=(6, 2)))
+    gates = rng.uniform(size=(6, 9))
+
+    def seen(network, weights):
+        problem = gflow.Problem(data, network)
+        bends = network.kinks(problem.check(weights), data)
+        assert bends.place().layer.tolist() == [1] * 5 + [2] * 4
+        with jax.enable_x64(True):
+            parts = bends.evaluate(weights, data, jnp.asarray(gates), None)
+            log_risk, gradient = problem.log_risk_and_gradient(weights)
+        return [*map(np.asarray, parts), np.asarray(log_risk)], gradient
+
+    wanted, gradient = seen(gflow.MLP(), layers)
+    sizes, key = {"in_size": 3, "out_size": 2, "width_size": 1, "depth": 2}, jax.random.key(0)
+    model = eqx.nn.MLP(**sizes, activation=gflow.relu, key=key)
+    model = eqx.tree_at(
+        lambda m: [leaf for layer in m.layers for leaf in (layer.weight, layer.bias)],
+        model,
+        jax.tree.leaves(layers),
+    )
+    got, slopes = seen(*gflow.from_equinox(model))
+    for a, b in zip(
+        [*got, *jax.tree.leaves(slopes)], [*wanted, *jax.tree.leaves(gradient)], strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+    nn = pytest.importorskip("flax.linen", reason="flax is in the extra `images`")
+    module = nn.Sequential([nn.Dense(5), gflow.relu, nn.Dense(4), gflow.relu, nn.Dense(2)])
+    params = {
+        f"layers_{2 * k}": {"kernel": matrix.T, "bias": bias}
+        for k, (matrix, bias) in enumerate(layers)
+    }
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        got, _ = seen(*gflow.from_flax(module, params))
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_many_units_are_decided_about_as_each_by_itself():
     rng = np.random.default_rng(0)
     normals, base, force = (
@@ -408,6 +450,41 @@ def test_kinks_of_two_layers_that_meet_are_passed_as_by_descent(two_hidden_layer
         assert large < 3e-3 and small < large / 4
         when = gflow.kinks(flow).log_time.values
         assert np.all(np.diff(when) >= 0) and when[-1] < np.log(15.0)
+
+
+def test_a_way_on_that_seems_at_rest_is_followed_until_slow_units_have_left():
+    # Gates of the second layer far sharper than those of the first rest where two units of the
+    # first slide. One of them leaves, at 1/30 of a width in one of time; off by 0.12 if it did not.
+    layers = np.zeros((5, 5))
+    layers[2:, :2] = [[1.97552, -0.70839], [-0.82294, 0.77873], [1.20625, -0.05913]]
+    normals, root = np.zeros((5, 3)), np.sqrt(4.340483)
+    normals[[0, 1], [0, 1]] = root
+    base = np.array([0.0870627 / root, 0.17152 / root, 0.3])
+    force = np.array([0, 0, 0.07743, -0.06979, -0.12989])
+    on, free = np.arange(5) == 3, np.arange(5) == 1
+    at = Block(np.arange(5), normals, base, force, np.zeros(5), on, free)
+    speed, gates = np.array([0.0870627, 0, 0, 0, 0]), np.array([0, 0.3025, 0, 1, 0])
+    own, number = np.arange(5) < 2, np.array([1, 1, 2, 2, 2])
+    groups = decide_layers(at, Layers(own, layers, number, speed, gates), None)
+    sides = {int(group.members[0]): group.side for group in groups}
+    assert sides == {0: 1, 1: 0, 2: 1, 3: -1, 4: 1}
+
+
+def test_certified_errors_cover_those_of_a_flow_through_kinks_of_two_layers():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(6, 2))
+    problem = gflow.Problem(gflow.Dataset(x, np.sign(x[:, 0] * x[:, 1] + 0.2)), gflow.MLP(0.1))
+    weights = []
+    for shape in ((3, 2), (3, 3), (1, 3)):
+        weights.append(rng.normal(size=shape) * 0.7)
+        rng.normal(size=shape[0])
+    options = {"until": gflow.LogRisk(-3.0), "save": 4, "solver": diffrax.Tsit5(), **QUIET}
+    flow = gflow.gradient_flow(problem, tuple(weights), rtol=1e-5, certify=True, **options)
+    exact = gflow.gradient_flow(problem, tuple(weights), rtol=1e-10, **options)
+    assert flow.attrs["num_joint_slides"] > 0 and set(gflow.kinks(flow).layer.values) == {1, 2}
+    for name in ("margin", "norm"):
+        off, bar = np.abs(flow[name] - exact[name]).values, flow[f"{name}_error"].values
+        assert np.all(off <= bar) and bar[-1] < 1e-3
 
 
 def test_a_run_ends_by_name_where_limits_part_or_no_gates_lead_on():
@@ -559,3 +636,21 @@ def test_units_that_slide_together_behind_a_layer_share_the_gate_that_their_leng
     assert h[0, 1] == h[1, 1] == 0
     assert np.isclose(seen.theta[0], -(on * b) @ h[:, 0] / (b[:2] @ h[:2, 0]), rtol=1e-12)
     assert np.isclose(seen.pull[0], b[0] + b[1] * h[1, 0] / h[0, 0], rtol=1e-12)
+
+    # At points x and -2x the neuron in front slides too: its gates differ, and what these put into
+    # the normals behind it counts for its own slide.
+    x = np.array([[1.0, 0.5], [-2.0, -1.0], [0.3, -1.0]])
+    first, second = np.array([[0.5, -1.0], [1.0, 0.3]]), np.array([[0.8, 0.0], [0.4, 0.5]])
+    problem = gflow.Problem(gflow.Regression(x, [-2.0, 0.3, 2.0]), gflow.MLP(slope=0.1))
+    weights = problem.check((first, second, last))
+    with jax.enable_x64(True):
+        piece = Piece(problem, problem.network.kinks(weights, problem.data), weights, None)
+        slides = {
+            0: Slide(np.array([0, 4]), np.array([1.0, -2.0]), 0.3),
+            2: Slide(np.array([2, 6]), np.array([1.0, -0.7]), 0.5),
+        }
+        piece.patterns.replace(None, slides, force)
+        piece.freeze()
+        seen = piece.look(weights).at
+    b = np.asarray(seen.force)[:, 2]  # h is 1.15 and -0.23
+    assert np.isclose(seen.pull[1], 0.9 * (b[0] + 0.2 * b[1]), rtol=1e-12)

@@ -162,14 +162,17 @@ class NeuronTangent(AbstractTangent):
         flat = values.reshape(-1)
         return jnp.sum(flat.at[self.members].get(mode="fill", fill_value=0.0), 1)
 
+    def across_removed(self, vector: Weights, bends: AbstractBends) -> Weights:
+        """The part along all kinks: of weights, they themselves put on their kinks."""
+        part = bends.of_neurons(vector)
+        along = jnp.einsum("urd,ud->ur", self.across, part)
+        return bends.with_neurons(vector, part - jnp.einsum("urd,ur->ud", self.across, along))
+
     def project(
         self, normals: Callable[[Array], Weights], vector: Weights, bends: AbstractBends
     ) -> tuple[Weights, Array]:
-        part = bends.of_neurons(vector)
-        along = jnp.einsum("urd,ud->ur", self.across, part)
-        kept = part - jnp.einsum("urd,ur->ud", self.across, along)
-        multipliers = -jnp.einsum("urd,ud->ur", self.dual, part)
-        return bends.with_neurons(vector, kept), multipliers.reshape(-1)
+        multipliers = -jnp.einsum("urd,ud->ur", self.dual, bends.of_neurons(vector))
+        return self.across_removed(vector, bends), multipliers.reshape(-1)
 
 
 CUT = 1e-11
@@ -197,11 +200,15 @@ class WeightTangent(AbstractTangent):
             return pattern.tie
 
         def now() -> Array:
+            # What a unit behind another that slides has of the normal of that one is no part of it.
             each = self.of_slots(normals)
-            squares = jnp.sum(_flat(each, self.active.shape[0]) ** 2, 1)
-            products = jax.vmap(moved)(each)
+            flat = _flat(each, self.active.shape[0])
+            coefficients = self._coefficients(flat)
+            duals = jax.tree.map(lambda rows: jnp.tensordot(coefficients, rows, 1), each)
+            products = jax.vmap(moved)(duals)
             own = jnp.abs(jnp.take_along_axis(products, pattern.slot[None], 0)[0])
-            alpha = own / jnp.where(squares > 0, squares, 1.0)[pattern.slot]
+            first = jnp.sum((coefficients @ flat) * flat, 1)
+            alpha = own / jnp.where(first > 0, first, 1.0)[pattern.slot]
             tie = alpha * (1 - jnp.asarray(bends.place().lower)[None, :])
             return jnp.where(pattern.sliding & (tie > 0), tie, pattern.tie)
 
@@ -216,15 +223,19 @@ class WeightTangent(AbstractTangent):
             return vector, jnp.zeros((0,))
         each = self.of_slots(normals)
         flat, ahead = _flat(each, size), _flat(jax.tree.map(lambda x: x[None], vector), 1)[0]
+        multipliers = -self._coefficients(flat) @ (flat @ ahead)
+        moved = jax.tree.map(lambda x, rows: x + jnp.tensordot(multipliers, rows, 1), vector, each)
+        return moved, multipliers
+
+    def _coefficients(self, flat: Array) -> Array:
+        """Of normals in their dual vectors, which take a vector to its multipliers, (C, C)."""
         norms = jnp.sqrt(jnp.sum(flat**2, 1))
         scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1.0), 0.0)
         unit = flat * scale[:, None]
         values, vectors = jnp.linalg.eigh(unit @ unit.T)
-        kept = values > CUT * size
+        kept = values > CUT * self.active.shape[0]
         inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
-        multipliers = -scale * (vectors @ (inverse * (vectors.T @ (unit @ ahead))))
-        moved = jax.tree.map(lambda x, rows: x + jnp.tensordot(multipliers, rows, 1), vector, each)
-        return moved, multipliers
+        return scale[:, None] * ((vectors * inverse[None, :]) @ vectors.T) * scale[None, :]
 
     def of_slots(self, normals: Callable[[Array], Weights]) -> Weights:
         """The normals, on a leading axis; zero of slots that are not in use."""

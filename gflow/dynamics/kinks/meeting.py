@@ -109,18 +109,22 @@ class Meeting(NamedTuple):
         return int(np.ptp(self.layers.layer))
 
     def activated(self, zeta: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pre-activations of rows of zeta, and their gates; sharp ones for widths of zero."""
-        z, smooth = zeta, width > 0
-        some = np.where(smooth, width, 1.0)
+        """Pre-activations, and their gates smoothed over some widths, all positive, (k,)."""
+        z = zeta
         for _ in range(self.passes):
-            soft = some * np.logaddexp(0.0, z / some)
-            h = self.lower * z + (1 - self.lower) * np.where(smooth, soft, np.maximum(z, 0.0))
-            z = zeta + h @ self.later.T
-        part = np.exp(-np.logaddexp(0.0, -z / some))
-        return z, self.lower + (1 - self.lower) * np.where(smooth, part, z > 0)
+            soft = width * np.logaddexp(0.0, z / width)
+            z = zeta + self.later @ (self.lower * z + (1 - self.lower) * soft)
+        return z, self.lower + (1 - self.lower) * np.exp(-np.logaddexp(0.0, -z / width))
+
+    def sharp(self, zeta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Likewise, with gates as they are."""
+        z = zeta
+        for _ in range(self.passes):
+            z = zeta + self.later @ np.where(z > 0, z, self.lower * z)
+        return z, np.where(z > 0, 1.0, self.lower)
 
     def nu(self, gates: np.ndarray) -> np.ndarray:
-        r"""$\nu$ of rows of gates."""
+        r"""$\nu$ of gates, (k,)."""
         nu = gates * self.force
         for _ in range(self.passes):
             nu = gates * (self.force + nu @ self.later)

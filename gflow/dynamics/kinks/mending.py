@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
-from gflow.problem.bends import past_ends, past_kinks, sight
+from gflow.problem.bends import Pattern, past_ends, past_kinks, sight
 from gflow.problem.weights import squared_norm
 
 
@@ -49,9 +49,7 @@ class End(NamedTuple):
     r"""$-d\log R/ds$."""
 
 
-@eqx.filter_jit
-def seen_at(field: AbstractField, s: Array, state: FlowState) -> End:
-    """What is seen in a pattern at the end of a step."""
+def _seen(field: AbstractField, s: Array, state: FlowState) -> End:
     at = sight(field.problem, state.weights)
     square = squared_norm(at.velocity)
     rate = field.clock.rate(s, at.log_risk, square)
@@ -62,31 +60,38 @@ def seen_at(field: AbstractField, s: Array, state: FlowState) -> End:
 
 
 @eqx.filter_jit
+def seen_at(field: AbstractField, s: Array, state: FlowState) -> End:
+    """What is seen in a pattern at the end of a step."""
+    return _seen(field, s, state)
+
+
+@eqx.filter_jit
 def mended(
     field: AbstractField,
     tolerance: AbstractTolerance,
     s: Array,
     before: FlowState,
     state: FlowState,
-    change: Array,
+    new: Pattern,
     since: Array,
     ramp: Array,
     ratio: Array,
     curved: Array,
-) -> tuple[FlowState, Array]:
-    """The mended end of a step, and the norm of what is left.
+) -> tuple[FlowState, Array, End]:
+    """The mended end of a step, on its kinks; the norm of what is left; what is seen there.
 
     Args:
         field: with the gates of the step.
         tolerance: whose norm it is.
         s, before, state: the clock at the end, and the states at both ends.
-        change: of the gates, (n, U).
+        new: the pattern there.
         since: how long ago, of each neuron, (U,).
         ramp: which neurons only left a slide, (U,).
         ratio: the relative change of the jumps in that time.
         curved: likewise of what slides that have ended differ by.
     """
     gates = field.problem.network.pattern.gates  # pyright: ignore
+    bends, change = field.problem.network.bends, new.gates - gates  # pyright: ignore
 
     def at_gates(gates: Array, s: Array, state: FlowState) -> FlowState:
         there = eqx.tree_at(lambda f: f.problem.network.pattern.gates, field, gates)
@@ -129,4 +134,7 @@ def mended(
         lambda: jnp.zeros_like(of_first),
     )
     left = ratio * of_later + curved * ended + jnp.where(several, norm(together) / 2, 0.0)
-    return after, left
+    weights = new.tangent.across_removed(after.weights, bends)
+    after = FlowState(weights, after.scaled_time)
+    there = eqx.tree_at(lambda f: f.problem.network.pattern, field, new)
+    return after, left, _seen(there, s, after)

@@ -147,7 +147,6 @@ class Over:
             norm += left
             if not norm <= ALLOWED:
                 break
-            self.end = self._look(1, state)
         else:
             norm = np.inf
         if tried:
@@ -211,28 +210,24 @@ class Over:
             patterns.open(list(slid), np.asarray(self.end.theta))
         base = patterns.frozen()
         self._decide(events, slid)
-        old, new = np.asarray(base.gates), np.asarray(patterns.pattern.gates)
         since, ramp = np.zeros(piece.num_units), np.zeros(piece.num_units, bool)
         since[events.neuron], ramp[events.neuron] = events.since, events.unit < 0
         ratio, curved = (mean_ratio(events, events.unit >= 0), mean_ratio(events, events.unit < 0))
-        field = tree_at(lambda f: f.problem.network.pattern, self.field, base)
-        after, left = mended(
-            field,
+        after, left, seen = mended(
+            tree_at(lambda f: f.problem.network.pattern, self.field, base),
             self.tolerance,
             as_array(np.float64(self.s[1])),
             self.states[0],
             state,
-            as_array(new - old),
+            patterns.frozen(),
             as_array(since),
             as_array(ramp),
             as_array(np.float64(ratio)),
             as_array(np.float64(curved)),
         )
         self.longest[events.neuron] = events.since
-        self.field = tree_at(lambda f: f.problem.network.pattern, field, patterns.frozen())
-        after = jax.tree.map(np.asarray, after)
-        weights = piece.put_on_kinks(after.weights, events.neuron.tolist())
-        return FlowState(weights, after.scaled_time), float(left)
+        self.end, left = jax.device_get((seen, left))
+        return after, float(left)
 
     def _events(self, turn: int) -> Events:
         """The first kink of each neuron that is past one at the end of the step."""

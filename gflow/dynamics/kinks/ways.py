@@ -36,9 +36,9 @@ ALIKE = 0.05
 CLEAR = 0.1
 """A sum below this part of its terms is small since they cancel."""
 
-SEEN, MOST_STEPS, NEAR, ASTRAY, NOISE = 60.0, 10000, 2.0, 0.5, 15.0
-"""Of descents: widths and most steps by which they are followed, twice, and widths ahead from which
-they begin; the part of the speed, and widths, that they may be off by."""
+SEEN, FEWEST_STEPS, MOST_STEPS, NEAR, ASTRAY, NOISE = 30.0, 200, 5000, 2.0, 0.5, 2.0
+"""Of descents: widths, and the fewest and most steps, over which their means are taken, and widths
+ahead from which they begin; the part of the speed, and widths, that they may be off by."""
 
 BOTH_WAYS = "both ways lead away from it"
 
@@ -141,25 +141,22 @@ def _strays(at: Meeting, width: np.ndarray, speed: np.ndarray) -> np.ndarray:
     """Which units descent leads elsewhere than at some speed, (k,).
 
     Its steps are of one of time, and gates are sharp: the function is homogeneous, so that steps
-    of other sizes go the same ways.
+    of other sizes go the same ways. Means over many of them are compared, in which its zigzag of a
+    width does not hide that a unit leaves slowly.
     """
     zeta, scaled = at.starts(width, NEAR)[-1], np.abs(speed) / width
     comes = np.abs(at.layers.speed) / width
     slow, late = (np.min(x[x > STILL], initial=1.0) for x in (scaled, comes))
-    coming, half = (int(np.clip(x, 200, MOST_STEPS)) for x in (2 * NEAR / late, SEEN / slow))
-    lower, later, force, gram = at.lower, at.later, at.force, at.gram
-    passes, z, seen = at.passes, zeta, []
-    for steps in (coming, half, half):
+    counts = (2 * NEAR / late, SEEN / slow)
+    coming, half = (int(np.clip(x, FEWEST_STEPS, MOST_STEPS)) for x in counts)
+    seen = []
+    for steps in (coming + 2 * half, half, half):
+        total = np.zeros(len(zeta))
         for _ in range(steps):
-            z = zeta
-            for _ in range(passes):
-                z = zeta + later @ np.where(z > 0, z, lower * z)
-            gates = np.where(z > 0, 1.0, lower)
-            nu = gates * force
-            for _ in range(passes):
-                nu = gates * (force + nu @ later)
-            zeta = zeta + at.ahead + gram @ nu
-        seen.append(z)
+            z, gates = at.sharp(zeta)
+            zeta = zeta + at.ahead + at.gram @ at.nu(gates)
+            total = total + z
+        seen.append(total / steps)
     moved, expected = (seen[2] - seen[1]) / width, half * speed / width
     return np.abs(moved - expected) > ASTRAY * np.max(np.abs(expected), initial=0.0) + NOISE
 

@@ -82,18 +82,23 @@ def lanes_at(
     def one(own: Member, s: Array, state: FlowState, before: tuple[Array, Array, Array]) -> Lane:
         member = eqx.combine(own, shared)
         field, zero, none = member.field, jnp.zeros_like(s), jnp.zeros((), jnp.int64)
-        slope = field(s, state)
-        weights = FlowState(state.weights, zero)
-        motion = FlowState(slope.weights, zero)
-        norm = member.tolerance.at_start.norm
-        first = 0.01 * norm(weights, weights, weights) / norm(motion, weights, weights)
-        memory = method.start(field, s, state, first)
         given, num_steps, num_rejected = before
+
+        def measured() -> Array:
+            slope = field(s, state)
+            weights = FlowState(state.weights, zero)
+            motion = FlowState(slope.weights, zero)
+            norm = member.tolerance.at_start.norm
+            return 0.01 * norm(weights, weights, weights) / norm(motion, weights, weights)
+
+        # A run begins again behind each of its kinks, with a step that it knows.
+        first = jax.lax.cond(jnp.isnan(given), measured, lambda: given)
+        memory = method.start(field, s, state, first)
         lane = Lane(
             s=s,
             state=state,
             memory=memory,
-            next_step=jnp.where(jnp.isnan(given), first, given),
+            next_step=first,
             error=jnp.ones_like(s),
             step=zero,
             lands=jnp.array(False),
