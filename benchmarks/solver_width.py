@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gflow
-from gflow.dynamics.radau import newton
+from gflow.dynamics.radau import stages
 
 WIDTHS = (64, 256, 1024, 2048)
 GOAL, RTOL = -1e6, 1e-6
@@ -46,7 +46,7 @@ def evaluation(work, repeats):
         margins = field.problem.margins(state.weights)
         offsets = (margins - margins.min())[None]
         vectors = field.no_vectors(state.weights)
-        return newton.evaluate(field, state.weights, vectors, nothing, offsets, s[None]).derivatives
+        return stages.evaluate(field, state.weights, vectors, nothing, offsets, s[None]).derivatives
 
     def readings():
         for _ in range(3 * count):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gflow
-from gflow.dynamics.radau import newton, part
+from gflow.dynamics.radau import jacobian, newton, part
 from gflow.dynamics.radau.spectral import NEGLIGIBLE, SINGLE, Spectral, Systems
 from gflow.dynamics.radau.tableau import radau
 
@@ -188,12 +188,12 @@ def test_a_network_written_as_a_function_takes_the_same_steps_as_its_deep_linear
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("large", [newton.LARGE[True], 1])
+@pytest.mark.parametrize("large", [jacobian.LARGE[True], 1])
 def test_sharing_one_jacobian_among_the_stages_changes_nothing(large, field, monkeypatch):
     weights = state(start()).weights
     separate, _, _ = walked(field, weights, 0.05, 4, gflow.GaussNewton())
     monkeypatch.setattr(newton, "DIRECT", 0)
-    monkeypatch.setattr(newton, "LARGE", {True: large})
+    monkeypatch.setattr(jacobian, "LARGE", {True: large})
     shared, _, _ = jax.jit(lambda *a: walk(*a))(field, weights, 0.05, 4, gflow.GaussNewton())
     for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(separate), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)

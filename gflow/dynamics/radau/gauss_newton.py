@@ -13,9 +13,9 @@ from jax.scipy.sparse.linalg import gmres
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.method import AbstractMethod, Step
-from gflow.dynamics.radau import newton
-from gflow.dynamics.radau.newton import Attempt, Balance, Solution, Stages
+from gflow.dynamics.radau import ending, jacobian, newton
 from gflow.dynamics.radau.part import Part
+from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages, evaluate
 from gflow.dynamics.radau.tableau import legendre_values, radau
 from gflow.problem.array import Array
 from gflow.problem.weights import Factors, Weights, move
@@ -118,7 +118,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
             newton_error=newton_error,
         )
         at = self._evaluate(field, y0.weights, t0, h)(h * radau(self.stages).matrix, *found[1:3])
-        end = newton.end(self.stages, self.tolerance, h, y0, log_risk, found, error, at)
+        end = ending.end(self.stages, self.tolerance, h, y0, log_risk, found, error, at)
         dense = {"state": y0, "derivatives": derivatives, "time_slopes": end.time_slopes}
         return end.state, end.error, dense, found, diffrax.RESULTS.successful
 
@@ -161,13 +161,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         return evaluate(attempt.coefficients, attempt.derivatives, attempt.offsets)
 
     def correct(self, field: AbstractField, h: Array, attempt: Attempt, seen: Stages) -> Attempt:
-        # Decomposed once a step, and again where corrections do not shrink as fast as they should.
-        if newton.decomposes(attempt):
-            attempt = jax.lax.cond(
-                newton.stale(attempt),
-                lambda: newton.decomposed(field, self.stages, h, attempt, seen),
-                lambda: attempt,
-            )
+        attempt = jacobian.up_to_date(field, self.stages, h, attempt, seen)
         return newton.correct(field, self.stages, h, attempt, seen)
 
     def work(
@@ -222,20 +216,20 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         def once(at: Attempt) -> Attempt:
             return newton.correct(field, self.stages, h, at, look(at))
 
-        # Decompositions have a loop of their own: what a condition gives is copied.
+        # The same as ``correct`` in a loop of its own: what a condition gives is copied.
         def through(at: Attempt) -> Attempt:
-            fresh = newton.decomposed(field, self.stages, h, at, look(at))
+            fresh = jacobian.decomposed(field, self.stages, h, at, look(at))
             going = (fresh, jnp.array(True))
 
             def unfinished(loop: tuple[Attempt, Array]) -> Array:
                 at, first = loop
-                return ~self.solved(at) & (first | ~newton.stale(at))
+                return ~self.solved(at) & (first | ~jacobian.stale(at))
 
             further = lambda loop: (once(loop[0]), jnp.array(False))  # noqa: E731
             return jax.lax.while_loop(unfinished, further, going)[0]
 
         def all_of_them(attempt: Attempt, wanted: Array) -> Attempt:
-            body = through if newton.decomposes(attempt) else once
+            body = through if jacobian.decomposes(attempt) else once
             return jax.lax.while_loop(lambda at: wanted & ~self.solved(at), body, attempt)
 
         return all_of_them
@@ -258,9 +252,9 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
             num_evaluations=before.num_evaluations + self.stages * (attempt.count + 1),
             newton_error=newton.remaining(attempt.size, attempt.contraction),
         )
-        error = newton.error_of_weights(self.stages, h, attempt)
+        error = ending.error_of_weights(self.stages, h, attempt)
         log_risk = attempt.frame.log_risk
-        end = newton.end(self.stages, self.tolerance, h, state, log_risk, found, error, seen)
+        end = ending.end(self.stages, self.tolerance, h, state, log_risk, found, error, seen)
         return Step(end.state, end.error, found)
 
     def tally(self, memory: Solution) -> tuple[Array, Array]:
@@ -275,7 +269,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     ) -> Callable[[Array, Factors, Array], Stages]:
         """The field at all stages of a step, as a function of the unknowns."""
         nodes = s + h * radau(self.stages).nodes
-        return lambda coefficients, derivatives, offsets: newton.evaluate(
+        return lambda coefficients, derivatives, offsets: evaluate(
             field, weights, derivatives, coefficients, offsets, nodes, log_share
         )
 
@@ -293,7 +287,7 @@ def _solve_stages(
 ) -> tuple[tuple[Factors, Array], tuple[Array, Array, Array, list[Array]]]:
     """Derivatives and offsets at the stages; Newton's count and error, log R, the step's error."""
     last, _ = solver.solve(field, t0, h, FlowState(weights, jnp.zeros_like(h)), before)
-    error = newton.error_of_weights(solver.stages, h, last)
+    error = ending.error_of_weights(solver.stages, h, last)
     left = newton.remaining(last.size, last.contraction)
     return (last.derivatives, last.offsets), (last.count, left, last.frame.log_risk, error)
 

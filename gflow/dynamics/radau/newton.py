@@ -67,118 +67,20 @@ Hairer and Wanner, *Solving Ordinary Differential Equations II* (1996), IV.5, IV
 Albersmeyer and Diehl, *The lifted Newton method*, SIAM J. Optim. 20 (2010).
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from gflow.dynamics.field import AbstractField, FlowState
-from gflow.dynamics.radau.batching import solve, solve_differentiably
-from gflow.dynamics.radau.spectral import LARGE, SINGLE, Systems
-from gflow.dynamics.radau.tableau import decay_rate, legendre_values, radau
+from gflow.dynamics.field import AbstractField
+from gflow.dynamics.radau import jacobian
+from gflow.dynamics.radau.batching import solve
+from gflow.dynamics.radau.spectral import Systems
+from gflow.dynamics.radau.stages import Attempt, Solution, Stages, axes, evaluate, start_frame
+from gflow.dynamics.radau.tableau import legendre_values, radau
 from gflow.problem.array import Array
-from gflow.problem.design import AbstractDesign
-from gflow.problem.risk import Problem
-from gflow.problem.terms import AbstractCurvature
-from gflow.problem.weights import Factors, Weights, combined, move, shaped
+from gflow.problem.weights import Factors, Weights
 
 DIRECT = 100
 """Up to this order the linear system is solved as it is; beyond, the stages share a Jacobian."""
-
-SLOW, PATIENCE = 0.5, 6
-"""If corrections shrink by no more than the one after so many, there is a fresh Jacobian."""
-
-KEPT, KEPT_LOOKS = 0.03, 3
-"""A decomposition serves for the next attempt too, up to the sizes of both matrices, where
-corrections have shrunk by more than the first, and as long as they do after so many. Not beyond the
-order of ``SINGLE``: ten digits take a quarter more corrections with it."""
-
-
-class Solution(NamedTuple):
-    """What a step hands to the next: its equations' solution, and counts since the start."""
-
-    step: Array
-    derivatives: Factors
-    """K, p vectors."""
-    offsets: Array
-    """Margins up to a common level, shape (p, n)."""
-    num_iterations: Array
-    num_evaluations: Array
-    """Of the field, one for each stage in each iteration."""
-    newton_error: Array
-    """Of the last step, relative to the weights: the precision reached."""
-
-
-class Balance(NamedTuple):
-    """What a step's end asks of the field at its stages, shapes (p,)."""
-
-    log_risk: Array
-    rate: Array
-    squared_norm: Array
-
-
-class Stages(NamedTuple):
-    """The field at the stages of a step; the stages are the leading axis of all arrays."""
-
-    derivatives: Factors
-    log_risk: Array
-    rate: Array
-    squared_norm: Array
-    slopes: Array
-    curvature: AbstractCurvature
-    gap: Array
-
-    @property
-    def balance(self) -> Balance:
-        return Balance(self.log_risk, self.rate, self.squared_norm)
-
-
-class Frame(NamedTuple):
-    """:math:`G_0`: the pullback of a cotangent Z, (q, d), is ``lefts[k].T @ Z @ columns[k]``."""
-
-    lefts: list[Array]
-    """Shapes (q, rows)."""
-    columns: list[Array]
-    """Shapes (d, columns)."""
-    gram: Array
-    sizes: list[Array]
-    """Frobenius norm of each array of weights."""
-    log_risk: Array
-
-    def project(self, vectors: Factors) -> Array:
-        """:math:`G_0 K_j`, shape (J, m)."""
-        parts = [
-            jnp.einsum("qx,jrx,jrd->jqd", a, left, right @ b.T, optimize="optimal")
-            for left, right, a, b in zip(*vectors, self.lefts, self.columns, strict=True)
-        ]
-        return sum(parts[1:], parts[0]).reshape(len(parts[0]), -1)
-
-    def pull(self, cotangents: Array) -> list[Array]:
-        """Right factors of the pullbacks of z_j, beside ``lefts``: shapes (J, q, columns)."""
-        z = cotangents.reshape(*cotangents.shape[:-1], self.lefts[0].shape[0], -1)
-        return [z @ b for b in self.columns]
-
-
-class Attempt(NamedTuple):
-    """A Newton iterate: stage weights are :math:`W_0` + ``coefficients`` @ ``derivatives``."""
-
-    frame: Frame
-    count: Array
-    coefficients: Array
-    derivatives: Factors
-    projection: Array
-    offsets: Array
-    size: Array
-    """Of the last correction, relative to the weights."""
-    contraction: Array
-    stiffness: Array | Systems
-    """The last stage's :math:`\\varphi^2\\mu A^\\top H A`, shape (m, m); of a large system, of all
-    stages, as it was last decomposed."""
-    kept: Array
-    """Whether that was in an attempt before."""
 
 
 def at_rest(field: AbstractField, stages: int, s: Array, weights: Weights, h: Array) -> Solution:
@@ -198,33 +100,6 @@ def at_rest(field: AbstractField, stages: int, s: Array, weights: Weights, h: Ar
     )
 
 
-def evaluate(
-    field: AbstractField,
-    weights: Weights,
-    vectors: Factors,
-    coefficients: Array,
-    offsets: Array,
-    s: Array,
-    log_share: float = 0.0,
-) -> Stages:
-    """The field at ``weights + coefficients @ vectors``, with slopes taken at the offsets.
-
-    Of some of the points, ``log_share`` is to be added to the logarithm of their mean loss.
-    """
-    problem = field.problem
-    coordinates, pull = field.along(weights, vectors, coefficients)
-    distance = problem.spread(coordinates) - offsets
-    level = jax.vmap(problem.loss.level)(offsets, distance)
-    log_risk, slopes, curvature = jax.vmap(problem.loss.terms)(offsets, level)
-    log_risk = log_risk + log_share
-    slopes_pulled = pull(problem.gather(slopes))
-    (lefts, rights), squared = field.bent(weights, vectors, coefficients, slopes_pulled)
-    rate = field.clock.rate(s, log_risk, squared)
-    derivatives = Factors(lefts, [rate[:, None, None] * right for right in rights])
-    gap = distance - level[:, None]
-    return Stages(derivatives, log_risk, rate, squared, slopes, curvature, gap)
-
-
 def begin(
     field: AbstractField,
     stages: int,
@@ -237,8 +112,7 @@ def begin(
 ) -> Attempt:
     """The predictor: the polynomial of the previous step, for at most three of its lengths.
 
-    Whether it is one of ``many`` says from which order on its systems are decomposed. One alone
-    may keep the decomposition of the ``last`` attempt, whether that was accepted or not.
+    Of ``many`` and ``last`` see ``jacobian.at_first``.
     """
     tableau, frame = radau(stages), start_frame(field, weights)
     ahead = 1 + jnp.minimum(h / before.step, 3.0) * tableau.nodes
@@ -246,10 +120,7 @@ def begin(
     latest = before.offsets[-1:]
     change = extrapolate @ before.offsets - latest
     offsets, _ = jax.vmap(lambda c: field.problem.loss.advance(latest[0], c))(change)
-    stiffness, kept = _no_stiffness(frame.gram, many), jnp.zeros((), bool)
-    small = len(frame.gram) <= SINGLE
-    if last is not None and not many and small and decomposes(last):
-        stiffness, kept = last.stiffness, _serves(last)
+    stiffness, kept = jacobian.at_first(frame.gram, many, last)
     return Attempt(
         frame=frame,
         count=jnp.zeros((), int),
@@ -262,122 +133,6 @@ def begin(
         stiffness=stiffness,
         kept=kept,
     )
-
-
-def _no_stiffness(gram: Array, many: bool) -> Array | Systems:
-    return Systems.blank(gram) if len(gram) > LARGE[many] else jnp.zeros_like(gram)
-
-
-def start_frame(field: AbstractField, weights: Weights) -> Frame:
-    """G at the start of a step."""
-    problem = field.problem
-    nothing = jnp.zeros((1, 0), jnp.result_type(*jax.tree.leaves(weights)))
-    coordinates, pull = field.along(weights, field.no_vectors(weights), nothing)
-    lefts = [left[0] for left in pull(jnp.zeros_like(coordinates)).lefts]  # of every vector
-    basis, _ = _axes(problem, coordinates.shape[1], lefts[0].shape[0])
-    columns = [right[:, 0, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
-    parts = [jnp.kron(a @ a.T, b @ b.T) for a, b in zip(lefts, columns, strict=True)]
-    sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
-    log_risk = problem.loss.terms(problem.spread(coordinates[0])).log_risk
-    return Frame(lefts, columns, sum(parts[1:], parts[0]), sizes, log_risk)
-
-
-def _axes(problem: Problem, num_coordinates: int, rank: int) -> tuple[Array, AbstractDesign | None]:
-    """The cotangents that G is kept for, of each row of coordinates the same, and A in their terms.
-
-    With fewer margins than coordinates the margins serve as coordinates, and A is the identity.
-    Vectors of a lower rank than there are rows are whole arrays, which rows do not share.
-    """
-    if problem.design is None:
-        return jnp.eye(num_coordinates), None
-    if problem.data.rows is not None and rank < len(problem.data.rows):
-        return jnp.eye(num_coordinates), problem.design
-    return problem.design.axes()
-
-
-def decomposes(attempt: Attempt) -> bool:
-    """Whether its systems are large, so that they are decomposed."""
-    return isinstance(attempt.stiffness, Systems)
-
-
-def stale(attempt: Attempt) -> Array:
-    """Whether large systems are to be decomposed: at first, and where they do not do."""
-    slow = (attempt.count == PATIENCE) & (attempt.contraction > SLOW)
-    aged = attempt.kept & (attempt.count >= KEPT_LOOKS) & (attempt.contraction > KEPT)
-    return (attempt.count == 0) | slow | aged
-
-
-def _serves(attempt: Attempt) -> Array:
-    """Whether its decomposition does for the attempt after it; as told before it has begun."""
-    # With two corrections a rate is not known, and they were enough.
-    does = (attempt.contraction < KEPT) | ((attempt.count == 2) & jnp.isfinite(attempt.size))
-    return jnp.where(attempt.count == 0, attempt.kept, does)
-
-
-def decomposed(
-    field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages
-) -> Attempt:
-    """The attempt with its systems decomposed, those of the stage in the middle for all."""
-    known, j = attempt.stiffness, stages // 2
-    if not isinstance(known, Systems):
-        return attempt
-    force, growth, _ = _linearised(field, attempt.frame, at)
-    gram = attempt.frame.gram
-    _, design = _axes(field.problem, len(gram), attempt.frame.lefts[0].shape[0])
-    slopes, middle = at.slopes[j], jax.tree.map(lambda x: x[j], at.curvature)
-
-    def among(chosen: Array) -> tuple[Array, Array]:
-        rows = jnp.eye(len(gram))[chosen] if design is None else design.rows_at(chosen)
-        found = middle.among(chosen)
-        if _centred(field):
-            found = found - slopes[chosen][:, None] * slopes[chosen][None, :]
-        return rows, found
-
-    def whole(dtype: jnp.dtype) -> Array:
-        def within(x: Any) -> Any:
-            inexact = eqx.is_array_like(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-            return jnp.asarray(x, dtype) if inexact else x
-
-        curvature, known, mean = jax.tree.map(within, (middle, design, force[j]))
-        return _stiffness(field, curvature, known, mean)
-
-    # All of the curvature if a part of it has not done.
-    scale, first = growth[j] ** 2 * at.rate[j], attempt.count == 0
-    kept = first & attempt.kept
-    found = jax.lax.cond(
-        kept,
-        lambda: known.rescaled(gram, scale),
-        lambda: Systems.of(gram, slopes, first | attempt.kept, whole, among, scale, h),
-    )
-    return attempt._replace(stiffness=found, kept=kept)
-
-
-def _stiffness(
-    field: AbstractField, curvature: AbstractCurvature, design: AbstractDesign | None, force: Array
-) -> Array:
-    r""":math:`A^\top HA` of a stage, in the precision of what is given."""
-    found = curvature.gram(design)
-    return found - force[:, None] * force[None, :] if _centred(field) else found
-
-
-def _centred(field: AbstractField) -> bool:
-    return field.clock.centred and not field.problem.loss.quadratic
-
-
-def _linearised(
-    field: AbstractField, frame: Frame, at: Stages
-) -> tuple[Array, Array, Callable[[Array, Array, AbstractCurvature], Array]]:
-    r""":math:`A^\top s`, :math:`\varphi`, and what makes :math:`\mu A^\top HA` of a stage."""
-    _, design = _axes(field.problem, len(frame.gram), frame.lefts[0].shape[0])
-    force = at.slopes if design is None else design.gather(at.slopes)
-    seen = jnp.sum(force @ frame.gram * force, 1)
-    resting = seen == 0  # at risk zero, or beyond the range of squares
-    growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
-
-    def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
-        return mu * _stiffness(field, curvature, design, force)
-
-    return force, growth, stiffness
 
 
 def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages) -> Attempt:
@@ -393,10 +148,10 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     p, tableau, frame, loss = stages, radau(stages), attempt.frame, field.problem.loss
     m = frame.gram.shape[0]
     matrix, direct = h * tableau.matrix, p * m <= DIRECT
-    _, design = _axes(field.problem, m, frame.lefts[0].shape[0])
+    _, design = axes(field.problem, m, frame.lefts[0].shape[0])
 
     mu, slopes, gap, curvature = at.rate, at.slopes, at.gap, at.curvature
-    force, growth, stiffness = _linearised(field, frame, at)
+    force, growth, stiffness = jacobian.linearised(field, frame, at)
     # The change of y that the gaps ask for is that of mu A^T H e.
     change = frame.project(at.derivatives) - attempt.projection
     if direct:
@@ -410,7 +165,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         middle = jax.tree.map(lambda x: x[p // 2], (mu, force, at.curvature))
     pulled = jax.vmap(lambda each, v: each.apply(v))(curvature, gap)
     pulled = mu[:, None] * (pulled if design is None else design.gather(pulled))
-    if _centred(field):
+    if jacobian.centred(field):
         pulled = pulled - mu[:, None] * force * jnp.sum(slopes * gap, 1, keepdims=True)
 
     # y / growth solves the system.
@@ -431,7 +186,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         y = growth[:, None] * tableau.solve(h * frame.gram @ last, rhs)
         z = pulled + (y / growth[:, None] ** 2) @ last
     rights = [
-        right - (growth * _ratio(jnp.linalg.norm(a), _norms(left)))[:, None, None] * back
+        right - (growth * _ratio(jnp.linalg.norm(a), norms(left)))[:, None, None] * back
         for left, right, a, back in zip(*at.derivatives, frame.lefts, frame.pull(z), strict=True)
     ]
     derivatives = Factors(at.derivatives.lefts, rights)
@@ -441,8 +196,8 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
 
     # Solved when the correction of K is small, and that of the slopes too up to a square.
     sizes = [
-        (_norms(l1 - l0) * _norms(r1) + _norms(l0) * _norms(r1 - r0)).max()
-        / (w + h * (_norms(l1) * _norms(r1)).max())
+        (norms(l1 - l0) * norms(r1) + norms(l0) * norms(r1 - r0)).max()
+        / (w + h * (norms(l1) * norms(r1)).max())
         for l0, r0, l1, r1, w in zip(*attempt.derivatives, *derivatives, frame.sizes, strict=True)
     ]
     size = h * jnp.max(jnp.stack(sizes))
@@ -483,90 +238,9 @@ def failed(error: Array, tolerance: float) -> Array:
     return ~(error < 100 * tolerance)
 
 
-def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
-    """Last Legendre coefficient of the derivative, times its decay, its stiff part damped."""
-    tableau, frame = radau(stages), last.frame
-    tail = tableau.legendre[-3:]
-    parts = [
-        jnp.sum((tail @ _products(left, right)) * tail, 1)
-        / (w + h * (_norms(left) * _norms(right)).max()) ** 2
-        for left, right, w in zip(*last.derivatives, frame.sizes, strict=True)
-    ]
-    third, second, final = jnp.sqrt(jnp.abs(sum(parts[1:], parts[0])))
-    damping, projected = h * tableau.damping, tail[-1] @ last.projection
-    if isinstance(last.stiffness, Systems):
-        z = damping * last.stiffness.damped(damping, projected)
-    else:
-        stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
-        z = damping * solve(stiff, last.stiffness @ projected)
-    scale = h * decay_rate(final, second, third) ** (stages - 1)
-    return [
-        scale * (combined(jnp.asarray(tail[-1]), left, right) - a.T @ back)
-        for left, right, a, back in zip(*last.derivatives, frame.lefts, frame.pull(z), strict=True)
-    ]
-
-
-class End(NamedTuple):
-    """A step at its end."""
-
-    state: FlowState
-    error: FlowState
-    """Infinite where Newton's iteration failed; the state is then that of the start."""
-    time_slopes: Array
-
-
-def end(
-    stages: int,
-    tolerance: float,
-    h: Array,
-    before: FlowState,
-    log_risk: Array,
-    solution: Solution,
-    error: list[Array],
-    at: Stages | Balance,
-) -> End:
-    """The new state and its error, from the solution of a step's equations.
-
-    Args:
-        stages, tolerance: of the solver.
-        h: the step.
-        before: the state that it starts from.
-        log_risk: there.
-        solution: derivatives and offsets at the stages.
-        error: of the weights.
-        at: the field at the solution.
-    """
-    p, tableau = stages, radau(stages)
-    matrix = h * tableau.matrix
-    decay = at.rate * at.squared_norm
-    system = jnp.eye(p) + matrix * decay[None, :]
-    u = solve_differentiably(system, before.scaled_time + matrix @ at.rate)
-    time_slopes = jnp.asarray(np.linalg.inv(tableau.matrix)) @ (u - before.scaled_time) / h
-    *_, third, second, final = jnp.abs(tableau.legendre @ time_slopes)
-    tail = h * final * decay_rate(final, second, third) ** (p - 1)
-    balance = at.log_risk[-1] - log_risk + matrix[-1] @ decay
-    time_error = jnp.maximum(
-        tail / (1 + h * tableau.damping * decay[-1]),
-        10 * jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk),
-    )
-    given_up = failed(solution.newton_error, tolerance)
-    after = FlowState(move(before.weights, solution.derivatives, matrix[-1]), u[-1])
-    after = jax.tree.map(lambda new, old: jnp.where(given_up, old, new), after, before)
-    off = FlowState(shaped(error, before.weights), jax.lax.stop_gradient(time_error))
-    off = jax.tree.map(lambda e: jnp.where(given_up, jnp.inf, e), off)
-    return End(after, off, time_slopes)
-
-
-def _norms(factors: Array) -> Array:
+def norms(factors: Array) -> Array:
     """The Frobenius norm of each vector's factor; products of two bound that of the vector."""
     return jnp.sqrt(jnp.sum(factors**2, axis=(1, 2)))
-
-
-def _products(left: Array, right: Array) -> Array:
-    """The inner products of all vectors with each other in one array, shape (J, J)."""
-    num, rank, _ = left.shape
-    a, b = (x.reshape(num * rank, x.shape[2]) for x in (left, right))
-    return jnp.sum(((a @ a.T) * (b @ b.T)).reshape(num, rank, num, rank), (1, 3))
 
 
 def _ratio(a: Array, b: Array) -> Array:

@@ -2,7 +2,7 @@ r"""Steps of many margins of which few count.
 
 Once the risk is small, slopes of most margins are below round-off, and what solves the equations of
 a step among the others solves them for all, to the last digit. Which these are is predicted before
-the step: as many as there are coordinates, or a sixteenth, those with the largest shares of the
+the step: as many as there are coordinates, or one in 32, those with the largest shares of the
 risk, where what is left out has no more than ``PREDICTED`` of it. That it had no more than
 ``ROUND_OFF`` at any stage, which is where the equations look, is seen from all margins once the
 step is solved; a step for which it does not hold is solved again among all. No bound on how far
@@ -26,8 +26,9 @@ from gflow.problem.risk import Problem
 LEAST = 8192
 """Margins from which on it is worth a second loop, which takes as long to compile as the first."""
 
-PART = 16
-"""One in so many margins is chosen, or more."""
+PART = 32
+"""One in so many margins is chosen, or as many as there are coordinates. Ten digits to log R = -1e4
+take 0.85 of the time with 576 of 16,173 that they take with 1,010."""
 
 MOST = 4
 """And one in so many at most."""

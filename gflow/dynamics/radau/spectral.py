@@ -116,7 +116,7 @@ class Spectral(NamedTuple):
 
     def solve(self, tableau: Radau, h: Array, rhs: Array) -> Array:
         r"""$w = (LQ)^{-1}y$ of $y = (I + hA \otimes GS)^{-1}r$, shape (p, m)."""
-        inner = rhs @ self.into.T
+        inner = (self.into @ rhs.T).T  # so that it is the smaller matrix that is turned
         inner = tableau.dual @ jax.lax.complex(inner, jnp.zeros_like(inner))
         scaled = jax.lax.complex(h * self.values, jnp.zeros_like(self.values))
         shifted = 1 + tableau.eigenvalues[:, None] * scaled[None, :]

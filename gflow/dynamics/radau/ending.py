@@ -1,0 +1,97 @@
+"""The end of a step: the new state, and its error."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gflow.dynamics.field import FlowState
+from gflow.dynamics.radau.batching import solve, solve_differentiably
+from gflow.dynamics.radau.newton import failed, norms
+from gflow.dynamics.radau.spectral import Systems
+from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages
+from gflow.dynamics.radau.tableau import decay_rate, radau
+from gflow.problem.array import Array
+from gflow.problem.weights import combined, move, shaped
+
+
+def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
+    """Last Legendre coefficient of the derivative, times its decay, its stiff part damped."""
+    tableau, frame = radau(stages), last.frame
+    tail = tableau.legendre[-3:]
+    parts = [
+        jnp.sum((tail @ _products(left, right)) * tail, 1)
+        / (w + h * (norms(left) * norms(right)).max()) ** 2
+        for left, right, w in zip(*last.derivatives, frame.sizes, strict=True)
+    ]
+    third, second, final = jnp.sqrt(jnp.abs(sum(parts[1:], parts[0])))
+    damping, projected = h * tableau.damping, tail[-1] @ last.projection
+    if isinstance(last.stiffness, Systems):
+        z = damping * last.stiffness.damped(damping, projected)
+    else:
+        stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
+        z = damping * solve(stiff, last.stiffness @ projected)
+    scale = h * decay_rate(final, second, third) ** (stages - 1)
+    return [
+        scale * (combined(jnp.asarray(tail[-1]), left, right) - a.T @ back)
+        for left, right, a, back in zip(*last.derivatives, frame.lefts, frame.pull(z), strict=True)
+    ]
+
+
+class End(NamedTuple):
+    """A step at its end."""
+
+    state: FlowState
+    error: FlowState
+    """Infinite where Newton's iteration failed; the state is then that of the start."""
+    time_slopes: Array
+
+
+def end(
+    stages: int,
+    tolerance: float,
+    h: Array,
+    before: FlowState,
+    log_risk: Array,
+    solution: Solution,
+    error: list[Array],
+    at: Stages | Balance,
+) -> End:
+    """The new state and its error, from the solution of a step's equations.
+
+    Args:
+        stages, tolerance: of the solver.
+        h: the step.
+        before: the state that it starts from.
+        log_risk: there.
+        solution: derivatives and offsets at the stages.
+        error: of the weights.
+        at: the field at the solution.
+    """
+    p, tableau = stages, radau(stages)
+    matrix = h * tableau.matrix
+    decay = at.rate * at.squared_norm
+    system = jnp.eye(p) + matrix * decay[None, :]
+    u = solve_differentiably(system, before.scaled_time + matrix @ at.rate)
+    time_slopes = jnp.asarray(np.linalg.inv(tableau.matrix)) @ (u - before.scaled_time) / h
+    *_, third, second, final = jnp.abs(tableau.legendre @ time_slopes)
+    tail = h * final * decay_rate(final, second, third) ** (p - 1)
+    balance = at.log_risk[-1] - log_risk + matrix[-1] @ decay
+    time_error = jnp.maximum(
+        tail / (1 + h * tableau.damping * decay[-1]),
+        10 * jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk),
+    )
+    given_up = failed(solution.newton_error, tolerance)
+    after = FlowState(move(before.weights, solution.derivatives, matrix[-1]), u[-1])
+    after = jax.tree.map(lambda new, old: jnp.where(given_up, old, new), after, before)
+    off = FlowState(shaped(error, before.weights), jax.lax.stop_gradient(time_error))
+    off = jax.tree.map(lambda e: jnp.where(given_up, jnp.inf, e), off)
+    return End(after, off, time_slopes)
+
+
+def _products(left: Array, right: Array) -> Array:
+    """The inner products of all vectors with each other in one array, shape (J, J)."""
+    num, rank, _ = left.shape
+    a, b = (x.reshape(num * rank, x.shape[2]) for x in (left, right))
+    return jnp.sum(((a @ a.T) * (b @ b.T)).reshape(num, rank, num, rank), (1, 3))

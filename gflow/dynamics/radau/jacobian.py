@@ -1,0 +1,137 @@
+r"""The Jacobian of a step's equations, $\mu A^\top HA$ of its stages; of large systems, decomposed.
+
+A decomposition serves all corrections of an attempt as long as they shrink, and may serve the next
+attempt. All that is decided about it, when it is made and how long it is kept, is decided here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from gflow.dynamics.field import AbstractField
+from gflow.dynamics.radau.spectral import LARGE, SINGLE, Systems
+from gflow.dynamics.radau.stages import Attempt, Frame, Stages, axes
+from gflow.problem.array import Array
+from gflow.problem.design import AbstractDesign
+from gflow.problem.terms import AbstractCurvature
+
+SLOW, PATIENCE = 0.5, 6
+"""If corrections shrink by no more than the one after so many, there is a fresh Jacobian."""
+
+KEPT, KEPT_LOOKS = 0.03, 3
+"""A decomposition serves for the next attempt too, up to the sizes of both matrices, where
+corrections have shrunk by more than the first, and as long as they do after so many. Not beyond the
+order of ``SINGLE``: ten digits take a quarter more corrections with it."""
+
+
+def at_first(gram: Array, many: bool, last: Attempt | None) -> tuple[Array | Systems, Array]:
+    """What an attempt begins with, and whether that was in the one before it.
+
+    Whether it is one of ``many`` says from which order on its systems are decomposed. One alone
+    may keep the decomposition of the ``last`` attempt, whether that was accepted or not.
+    """
+    if len(gram) <= LARGE[many]:
+        return jnp.zeros_like(gram), jnp.zeros((), bool)
+    if last is not None and not many and len(gram) <= SINGLE and decomposes(last):
+        return last.stiffness, _serves(last)
+    return Systems.blank(gram), jnp.zeros((), bool)
+
+
+def decomposes(attempt: Attempt) -> bool:
+    """Whether its systems are large, so that they are decomposed."""
+    return isinstance(attempt.stiffness, Systems)
+
+
+def stale(attempt: Attempt) -> Array:
+    """Whether large systems are to be decomposed: at first, and where they do not do."""
+    slow = (attempt.count == PATIENCE) & (attempt.contraction > SLOW)
+    aged = attempt.kept & (attempt.count >= KEPT_LOOKS) & (attempt.contraction > KEPT)
+    return (attempt.count == 0) | slow | aged
+
+
+def up_to_date(
+    field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages
+) -> Attempt:
+    """The attempt with its systems decomposed again if they are stale."""
+    if not decomposes(attempt):
+        return attempt
+    return jax.lax.cond(
+        stale(attempt), lambda: decomposed(field, stages, h, attempt, at), lambda: attempt
+    )
+
+
+def _serves(attempt: Attempt) -> Array:
+    """Whether its decomposition does for the attempt after it; as told before it has begun."""
+    # With two corrections a rate is not known, and they were enough.
+    does = (attempt.contraction < KEPT) | ((attempt.count == 2) & jnp.isfinite(attempt.size))
+    return jnp.where(attempt.count == 0, attempt.kept, does)
+
+
+def decomposed(
+    field: AbstractField, stages: int, h: Array, attempt: Attempt, at: Stages
+) -> Attempt:
+    """The attempt with its systems decomposed, those of the stage in the middle for all."""
+    known, j = attempt.stiffness, stages // 2
+    if not isinstance(known, Systems):
+        return attempt
+    force, growth, _ = linearised(field, attempt.frame, at)
+    gram = attempt.frame.gram
+    _, design = axes(field.problem, len(gram), attempt.frame.lefts[0].shape[0])
+    slopes, middle = at.slopes[j], jax.tree.map(lambda x: x[j], at.curvature)
+
+    def among(chosen: Array) -> tuple[Array, Array]:
+        rows = jnp.eye(len(gram))[chosen] if design is None else design.rows_at(chosen)
+        found = middle.among(chosen)
+        if centred(field):
+            found = found - slopes[chosen][:, None] * slopes[chosen][None, :]
+        return rows, found
+
+    def whole(dtype: jnp.dtype) -> Array:
+        def within(x: Any) -> Any:
+            inexact = eqx.is_array_like(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+            return jnp.asarray(x, dtype) if inexact else x
+
+        curvature, known, mean = jax.tree.map(within, (middle, design, force[j]))
+        return _stiffness(field, curvature, known, mean)
+
+    # All of the curvature if a part of it has not done.
+    scale, first = growth[j] ** 2 * at.rate[j], attempt.count == 0
+    kept = first & attempt.kept
+    found = jax.lax.cond(
+        kept,
+        lambda: known.rescaled(gram, scale),
+        lambda: Systems.of(gram, slopes, first | attempt.kept, whole, among, scale, h),
+    )
+    return attempt._replace(stiffness=found, kept=kept)
+
+
+def _stiffness(
+    field: AbstractField, curvature: AbstractCurvature, design: AbstractDesign | None, force: Array
+) -> Array:
+    r""":math:`A^\top HA` of a stage, in the precision of what is given."""
+    found = curvature.gram(design)
+    return found - force[:, None] * force[None, :] if centred(field) else found
+
+
+def centred(field: AbstractField) -> bool:
+    """Whether the clock takes its part out of H."""
+    return field.clock.centred and not field.problem.loss.quadratic
+
+
+def linearised(
+    field: AbstractField, frame: Frame, at: Stages
+) -> tuple[Array, Array, Callable[[Array, Array, AbstractCurvature], Array]]:
+    r""":math:`A^\top s`, :math:`\varphi`, and what makes :math:`\mu A^\top HA` of a stage."""
+    _, design = axes(field.problem, len(frame.gram), frame.lefts[0].shape[0])
+    force = at.slopes if design is None else design.gather(at.slopes)
+    seen = jnp.sum(force @ frame.gram * force, 1)
+    resting = seen == 0  # at risk zero, or beyond the range of squares
+    growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
+
+    def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
+        return mu * _stiffness(field, curvature, design, force)
+
+    return force, growth, stiffness

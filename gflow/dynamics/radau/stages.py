@@ -1,0 +1,155 @@
+"""What a step is made of: the field at its stages, the frame where it begins, and what solves it.
+
+The equations are in ``newton.py``.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gflow.dynamics.field import AbstractField
+from gflow.dynamics.radau.spectral import Systems
+from gflow.problem.array import Array
+from gflow.problem.design import AbstractDesign
+from gflow.problem.risk import Problem
+from gflow.problem.terms import AbstractCurvature
+from gflow.problem.weights import Factors, Weights
+
+
+class Solution(NamedTuple):
+    """What a step hands to the next: its equations' solution, and counts since the start."""
+
+    step: Array
+    derivatives: Factors
+    """K, p vectors."""
+    offsets: Array
+    """Margins up to a common level, shape (p, n)."""
+    num_iterations: Array
+    num_evaluations: Array
+    """Of the field, one for each stage in each iteration."""
+    newton_error: Array
+    """Of the last step, relative to the weights: the precision reached."""
+
+
+class Balance(NamedTuple):
+    """What a step's end asks of the field at its stages, shapes (p,)."""
+
+    log_risk: Array
+    rate: Array
+    squared_norm: Array
+
+
+class Stages(NamedTuple):
+    """The field at the stages of a step; the stages are the leading axis of all arrays."""
+
+    derivatives: Factors
+    log_risk: Array
+    rate: Array
+    squared_norm: Array
+    slopes: Array
+    curvature: AbstractCurvature
+    gap: Array
+
+    @property
+    def balance(self) -> Balance:
+        return Balance(self.log_risk, self.rate, self.squared_norm)
+
+
+class Frame(NamedTuple):
+    """:math:`G_0`: the pullback of a cotangent Z, (q, d), is ``lefts[k].T @ Z @ columns[k]``."""
+
+    lefts: list[Array]
+    """Shapes (q, rows)."""
+    columns: list[Array]
+    """Shapes (d, columns)."""
+    gram: Array
+    sizes: list[Array]
+    """Frobenius norm of each array of weights."""
+    log_risk: Array
+
+    def project(self, vectors: Factors) -> Array:
+        """:math:`G_0 K_j`, shape (J, m)."""
+        parts = [
+            jnp.einsum("qx,jrx,jrd->jqd", a, left, right @ b.T, optimize="optimal")
+            for left, right, a, b in zip(*vectors, self.lefts, self.columns, strict=True)
+        ]
+        return sum(parts[1:], parts[0]).reshape(len(parts[0]), -1)
+
+    def pull(self, cotangents: Array) -> list[Array]:
+        """Right factors of the pullbacks of z_j, beside ``lefts``: shapes (J, q, columns)."""
+        z = cotangents.reshape(*cotangents.shape[:-1], self.lefts[0].shape[0], -1)
+        return [z @ b for b in self.columns]
+
+
+class Attempt(NamedTuple):
+    """A Newton iterate: stage weights are :math:`W_0` + ``coefficients`` @ ``derivatives``."""
+
+    frame: Frame
+    count: Array
+    coefficients: Array
+    derivatives: Factors
+    projection: Array
+    offsets: Array
+    size: Array
+    """Of the last correction, relative to the weights."""
+    contraction: Array
+    stiffness: Array | Systems
+    """The last stage's :math:`\\varphi^2\\mu A^\\top H A`, shape (m, m); of a large system, of all
+    stages, as it was last decomposed."""
+    kept: Array
+    """Whether that was in an attempt before."""
+
+
+def evaluate(
+    field: AbstractField,
+    weights: Weights,
+    vectors: Factors,
+    coefficients: Array,
+    offsets: Array,
+    s: Array,
+    log_share: float = 0.0,
+) -> Stages:
+    """The field at ``weights + coefficients @ vectors``, with slopes taken at the offsets.
+
+    Of some of the points, ``log_share`` is to be added to the logarithm of their mean loss.
+    """
+    problem = field.problem
+    coordinates, pull = field.along(weights, vectors, coefficients)
+    distance = problem.spread(coordinates) - offsets
+    level = jax.vmap(problem.loss.level)(offsets, distance)
+    log_risk, slopes, curvature = jax.vmap(problem.loss.terms)(offsets, level)
+    log_risk = log_risk + log_share
+    slopes_pulled = pull(problem.gather(slopes))
+    (lefts, rights), squared = field.bent(weights, vectors, coefficients, slopes_pulled)
+    rate = field.clock.rate(s, log_risk, squared)
+    derivatives = Factors(lefts, [rate[:, None, None] * right for right in rights])
+    gap = distance - level[:, None]
+    return Stages(derivatives, log_risk, rate, squared, slopes, curvature, gap)
+
+
+def start_frame(field: AbstractField, weights: Weights) -> Frame:
+    """G at the start of a step."""
+    problem = field.problem
+    nothing = jnp.zeros((1, 0), jnp.result_type(*jax.tree.leaves(weights)))
+    coordinates, pull = field.along(weights, field.no_vectors(weights), nothing)
+    lefts = [left[0] for left in pull(jnp.zeros_like(coordinates)).lefts]  # of every vector
+    basis, _ = axes(problem, coordinates.shape[1], lefts[0].shape[0])
+    columns = [right[:, 0, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
+    parts = [jnp.kron(a @ a.T, b @ b.T) for a, b in zip(lefts, columns, strict=True)]
+    sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
+    log_risk = problem.loss.terms(problem.spread(coordinates[0])).log_risk
+    return Frame(lefts, columns, sum(parts[1:], parts[0]), sizes, log_risk)
+
+
+def axes(problem: Problem, num_coordinates: int, rank: int) -> tuple[Array, AbstractDesign | None]:
+    """The cotangents that G is kept for, of each row of coordinates the same, and A in their terms.
+
+    With fewer margins than coordinates the margins serve as coordinates, and A is the identity.
+    Vectors of a lower rank than there are rows are whole arrays, which rows do not share.
+    """
+    if problem.design is None:
+        return jnp.eye(num_coordinates), None
+    if problem.data.rows is not None and rank < len(problem.data.rows):
+        return jnp.eye(num_coordinates), problem.design
+    return problem.design.axes()
