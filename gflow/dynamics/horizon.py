@@ -20,8 +20,9 @@ longer to compile, where the problem is small. At width 128 they cost twice
 as much, at 256 four times."""
 
 PATIENCE = 600
-"""After so many, and two a saved point, a flow that was told to be over is taken for a stiff one;
-those to be told cost a third of the program's compilation to look at for that."""
+"""Attempts, beside two a saved point, after which a flow that was taken for a near one is left to
+the implicit solver. To look at every few steps for stiffness instead would be a third of what is
+compiled."""
 
 
 def is_near(problem: Problem, weights: Weights, rules: Sequence[AbstractRule]) -> bool:

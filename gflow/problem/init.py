@@ -92,8 +92,9 @@ def balanced(
             ``scale ** depth``, of K outputs a random matrix with such singular values.
         scale: the layers' norm $\sigma$, of K outputs their singular values, when ``end_to_end`` is
             not given.
-        seed: of the hidden directions $u_k$. None takes the first unit vectors, which are
-            balanced to the last bit; a random basis is balanced to round-off.
+        seed: of the hidden directions $u_k$. None takes the first unit vectors, of
+            whose matrices $D_k$ only the first entry is not exactly zero, but round-off of a
+            square; with a random basis all are round-off.
     """
     shapes = _shapes(widths)
     rng = np.random.default_rng(0 if seed is None else seed_of("seed", seed))

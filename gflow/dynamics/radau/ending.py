@@ -85,9 +85,8 @@ def end(
     given_up = failed(solution.newton_error, tolerance)
     after = FlowState(move(before.weights, solution.derivatives, matrix[-1]), u[-1])
     after = jax.tree.map(lambda new, old: jnp.where(given_up, old, new), after, before)
-    # That of the time says for all that the step is none: weights may be large.
-    time_error = jnp.where(given_up, jnp.inf, jax.lax.stop_gradient(time_error))
-    off = FlowState(shaped(error, before.weights), time_error)
+    off = FlowState(shaped(error, before.weights), jax.lax.stop_gradient(time_error))
+    off = jax.tree.map(lambda e: jnp.where(given_up, jnp.inf, e), off)
     return End(after, off, time_slopes)
 
 
