@@ -14,6 +14,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import jaxpr_as_fun
+
 PLAIN = frozenset(  # written as a list they would take a page
     """abs add and argmax argmin broadcast_in_dim cbrt ceil clamp concatenate cond
     convert_element_type copy cos custom_jvp_call custom_vjp_call div dot_general dynamic_slice
@@ -44,10 +48,6 @@ def native(function: Callable, *args: Any) -> Any:
         function: of pytrees of arrays; a loop.
         args: its arguments.
     """
-    import jax
-    from jax.experimental.xla_metadata import set_xla_metadata
-    from jax.extend.core import jaxpr_as_fun
-
     if jax.default_backend() != "cpu":
         return function(*args)
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
@@ -88,7 +88,6 @@ def _is_little(operation: Any) -> bool:
 
 def _inner_programs(operation: Any) -> list[Any]:
     """The bodies of a loop, the branches of a condition, what is called."""
-    import jax
 
     def is_program(value: Any) -> bool:
         return hasattr(value, "eqns") or hasattr(value, "jaxpr")

@@ -95,3 +95,8 @@ def float_leaves(argument: str, weights: Weights) -> Weights:
         )
 
     return jax.tree_util.tree_map_with_path(converted, weights)
+
+
+def size_of(weights: Weights) -> int:
+    """How many numbers there are."""
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(weights))

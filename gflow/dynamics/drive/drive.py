@@ -29,7 +29,7 @@ from gflow.dynamics.stops import AbstractRule
 from gflow.problem import settings
 from gflow.problem.arguments import file_path, flag
 from gflow.problem.one_thread import one_thread
-from gflow.problem.weights import Weights
+from gflow.problem.weights import Weights, size_of
 
 NARROW = 4096
 """Weights up to which members gain by going side by side: beyond, the products of one member's
@@ -38,7 +38,7 @@ matrices fill a processor by themselves."""
 
 def widest_for(weights: Weights) -> int:
     """How many members of such weights gain by going side by side."""
-    narrow = sum(np.size(leaf) for leaf in jax.tree.leaves(weights)) <= NARROW
+    narrow = size_of(weights) <= NARROW
     return int(np.iinfo(np.int64).max) if narrow else 1
 
 

@@ -11,13 +11,14 @@ import numpy as np
 
 from gflow.dynamics.drive.drive import AbstractLanes
 from gflow.dynamics.drive.progress import Pace
-from gflow.dynamics.drive.recorder import rows_for, size_of
+from gflow.dynamics.drive.recorder import rows_for
 from gflow.dynamics.field import FlowState
 from gflow.dynamics.march.lane import Lane, Member, watching
 from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import as_array
 from gflow.problem.sharding import gathered
+from gflow.problem.weights import size_of
 from gflow.programs import FEW
 
 if TYPE_CHECKING:

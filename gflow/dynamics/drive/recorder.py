@@ -21,7 +21,7 @@ from gflow.problem.deep_linear import widths
 from gflow.problem.dense import names
 from gflow.problem.memo import once_per_object
 from gflow.problem.risk import Problem, level_at_zero
-from gflow.problem.weights import Weights
+from gflow.problem.weights import Weights, size_of
 from gflow.programs import FEW, by_size
 from gflow.quantities import QUANTITIES
 
@@ -41,11 +41,6 @@ def rows_for(weights: Weights, width: int = 1) -> int:
     """How many states of each of ``width`` members are observed, or saved, in one call."""
     most = ROWS if width == 1 else ROWS_OF_MANY
     return max(1, min(most, BUFFER // (size_of(weights) * width)))
-
-
-def size_of(weights: Weights) -> int:
-    """How many numbers there are."""
-    return sum(np.size(leaf) for leaf in jax.tree.leaves(weights))
 
 
 def filled(leaf: np.ndarray, rows: int) -> np.ndarray:

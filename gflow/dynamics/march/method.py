@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -134,9 +135,20 @@ class AbstractMethod(Module):
 
 
 class AtOnce(AbstractMethod):
-    """A method whose attempts are solved as they begin: all is done as they end."""
+    """A solver of diffrax's, whose attempts are solved as they begin: all is done as they end."""
 
+    solver: diffrax.AbstractAdaptiveSolver
     iterates: ClassVar[bool] = False
+
+    @property
+    def exponent(self) -> float:
+        order = self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y))
+        assert order is not None  # the solver is adaptive
+        return 1 / float(order)
+
+    @property
+    def name(self) -> str:
+        return type(self.solver).__name__
 
     def begin(
         self,

@@ -14,15 +14,7 @@ from gflow.problem.array import Array
 
 
 class WholeStep(AtOnce):
-    """An adaptive diffrax solver, which makes a step at once."""
-
-    solver: diffrax.AbstractAdaptiveSolver
-
-    @property
-    def exponent(self) -> float:
-        order = self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y))
-        assert order is not None  # the solver is adaptive
-        return 1 / float(order)
+    """A step as the solver makes it."""
 
     def start(self, field: AbstractField, s: Array, state: FlowState, h: Array) -> Any:
         return self.solver.init(diffrax.ODETerm(field), s, s + h, state, None)
@@ -48,10 +40,6 @@ class WholeStep(AtOnce):
     def counts(self, tally: Any, num_steps: int) -> tuple[int, int]:
         """Zero: it does not say."""
         return 0, 0
-
-    @property
-    def name(self) -> str:
-        return type(self.solver).__name__
 
 
 def method_of(

@@ -43,12 +43,6 @@ class RungeKutta(AtOnce):
         return tableau
 
     @property
-    def exponent(self) -> float:
-        order = self.solver.error_order(diffrax.ODETerm(lambda t, y, args: y))
-        assert order is not None  # the solver is adaptive
-        return 1 / float(order)
-
-    @property
     def noise(self) -> float:
         return self.sharper * super().noise
 
@@ -101,10 +95,6 @@ class RungeKutta(AtOnce):
     def counts(self, tally: Any, num_steps: int) -> tuple[int, int]:
         tableau = self._tableau
         return (len(tableau.c) + 1 - int(tableau.fsal)) * num_steps, 0
-
-    @property
-    def name(self) -> str:
-        return type(self.solver).__name__
 
 
 def is_explicit_pair(solver: Any) -> TypeGuard[diffrax.AbstractERK]:
