@@ -309,6 +309,11 @@ def risk_and_slope(problem: Problem, weights: Weights) -> tuple[Array, Array]:
     return _risk_and_slope(problem, problem.network.placed(weights), few=few)
 
 
+def has_few_margins(problem: Problem) -> bool:
+    """Whether the margins are no more than ``FEW``."""
+    return problem.data.num_margins <= FEW
+
+
 def is_small(problem: Problem, weights: Weights) -> bool:
     """Whether neither the margins nor the entries of any array of weights are more than ``FEW``."""
     return max(problem.num_margins, *map(np.size, jax.tree.leaves(weights))) <= FEW

@@ -17,9 +17,9 @@ from gflow.dynamics.march.lane import Lane, Member, watching
 from gflow.dynamics.march.loop import begin_again, choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import as_array
+from gflow.problem.risk import has_few_margins
 from gflow.problem.sharding import gathered
 from gflow.problem.weights import size_of
-from gflow.programs import FEW
 
 if TYPE_CHECKING:
     from gflow.dynamics.drive.flow_run import FlowRun
@@ -96,7 +96,7 @@ class FlowLanes(AbstractLanes):
         self.many = width > 1
         self.method, self.watches = alike[0].method, alike[0].watches_stiffness
         self.rows = min(rows_for(alike[0].weights, width), alike[0].most_rows)
-        self.few = not self.many and alike[0].problem.data.num_margins <= FEW
+        self.few = not self.many and has_few_margins(alike[0].problem)
         # Corrections multiply matrices, which a library does faster than one function of all.
         whole = alike[0].problem.network.mesh is None
         self.at_once = self.few and whole and not self.method.iterates

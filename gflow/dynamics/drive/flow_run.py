@@ -38,7 +38,7 @@ from gflow.dynamics.split.slow_manifold import SlowManifold
 from gflow.dynamics.stops import AbstractRule, LogRisk, anonymous, progress_of
 from gflow.problem.array import as_array
 from gflow.problem.memo import once_per_object
-from gflow.problem.risk import ROUND_OFF, level_at_zero, risk_and_slope
+from gflow.problem.risk import ROUND_OFF, has_few_margins, level_at_zero, risk_and_slope
 from gflow.problem.sharding import gathered
 from gflow.problem.weights import Weights
 
@@ -479,7 +479,9 @@ class FlowRun:
         landed = []
         for event in events:
             goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
-            landed.append((land(self.plan.field, self.method, rule, lane, goal), event))
+            few = has_few_margins(self.problem)
+            there = land(self.plan.field, self.method, rule, lane, goal, few=few)
+            landed.append((there, event))
         return min(landed, key=lambda each: float(each[0].s), default=None)
 
     def _stop_at(self, report: Report, lane: Lane, event: Event) -> None:

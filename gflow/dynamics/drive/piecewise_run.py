@@ -21,7 +21,7 @@ from gflow.dynamics.kinks.piece import NotUniqueError, StuckError
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import Array, as_array
-from gflow.problem.risk import risk_and_slope
+from gflow.problem.risk import has_few_margins, risk_and_slope
 from gflow.problem.weights import Weights
 
 LEAST_PART = 1e-3
@@ -135,7 +135,9 @@ class PiecewiseRun(FlowRun):
         elif found is not None and found.second < found.part:
             self._go_back(lane, found.part)
         else:
-            at_kink, trials, spent = land_on_kink(field, self.method, lane)
+            at_kink, trials, spent = land_on_kink(
+                field, self.method, lane, few=has_few_margins(field.problem)
+            )
             self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
             if found is not None and found.many:
                 # As much as may be stepped over, or up to the next kink.

@@ -20,9 +20,9 @@ from gflow.problem.array import Array, as_array
 from gflow.problem.deep_linear import widths
 from gflow.problem.dense import names
 from gflow.problem.memo import once_per_object
-from gflow.problem.risk import Problem, level_at_zero
+from gflow.problem.risk import Problem, has_few_margins, level_at_zero
 from gflow.problem.weights import Weights, size_of
-from gflow.programs import FEW, by_size
+from gflow.programs import by_size
 from gflow.quantities import QUANTITIES
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Recorder:
         size = jax.tree.leaves(weights)[0].shape[0]
         chosen = as_array(np.array([*rows, *[0] * (size - len(rows))]))
         count = as_array(np.int64(len(rows)))
-        few, weights = problem.data.num_margins <= FEW, problem.network.placed(weights)
+        few, weights = has_few_margins(problem), problem.network.placed(weights)
         found = _observe(problem, weights, chosen, count, self.reference, few=few)
         return {name: _wide(np.asarray(values)[: len(rows)]) for name, values in found.items()}
 
@@ -242,6 +242,7 @@ def _observe(
 ) -> dict[str, Array]:
     """The observables of the first ``count`` of ``rows``, one after the other."""
 
+    @jax.jit  # traced once, for the shapes and for the loop
     def one(row: Array) -> dict[str, Array]:
         at = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], weights)
         if reference is None:

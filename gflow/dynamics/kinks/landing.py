@@ -15,6 +15,7 @@ from gflow.problem.array import Array
 from gflow.problem.bends import largest_violation, sight, violations
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights
+from gflow.programs import by_size
 
 AIM, ENOUGH = 3.0, 50.0
 """In units of what counts as past a kink: where a landing aims, and what it is content with. It is
@@ -54,7 +55,7 @@ def _beyond(problem: Problem, weights: Weights) -> Array:
     return violations(problem.network.pattern, sight(problem, weights))  # pyright: ignore
 
 
-@eqx.filter_jit
+@by_size
 def land_on_kink(
     field: AbstractField, method: AbstractMethod, lane: Lane
 ) -> tuple[Lane, Array, Any]:

@@ -12,9 +12,10 @@ from gflow.dynamics.march.loop import observe
 from gflow.dynamics.march.method import AbstractMethod, Step
 from gflow.dynamics.stops import AbstractRule
 from gflow.problem.array import Array
+from gflow.programs import by_size
 
 
-@eqx.filter_jit
+@by_size
 def land(
     field: AbstractField, method: AbstractMethod, rule: AbstractRule, lane: Lane, goal: Array
 ) -> Lane:
