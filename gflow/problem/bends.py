@@ -196,8 +196,6 @@ class WeightTangent(AbstractTangent):
         bends: AbstractBends,
     ) -> Array:
         # Normals that are parallel stay so, but their lengths are those of activations in front.
-        if self.active.shape[0] == 0:
-            return pattern.tie
 
         def now() -> Array:
             # What a unit behind another that slides has of the normal of that one is no part of it.
@@ -219,13 +217,17 @@ class WeightTangent(AbstractTangent):
         self, normals: Callable[[Array], Weights], vector: Weights, bends: AbstractBends
     ) -> tuple[Weights, Array]:
         size = self.active.shape[0]
-        if size == 0:
-            return vector, jnp.zeros((0,))
-        each = self.of_slots(normals)
-        flat, ahead = _flat(each, size), _flat(jax.tree.map(lambda x: x[None], vector), 1)[0]
-        multipliers = -self._coefficients(flat) @ (flat @ ahead)
-        moved = jax.tree.map(lambda x, rows: x + jnp.tensordot(multipliers, rows, 1), vector, each)
-        return moved, multipliers
+
+        def projected() -> tuple[Weights, Array]:
+            each = self.of_slots(normals)
+            flat, ahead = _flat(each, size), _flat(jax.tree.map(lambda x: x[None], vector), 1)[0]
+            multipliers = -self._coefficients(flat) @ (flat @ ahead)
+            moved = jax.tree.map(
+                lambda x, rows: x + jnp.tensordot(multipliers, rows, 1), vector, each
+            )
+            return moved, multipliers
+
+        return jax.lax.cond(jnp.any(self.active), projected, lambda: (vector, jnp.zeros((size,))))
 
     def _coefficients(self, flat: Array) -> Array:
         """Of normals in their dual vectors, which take a vector to its multipliers, (C, C)."""

@@ -19,11 +19,13 @@ from gflow.problem.bends import (
 INDEPENDENT = 1e-9
 """Singular values of unit normals below this are of dependent ones."""
 
-FIRST_SLOTS = 4
-"""Slots of a neuron, or of a network, at first; when more are needed there are twice as many."""
+NEURON_SLOTS = 4
+"""Slots of a neuron of one hidden layer at first; when more are needed there are twice as many."""
 
-GROW_LAYERED = 4
-"""Of several layers so many times: there programs of another number of slots take seconds each."""
+NETWORK_SLOTS, GROW, LITTLE = (4, 32), 4, 2**20
+"""Slots of any other network at first, least and most, and when more are needed so many times more:
+programs of another number of slots take ten seconds to compile. Each slot in use, and with it each
+other, costs a derivative of the whole network; so many products of numbers are little."""
 
 
 class Slide(NamedTuple):
@@ -87,9 +89,12 @@ class Patterns:
         on: which are above their kinks, (n, U).
         rows: the normals of one hidden layer, (n, d); None for other networks.
         alike: the most of them that are on one ray.
+        work: products of numbers in the network's outputs for all points.
     """
 
-    def __init__(self, place: Place, on: np.ndarray, rows: np.ndarray | None, alike: int):
+    def __init__(
+        self, place: Place, on: np.ndarray, rows: np.ndarray | None, alike: int, work: int
+    ):
         self.place, self.rows, self.shape, self.alike = place, rows, on.shape, alike
         self.slides: dict[int, Slide] = {}
         """By the number of their first unit."""
@@ -97,7 +102,9 @@ class Patterns:
         """The first units of the slides of each neuron that slides, of one hidden layer."""
         self.shown = False
         """Whether others have the arrays of the pattern."""
-        self.slots = min(FIRST_SLOTS, *rows.shape) if rows is not None else 0
+        least, most = NETWORK_SLOTS
+        few = min(max(least, LITTLE // work), most, on.size)
+        self.slots = min(NEURON_SLOTS, *rows.shape) if rows is not None else few
         self.pattern = blank_pattern(on, place.lower, self._tangent())
         self._open()
 
@@ -194,8 +201,8 @@ class Patterns:
             self.of_neuron.setdefault(unit % self.shape[1], []).append(unit)
         most = self._most(neurons)
         if most > self.slots:
-            grow = 2 if self.rows is not None else GROW_LAYERED
-            slots = max(FIRST_SLOTS, grow * self.slots)
+            grow = 2 if self.rows is not None else GROW
+            slots = self.slots
             while slots < most:
                 slots *= grow
             self.slots = min(slots, len(self.rows)) if self.rows is not None else slots

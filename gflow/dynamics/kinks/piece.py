@@ -24,7 +24,7 @@ from gflow.problem.bends import (
     sight,
 )
 from gflow.problem.risk import Problem
-from gflow.problem.weights import Weights
+from gflow.problem.weights import Weights, size_of
 
 AT_KINK = 1e-9
 """Units whose pre-activation is below this part of its scale are at their kinks, when one is."""
@@ -135,7 +135,8 @@ class Piece:
         self.ray, self.num_on_ray = rays(self.rows) if self.rows is not None else (none, none)
         """Of one hidden layer: the number of each point's ray, and how many points are on it."""
         most = int(np.max(self.num_on_ray, initial=1))
-        self.patterns = Patterns(self.place, self._start(weights) > 0, self.rows, most)
+        work = problem.data.num_points * size_of(weights)
+        self.patterns = Patterns(self.place, self._start(weights) > 0, self.rows, most, work)
         self.quiet = np.float64(problem.loss.least_log_risk + QUIET)
         self.here = problem
         self.freeze()
