@@ -168,6 +168,17 @@ def test_xor_is_learnt_along_its_kinks(xor):
     assert xor.kkt_residual[-1] < 0.03
 
 
+def test_kinks_that_are_not_known_are_stepped_over_and_the_record_says_so():
+    w, a = start()
+    network = gflow.Network(lambda at, x: at[1] @ jax.nn.relu(at[0] @ x), 2.0)
+    problem = gflow.Problem(XOR, network, gflow.Exponential())
+    until = {"until": gflow.LogRisk(-2), "save": 3, "max_steps": 2000}
+    record = gflow.gradient_flow(problem, (w, a[0]), solver=diffrax.Tsit5(), **until)
+    # Where the flow slides every step ends on the other side.
+    assert record.attrs["status"] == "max_steps" and "gflow.relu" in record.attrs["message"]
+    assert record.attrs["kinks"].startswith("stepped over") and record.attrs["num_switched"] > 0
+
+
 def test_what_the_theory_says_of_homogeneous_networks_holds(xor):
     claims = gflow.verify(xor)
     assert not list(claims.failed), str(claims)

@@ -53,6 +53,7 @@ class Reason(enum.IntEnum):
     CHECKPOINT_FAILED = enum.auto()
     NOT_UNIQUE = enum.auto()
     HIDDEN_KINK = enum.auto()
+    HIDDEN_KINKS_AND_MAX_STEPS = enum.auto()
     STUCK = enum.auto()
 
     @property
@@ -74,6 +75,11 @@ class End(NamedTuple):
 
 _TIME_CLOCK = "a time clock (`until=gflow.Time(...)`) shows the approach"
 _SHORTER = "shorter steps did not help at log R = {log_risk:.6g}, with |grad log R| = {slope:.2g}"
+
+_LOCATED = (
+    "Write gflow.relu, gflow.leaky_relu or gflow.MLP: kinks that are known are located, and slides "
+    "followed"
+)
 
 _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.REACHED: ("reached", "{rule!r} after {steps} steps"),
@@ -171,8 +177,13 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.HIDDEN_KINK: (
         "precision_lost",
         f"{_SHORTER}: the network has a kink of which gflow does not know (as jax.nn.relu has), at "
-        "which the field jumps; the flow slides along it, and no step is short enough. Write "
-        "gflow.relu, gflow.leaky_relu or gflow.MLP: kinks that are known are located",
+        f"which the field jumps; the flow slides along it, and no step is short enough. {_LOCATED}",
+    ),
+    Reason.HIDDEN_KINKS_AND_MAX_STEPS: (
+        "max_steps",
+        "{steps} steps were tried before {rule!r} was reached: the network has kinks of which "
+        "gflow does not know (as jax.nn.relu has), at which the field jumps, and where a flow "
+        f"slides along one its steps become ever shorter. {_LOCATED}",
     ),
     Reason.NOT_UNIQUE: (
         "not_unique",

@@ -611,8 +611,8 @@ class FlowRun:
             self._arm()
 
     def _out_of_steps(self) -> End:
-        rule = self.saves[self.done].rule
-        return Reason.MAX_STEPS.end(steps=self.plan.max_steps, rule=rule)
+        why = Reason.MAX_STEPS if self.hidden is None else Reason.HIDDEN_KINKS_AND_MAX_STEPS
+        return why.end(steps=self.plan.max_steps, rule=self.saves[self.done].rule)
 
 
 _STAND = {"s": 0.0, "num_steps": 0, "next_step": 0.0}
