@@ -82,31 +82,27 @@ class Meeting(NamedTuple):
     """G, shape (k, k); zero for units without a kink of their own."""
     size: float
     r"""$\lVert v_0\rVert$."""
+    passes: int
+    """Layers from the first to the last: after so many passes a unit of that knows of all."""
+    force: np.ndarray
+    r"""$b_0$, shape (k,)."""
+    lower: np.ndarray
+    r"""$\kappa$, shape (k,)."""
+    later: np.ndarray
+    """A, shape (k, k)."""
 
-    @property
-    def force(self) -> np.ndarray:
-        r"""$b_0$, shape (k,)."""
-        return self.block.force
-
-    @property
-    def lower(self) -> np.ndarray:
-        r"""$\kappa$, shape (k,)."""
-        return self.block.lower
-
-    @property
-    def later(self) -> np.ndarray:
-        """A, shape (k, k)."""
-        return self.layers.later
+    @classmethod
+    def of(cls, block: Block, layers: Layers) -> "Meeting":
+        """That of units."""
+        normals = np.where(layers.own[:, None], block.normals, 0.0)
+        size, passes = float(np.linalg.norm(block.base)), int(np.ptp(layers.layer))
+        known = block.force, block.lower, layers.later
+        return cls(block, layers, normals @ block.base, normals @ normals.T, size, passes, *known)
 
     @property
     def lengths(self) -> np.ndarray:
         """Of the normals, (k,)."""
         return np.sqrt(np.diagonal(self.gram))
-
-    @property
-    def passes(self) -> int:
-        """After so many a unit of the last layer knows of all in front of it."""
-        return int(np.ptp(self.layers.layer))
 
     def activated(self, zeta: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pre-activations, and their gates smoothed over some widths, all positive, (k,)."""

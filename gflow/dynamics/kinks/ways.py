@@ -67,10 +67,7 @@ def decide_layers(block: Block, layers: Layers, branch: int | None) -> list[Grou
             return groups
     if not np.any(layers.own):
         return []
-    normals = np.where(layers.own[:, None], block.normals, 0.0)
-    size = float(np.linalg.norm(block.base))
-    at = Meeting(block, layers, normals @ block.base, normals @ normals.T, size)
-    return meet(at, branch)
+    return meet(Meeting.of(block, layers), branch)
 
 
 def _moves(block: Block, before: np.ndarray, groups: list[Group]) -> bool:
