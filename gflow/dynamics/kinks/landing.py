@@ -27,6 +27,10 @@ MOST = 60
 PATIENCE = 5
 """One trial in so many is put halfway to the middle."""
 
+LOWER = -2
+"""Number of the trial that looks at the lower end; the next looks at the upper. Both are known, and
+looked at in the same loop: what looks takes longer to compile than all else."""
+
 
 class PastKinks(AbstractRule):
     """How far a frozen network is beyond its pattern: at 1 it is."""
@@ -77,6 +81,7 @@ def land_on_kink(
         attempt, seen = method.solve(field, s0, h, state0, memory0)
         return method.end(field, s0, h, state0, attempt, seen, memory0)
 
+    @jax.jit  # traced once, for the shapes and for the loop
     def beyond(s: Array, state: FlowState) -> tuple[Array, Array]:
         """How far each unit is past its kink, and the speed of that."""
         return jax.jvp(
@@ -88,15 +93,25 @@ def land_on_kink(
     def unfinished(loop: Bracket) -> Array:
         close = 4 * jnp.finfo(loop.low.dtype).eps * jnp.maximum(jnp.abs(loop.high), 1.0)
         worst = jnp.max(loop.above[0])
-        return (loop.high - loop.low > close) & (worst > ENOUGH) & (loop.tries < MOST)
+        wide = (loop.high - loop.low > close) & (worst > ENOUGH) & (loop.tries < MOST)
+        return (loop.tries < 0) | wide
+
+    def known(tries: Array) -> tuple[FlowState, Any]:
+        ends = (state0, memory0), (lane.state, lane.memory)
+        return jax.tree.map(lambda a, b: jnp.where(tries == LOWER, a, b), *ends)
+
+    def tried(s: Array) -> tuple[FlowState, Any]:
+        made = trial(s)
+        return made.state, made.memory
 
     def refine(loop: Bracket) -> Bracket:
         part = _earliest(loop.below, loop.above, loop.high - loop.low)
         part = jnp.where(loop.tries % PATIENCE == PATIENCE - 1, (part + 0.5) / 2, part)
-        s = loop.low + (loop.high - loop.low) * part
-        made = trial(s)
-        found = beyond(s, made.state)
-        right = jnp.max(found[0]) > 1
+        end = jnp.where(loop.tries == LOWER, loop.low, loop.high)
+        s = jnp.where(loop.tries < 0, end, loop.low + (loop.high - loop.low) * part)
+        here = jax.lax.cond(loop.tries < 0, lambda: known(loop.tries), lambda: tried(s))
+        found = beyond(s, here[0])
+        right = (loop.tries > LOWER) & ((loop.tries < 0) | (jnp.max(found[0]) > 1))
 
         def chosen(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(right, a, b), new, old)
@@ -106,20 +121,26 @@ def land_on_kink(
             high=jnp.where(right, s, loop.high),
             below=chosen(loop.below, found),
             above=chosen(found, loop.above),
-            end=chosen((made.state, made.memory), loop.end),
+            end=chosen(here, loop.end),
             tries=loop.tries + 1,
             spent=jax.tree.map(
-                lambda total, a, b: total + a - b, loop.spent, method.tally(made.memory), before
+                lambda total, a, b: jnp.where(loop.tries < 0, total, total + a - b),
+                loop.spent,
+                method.tally(here[1]),
+                before,
             ),
         )
 
+    unseen = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(beyond, s0, state0)
+    )
     begun = Bracket(
         low=s0,
         high=lane.s,
-        below=beyond(s0, state0),
-        above=beyond(lane.s, lane.state),
+        below=unseen,
+        above=unseen,
         end=(lane.state, lane.memory),
-        tries=jnp.array(0),
+        tries=jnp.array(LOWER),
         spent=jax.tree.map(jnp.zeros_like, before),
     )
     last = jax.lax.while_loop(unfinished, refine, begun)
@@ -142,6 +163,7 @@ class Bracket(NamedTuple):
     end: tuple[FlowState, Any]
     """State and memory at the upper end."""
     tries: Array
+    """Trials so far; negative before both ends have been looked at."""
     spent: Any
 
 
