@@ -241,10 +241,11 @@ class Kinked:
                 moment(field.clock, s, state, look.log_risk, steps)
                 for s, state, look in zip(ends, (state0, found.state), found.ends, strict=True)
             )
-            order = sorted(found.units.items(), key=lambda each: (-each[1], each[0]))
-            places = ((unit, _between(begin, end, since / whole)) for unit, since in order)
+            units, since = np.array(list(found.units)), np.array(list(found.units.values()))
+            order = np.lexsort((units, -since))
+            when = _between(begin, end, since[order] / whole)
             count = self.num_kinks
-            self._note(places, before, STEPPED_OVER)
+            self._note(zip(units[order].tolist(), when, strict=True), before, STEPPED_OVER)
             self.num_stepped_over += self.num_kinks - count
             self.last_s, self.repeated = ends[1], 0
             self.seen = ends[1], self.num_patterns, found.ends[1]
@@ -252,8 +253,8 @@ class Kinked:
 
     def _gates(self) -> tuple[np.ndarray, np.ndarray]:
         """Which units are above their kinks, and which slide."""
-        pattern = self.piece.patterns.pattern
-        return np.asarray(pattern.on).copy(), np.asarray(pattern.sliding)
+        pattern = self.piece.patterns.frozen()
+        return np.asarray(pattern.on), np.asarray(pattern.tie) > 0
 
     def _note(
         self,
@@ -281,15 +282,15 @@ class Kinked:
         self.num_joint += self.piece.joint()
 
 
-def _between(begin: Moment, end: Moment, back: float) -> Moment:
-    """The moment a part of a step before its end."""
+def _between(begin: Moment, end: Moment, back: np.ndarray) -> list[Moment]:
+    """The moments at parts of a step, (k,), before its end."""
     with np.errstate(divide="ignore"):
-        parts = np.log(np.array([back, 1 - back]))
-    log_time = float(np.logaddexp(begin.log_time + parts[0], end.log_time + parts[1]))
-    log_risk = end.log_risk
-    if np.isfinite(log_risk):
-        log_risk += back * (begin.log_risk - log_risk)
-    return Moment(log_time, log_risk, end.step)
+        parts = np.log(back), np.log(1 - back)
+    log_time = np.logaddexp(begin.log_time + parts[0], end.log_time + parts[1])
+    log_risk = np.full(len(back), end.log_risk)
+    if np.isfinite(end.log_risk):
+        log_risk += back * (begin.log_risk - end.log_risk)
+    return [Moment(*at, end.step) for at in zip(log_time.tolist(), log_risk.tolist(), strict=True)]
 
 
 _FACTS = (
