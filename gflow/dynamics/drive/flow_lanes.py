@@ -221,6 +221,7 @@ class FlowLanes(AbstractLanes):
             if again[0]:
                 lane = dataclasses.replace(lane, reason=as_array(np.int64(Reason.RUNNING)))
             if anew[0]:
+                self._stack()  # its network may be in another pattern
                 lane = self._begun_again(at_no_goal(lane))
         else:
             idle = np.where(again, np.int64(Reason.RUNNING), np.int64(Reason.ARRIVED))

@@ -18,7 +18,8 @@ from gflow.dynamics.kinks.kinked import Kinked, moment
 from gflow.dynamics.kinks.landing import PAST, land_on_kink
 from gflow.dynamics.kinks.over import Passed
 from gflow.dynamics.kinks.piece import NotUniqueError, StuckError
-from gflow.dynamics.march.lane import Lane
+from gflow.dynamics.march.lane import Lane, gone_on_from
+from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import Array, as_array
 from gflow.problem.risk import has_few_margins, risk_and_slope
@@ -125,13 +126,12 @@ class PiecewiseRun(FlowRun):
         kinked = self.kinked
         field, tolerance = self.plan.field, self.plan.tolerance
         self.observe()  # what was saved before the kinks is of the pattern before them
-        found = kinked.over(field, tolerance, lane)
+        found = kinked.over(field, self.method, tolerance, lane)
         if isinstance(found, Passed):
             if not found.units:
                 return False
             report.replace(lane)
-            next_step = min(float(lane.next_step), found.longest)
-            self._go_on_behind(found.state, next_step, float(found.ends[1].fall))
+            self._go_on_behind(found.state, found.memory, found.ends[1].fall, found.longest)
         elif found is not None and found.second < found.part:
             self._go_back(lane, found.part)
         else:
@@ -169,20 +169,30 @@ class PiecewiseRun(FlowRun):
         except StuckError as error:
             self.end = Reason.STUCK.end(why=error, log_risk=at.log_risk)
             return
-        state, next_step = FlowState(weights, scaled_time), float(report.lane.next_step)
+        state, lane = FlowState(weights, scaled_time), report.lane
         self._follow_pattern()
-        fall = float(_fall(self.plan.field, as_array(np.float64(stand.s)), state))
-        self._go_on_behind(state, next_step, fall)
+        memory, fall = _behind(self.plan.field, self.method, lane.s, state, lane.next_step)
+        self._go_on_behind(state, memory, fall)
 
-    def _go_on_behind(self, state: FlowState, next_step: float, fall: float) -> None:
-        """Go on behind kinks from a state that stands where the run does."""
-        s, _, steps = self.stand
+    def _go_on_behind(
+        self, state: FlowState, memory: Any, fall: Any, longest: float = math.inf
+    ) -> None:
+        r"""Go on behind kinks from a state that stands where the run does.
+
+        Args:
+            state, memory: there, of the flow and of the solver.
+            fall: there, $-d\log R/ds$.
+            longest: of the next step.
+        """
+        report, steps = self.report, self.stand.num_steps
+        assert report is not None
         self._follow_pattern()
         # Far out the shares of the points settle anew behind a kink while log R changes by about
         # 1: a step that leaps over this is refused, however it is shortened, until it does not.
-        next_step = min(next_step, 1 / fall) if fall > 0 else next_step
+        settles = 1 / float(fall) if fall > 0 else math.inf
+        next_step = min(float(report.lane.next_step), longest, settles)
         self._keep_counts(steps)
-        self._leave(Stand(s, state, steps), next_step)
+        report.replace(gone_on_from(report.lane, state, memory, as_array(np.float64(next_step))))
         self._meet()
         # The march, which counts steps, says of a lane that has met a kink only that.
         if self.end is None and steps + self.num_rejected >= self.plan.max_steps:
@@ -213,7 +223,10 @@ class PiecewiseRun(FlowRun):
 
 
 @eqx.filter_jit
-def _fall(field: AbstractField, s: Array, state: FlowState) -> Array:
-    r"""$-d\log R/ds$."""
+def _behind(
+    field: AbstractField, method: AbstractMethod, s: Array, state: FlowState, step: Array
+) -> tuple[Any, Array]:
+    r"""A solver's memory before a step, and $-d\log R/ds$."""
     log_risk, _, descent = field.direction(state.weights)
-    return field.clock.rate(s, log_risk, descent) * descent
+    fall = field.clock.rate(s, log_risk, descent) * descent
+    return method.start(field, s, state, step), fall

@@ -15,6 +15,7 @@ from gflow.dynamics.kinks.over import Over, Passed, Refused
 from gflow.dynamics.kinks.patterns import Slide
 from gflow.dynamics.kinks.piece import Piece, StuckError
 from gflow.dynamics.march.lane import Lane
+from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array, as_array
 from gflow.problem.network import AbstractNetwork
@@ -210,13 +211,14 @@ class Kinked:
     def over(
         self,
         field: AbstractField,
+        method: AbstractMethod,
         tolerance: AbstractTolerance,
         lane: Lane,
     ) -> Passed | Refused | None:
         """Step over the kinks in the last step of a lane, if the tolerance allows that.
 
         Args:
-            field, tolerance, lane: of the run.
+            field, method, tolerance, lane: of the run.
 
         Returns:
             None for several hidden layers, where every kink is landed on.
@@ -232,7 +234,7 @@ class Kinked:
         if last is not None and last[:2] == (ends[0], self.num_patterns):
             seen = last[2]
         states = state0, lane.state
-        step = Over(self.piece, field, tolerance, ends, states, seen, self.trust)
+        step = Over(self.piece, (field, method, tolerance), ends, states, seen, self.trust)
         found = step.go()
         self.trust = step.trust
         if isinstance(found, Passed) and found.units:

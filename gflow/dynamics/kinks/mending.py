@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
+from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
 from gflow.problem.bends import Pattern, past_ends, past_kinks, sight
@@ -68,8 +69,10 @@ def seen_at(field: AbstractField, s: Array, state: FlowState) -> End:
 @eqx.filter_jit
 def mended(
     field: AbstractField,
+    method: AbstractMethod,
     tolerance: AbstractTolerance,
     s: Array,
+    h: Array,
     before: FlowState,
     state: FlowState,
     new: Pattern,
@@ -77,13 +80,17 @@ def mended(
     ramp: Array,
     ratio: Array,
     curved: Array,
-) -> tuple[FlowState, Array, End]:
-    """The mended end of a step, on its kinks; the norm of what is left; what is seen there.
+) -> tuple[FlowState, Any, Array, End]:
+    """The mended end of a step, on its kinks, and the solver's memory there.
+
+    Then the norm of what is left, in units of the tolerance, and what is seen there.
 
     Args:
         field: with the gates of the step.
+        method: the solver.
         tolerance: whose norm it is.
-        s, before, state: the clock at the end, and the states at both ends.
+        s, h: the clock at the end, and the length of the step.
+        before, state: the states at both ends.
         new: the pattern there.
         since: how long ago, of each neuron, (U,).
         ramp: which neurons only left a slide, (U,).
@@ -137,4 +144,4 @@ def mended(
     weights = new.tangent.across_removed(after.weights, bends)
     after = FlowState(weights, after.scaled_time)
     there = eqx.tree_at(lambda f: f.problem.network.pattern, field, new)
-    return after, left, _seen(there, s, after)
+    return after, method.start(there, s, after, h), left, _seen(there, s, after)

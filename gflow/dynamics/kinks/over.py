@@ -10,7 +10,7 @@ Each neuron's kinks are passed in their order, one in each *turn*; in the next t
 end is the end of a step with the new gates. One hidden layer only.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,6 +21,7 @@ from gflow.dynamics.kinks.crossings import Events, how_long_ago, mean_ratio
 from gflow.dynamics.kinks.cubic import root_of_cubic
 from gflow.dynamics.kinks.mending import End, mended, seen_at
 from gflow.dynamics.kinks.piece import NotUniqueError, Piece
+from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import as_array
 
@@ -53,6 +54,8 @@ class Passed(NamedTuple):
     """A step with its kinks mended."""
 
     state: FlowState
+    memory: Any
+    """Of the solver there."""
     norm: float
     """Of what the mending may have left, in units of the tolerance."""
     units: dict[int, float]
@@ -81,8 +84,7 @@ class Over:
 
     Args:
         piece: where the step was made; its pattern is changed.
-        field: of the step.
-        tolerance: the run's.
+        by: the field of the step, its solver, and the run's tolerance.
         s: where it began and ended.
         states: the states there.
         start: what was seen where it began, if that is known.
@@ -92,15 +94,16 @@ class Over:
     def __init__(
         self,
         piece: Piece,
-        field: AbstractField,
-        tolerance: AbstractTolerance,
+        by: tuple[AbstractField, AbstractMethod, AbstractTolerance],
         s: tuple[float, float],
         states: tuple[FlowState, FlowState],
         start: End | None,
         trust: float,
     ):
         assert piece.rows is not None
-        self.piece, self.field, self.tolerance = piece, field, tolerance
+        self.piece, (self.field, self.method, self.tolerance) = piece, by
+        self.memory: Any = None
+        """Of the solver at the end, once that is mended."""
         self.s, self.states, self.h = s, states, s[1] - s[0]
         self.rows = piece.rows
         self.squares = np.sum(self.rows**2, 1)
@@ -131,7 +134,8 @@ class Over:
                 self.piece.freeze()
                 self.trust = self._trusted(norm) if turn > 0 else self.trust
                 longer = min(0.9 * max(norm / ALLOWED, 1e-9) ** (-1 / 3), LONGER) * self.h
-                return Passed(state, norm, self.units, longer, (self.start, self.end))
+                ends = self.start, self.end
+                return Passed(state, self.memory, norm, self.units, longer, ends)
             hard = events.turned | self._heavy(events)
             guess = np.inf if np.any(hard) else self._roughly(events)
             if turn == 0:
@@ -213,10 +217,12 @@ class Over:
         since, ramp = np.zeros(piece.num_units), np.zeros(piece.num_units, bool)
         since[events.neuron], ramp[events.neuron] = events.since, events.unit < 0
         ratio, curved = (mean_ratio(events, events.unit >= 0), mean_ratio(events, events.unit < 0))
-        after, left, seen = mended(
+        after, self.memory, left, seen = mended(
             tree_at(lambda f: f.problem.network.pattern, self.field, base),
+            self.method,
             self.tolerance,
             as_array(np.float64(self.s[1])),
+            as_array(np.float64(self.h)),
             self.states[0],
             state,
             patterns.frozen(),

@@ -70,6 +70,7 @@ class Lane(Module):
     cut: Array
     """Whether it is shorter than the control would have it."""
     attempt: Any
+    """None of a lane that has been put elsewhere, until it begins again."""
     previous: tuple[Array, FlowState, Any] | None
     """Where the last accepted step began: (s, state, memory). None where no rule is watched."""
     num_steps: Array
@@ -112,6 +113,21 @@ class Saved(NamedTuple):
 def strong(tree: PyTree[Array]) -> PyTree[Array]:
     """The same arrays without JAX's weak types, so that one compilation serves them all."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype), tree)
+
+
+def gone_on_from(lane: Lane, state: FlowState, memory: Any, next_step: Array) -> Lane:
+    """A lane that goes on from another state where it stands, as if its last step had led there."""
+    zero = jnp.zeros_like(lane.s)
+    return dataclasses.replace(
+        lane,
+        state=state,
+        memory=memory,
+        next_step=next_step,
+        step=zero,
+        refused=(zero, zero),
+        attempt=None,
+        previous=(lane.s, state, memory),
+    )
 
 
 def watching(lane: Lane, watches: bool) -> Lane:

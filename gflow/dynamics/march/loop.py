@@ -128,11 +128,14 @@ def begin_again(
 ) -> Lane:
     """Lanes whose goals have changed, at the beginning of their next attempt.
 
-    An attempt that keeps its length goes on, to the last bit as if nothing had changed.
+    An attempt that keeps its length goes on, to the last bit as if nothing had changed. A lane that
+    has been put elsewhere has none.
     """
 
     def one(own: Member, lane: Lane) -> Lane:
         begun = _begin(eqx.combine(own, shared), method, lane)
+        if lane.attempt is None:
+            return begun
         same = begun.step == lane.step
         attempt = jax.tree.map(lambda a, b: jnp.where(same, a, b), lane.attempt, begun.attempt)
         return eqx.tree_at(lambda at: at.attempt, begun, attempt)
