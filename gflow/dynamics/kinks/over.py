@@ -227,6 +227,7 @@ class Over:
             state,
             patterns.frozen(),
             as_array(since),
+            as_array(np.argsort(-np.where(ramp, since / 2, since), kind="stable")),
             as_array(ramp),
             as_array(np.float64(ratio)),
             as_array(np.float64(curved)),
