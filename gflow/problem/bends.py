@@ -196,7 +196,6 @@ class WeightTangent(AbstractTangent):
         bends: AbstractBends,
     ) -> Array:
         # Normals that are parallel stay so, but their lengths are those of activations in front.
-
         def now() -> Array:
             # What a unit behind another that slides has of the normal of that one is no part of it.
             each = self.of_slots(normals)

@@ -476,10 +476,9 @@ class FlowRun:
 
     def _landed(self, lane: Lane, events: Sequence[Event]) -> tuple[Lane, Event] | None:
         """The earliest of some events in the last step of a lane, and the lane there."""
-        landed = []
+        few, landed = has_few_margins(self.problem), []
         for event in events:
             goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
-            few = has_few_margins(self.problem)
             there = land(self.plan.field, self.method, rule, lane, goal, few=few)
             landed.append((there, event))
         return min(landed, key=lambda each: float(each[0].s), default=None)
