@@ -11,6 +11,7 @@ import pytest
 import gflow
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.march.of_diffrax import method_of
+from gflow.dynamics.march.runge_kutta import LARGE
 from gflow.native import native
 
 CODE = """
@@ -71,11 +72,15 @@ def test_a_loop_is_one_function_where_it_can_be_and_gives_the_same(body, whole):
     np.testing.assert_allclose(program.compile()(x), loop(x), rtol=1e-13)
 
 
-@pytest.mark.parametrize("solver", [diffrax.Dopri8(), diffrax.Heun()], ids=["fsal", "not"])
-def test_an_explicit_step_is_that_of_diffrax(solver):
+@pytest.mark.parametrize(
+    ("solver", "width"),
+    [(diffrax.Dopri8(), 3), (diffrax.Heun(), 3), (diffrax.Dopri8(), LARGE // 2 + 1)],
+    ids=["fsal", "not", "wide"],
+)
+def test_an_explicit_step_is_that_of_diffrax(solver, width):
     data = gflow.datasets.separable(n=5, d=2, margin=0.1, seed=0)
     field = FlowField(gflow.Problem(data, loss=gflow.Exponential()), gflow.clocks.Risk())
-    weights = tuple(map(jnp.asarray, gflow.init.gaussian((2, 3, 1), seed=0)))
+    weights = tuple(map(jnp.asarray, gflow.init.gaussian((2, width, 1), seed=0)))
     s, h, state = jnp.asarray(0.3), jnp.asarray(0.01), FlowState(weights, jnp.asarray(0.2))
     method, term = method_of(solver, 1e-6, 1e-9), diffrax.ODETerm(field)
 
