@@ -21,8 +21,8 @@ def land(
 ) -> Lane:
     """Shorten the last accepted step so that it ends where ``rule`` reaches ``goal``.
 
-    The step's length is found by the Illinois variant of regula falsi, each trial a true step of
-    the solver from where the last one began. No attempt is on its way then: its length is zero.
+    The step's length is found by regula falsi with Anderson and Bjorck's rule for an end that stays
+    (BIT 13, 1973), each trial a true step of the solver from where the last one began. No attempt is on its way then: its length is zero.
     """
     s0, state0, memory0 = lane.began
 
@@ -44,24 +44,26 @@ def land(
         return jnp.isfinite(start) & (start < 0) & (jnp.abs(miss) > near) & (tries < 60)
 
     def refine(loop: tuple) -> tuple:
-        (low, below, high, above, _, _), tries, *_ = loop
+        (low, below, high, above, last), tries, *_ = loop
         s = low + (high - low) * below / (below - above)
         made = trial(s)
         miss = progress(made.state) - goal
-        left = miss < 0
+        left, again = miss < 0, (miss < 0) == (last < 0)
+        # Where an end stays for a second time, its value is made smaller.
+        part = 1 - miss / jnp.where(left, below, above)
+        part = jnp.where(again, jnp.where(part > 0, part, 0.5), 1.0)
         bracket = (
             jnp.where(left, s, low),
-            jnp.where(left, miss, below / 2),
+            jnp.where(left, miss, part * below),
             jnp.where(left, high, s),
-            jnp.where(left, above / 2, miss),
-            s,
+            jnp.where(left, part * above, miss),
             miss,
         )
-        return bracket, tries + 1, made.state, made.memory
+        return bracket, tries + 1, s, made.state, made.memory
 
-    bracket = (s0, start, lane.s, end, lane.s, end)
-    (*_, s, _), _, state, memory = jax.lax.while_loop(
-        unfinished, refine, (bracket, jnp.array(0), lane.state, lane.memory)
+    bracket = (s0, start, lane.s, end, end)
+    _, _, s, state, memory = jax.lax.while_loop(
+        unfinished, refine, (bracket, jnp.array(0), lane.s, lane.state, lane.memory)
     )
     return eqx.tree_at(
         lambda at: (at.s, at.state, at.memory, at.step, at.next_step),
