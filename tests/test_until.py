@@ -100,6 +100,25 @@ def test_rules_on_small_variables_stop_where_they_are_met(rule, far):
     assert bool(record.beyond_hand_over[-1]) == far
 
 
+def test_points_saved_within_steps_are_landed_on_and_change_no_step():
+    data = gflow.datasets.separable(n=20, d=2, margin=0.2, seed=1)
+    problem = gflow.Problem(data, loss=gflow.Exponential())
+    weights = gflow.init.admissible(gflow.init.gaussian((2, 3, 1), seed=0), problem)
+    few, many = (
+        gflow.gradient_flow(problem, weights, until=gflow.MarginGap(1e-3), save=save)
+        for save in (2, 80)
+    )
+    gap, steps = many.margin_gap.values, many.num_steps.values
+    assert steps[-1] == few.num_steps[-1] < 80
+    assert many.final_weights_1.equals(few.final_weights_1)
+    np.testing.assert_allclose(gap[1:], np.geomspace(gap[0], 1e-3, 80)[1:], rtol=1e-11)
+    assert np.all(np.diff(many.log_time[1:]) > 0)
+    assert np.all(np.diff(steps) >= 0)
+    # Four trials each of 23: not thirty, as where every trial halves the miss.
+    spent = [record.attrs["num_field_evaluations"] for record in (few, many)]
+    assert spent[1] < 150 * 80 + spent[0]
+
+
 def test_a_log_risk_with_the_wrong_sign_is_doubted():
     with pytest.warns(UserWarning, match=r"is it LogRisk\(-50\)"):
         as_rules(gflow.LogRisk(50) | gflow.Steps(3))

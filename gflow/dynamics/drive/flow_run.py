@@ -28,7 +28,7 @@ from gflow.dynamics.drive.recorder import ROWS, Recorder, filled, rows_for
 from gflow.dynamics.drive.standstill import SADDLE, at_level_zero, end_of_risk, why_stalled
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.hidden import Hidden
-from gflow.dynamics.march.land import land
+from gflow.dynamics.march.land import Landed, land
 from gflow.dynamics.march.lane import Goals, Lane, Member
 from gflow.dynamics.march.loop import lanes_at
 from gflow.dynamics.march.method import AbstractMethod
@@ -41,6 +41,9 @@ from gflow.problem.memo import once_per_object
 from gflow.problem.risk import ROUND_OFF, has_few_margins, level_at_zero, risk_and_slope
 from gflow.problem.sharding import gathered
 from gflow.problem.weights import Weights
+
+LANDINGS = 8
+"""Points to save within one step that are landed on in one call."""
 
 
 class Plan(NamedTuple):
@@ -459,12 +462,43 @@ class FlowRun:
         self.done += sum(id(event) in self._to_save for event in events)
 
     def _land(self, report: Report) -> None:
-        """Land on the earliest of the watched events that the last step crossed."""
-        found = self._landed(report.lane, self.crossed())
+        """Record the points to save that the last step passed, and stop at what else it crossed."""
+        lane, crossed = report.lane, self.crossed()
+        others = [event for event in crossed if id(event) not in self._to_save]
+        passed = self._passed() if len(others) < len(crossed) else []
+        saves = [event for event in passed if event.action.passes]
+        found = self._landed(lane, [*others, *passed[len(saves) :]])
+        self._save_within(lane, saves, math.inf if found is None else float(found[0].s))
         if found is None:
             self._arm()
         else:
             self._stop_at(report, *found)
+
+    def _passed(self) -> list[Event]:
+        """The points to save that the last step passed."""
+        ahead = self.saves[self.done :]
+        (here,) = self.progress([ahead[0].rule])
+        return [event for event in ahead if here >= event.progress]
+
+    def _save_within(self, lane: Lane, events: Sequence[Event], until: float) -> None:
+        """Record the points of some events in the last step of a lane, before a clock value.
+
+        Each is at the end of a step of its own from where the last one began; the run goes on from
+        where it is.
+        """
+        end = float(lane.s)
+        while events:
+            part, events = events[: self._landings], events[self._landings :]
+            at = self._land_on(lane, part)
+            kept = 0
+            for s in np.asarray(at.s)[: len(part)].tolist():
+                kept += s < until
+                if s >= min(until, end):
+                    events = []
+                    break
+            self._count(part[:kept])
+            rows = jax.tree.map(lambda leaf, kept=kept: leaf[:kept], gathered((at.states, at.s)))
+            self.pending.append((*rows, np.full(kept, int(lane.num_steps) - 1)))
 
     def crossed(self) -> list[Event]:
         """The watched events that the last step crossed."""
@@ -476,12 +510,22 @@ class FlowRun:
 
     def _landed(self, lane: Lane, events: Sequence[Event]) -> tuple[Lane, Event] | None:
         """The earliest of some events in the last step of a lane, and the lane there."""
-        few, landed = has_few_margins(self.problem), []
-        for event in events:
-            goal, rule = as_array(np.float64(event.progress)), anonymous(event.rule)
-            there = land(self.plan.field, self.method, rule, lane, goal, few=few)
-            landed.append((there, event))
+        landed = [(self._land_on(lane, [event]).lane, event) for event in events]
         return min(landed, key=lambda each: float(each[0].s), default=None)
+
+    def _land_on(self, lane: Lane, events: Sequence[Event]) -> Landed:
+        """Where the last step of a lane comes to some events of one rule, at most ``_landings``."""
+        goals = np.full(self._landings, np.inf)
+        goals[: len(events)] = [event.progress for event in events]
+        field, rule, few = self.plan.field, anonymous(events[0].rule), has_few_margins(self.problem)
+        found = land(field, self.method, rule, lane, as_array(goals), few=few)
+        self.counts = self.counts + np.array(self.method.counts(found.spent, int(found.trials)))
+        return found
+
+    @property
+    def _landings(self) -> int:
+        """Events that are landed on in one call."""
+        return min(LANDINGS, rows_for(self.recorder.start))
 
     def _stop_at(self, report: Report, lane: Lane, event: Event) -> None:
         """Act on an event that was landed on, and go on if it is not the end."""

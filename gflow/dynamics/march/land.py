@@ -1,12 +1,12 @@
-"""Landing: the last step made shorter so that it ends exactly where an event happens."""
+"""Landing: steps made shorter, so that they end exactly where an event happens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from gflow.dynamics.field import AbstractField
+from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.loop import observe
 from gflow.dynamics.march.method import AbstractMethod, Step
@@ -14,19 +14,55 @@ from gflow.dynamics.stops import AbstractRule
 from gflow.problem.array import Array
 from gflow.programs import by_size
 
+MOST = 60
+"""Trials."""
+
+
+class Landed(NamedTuple):
+    """Where a rule reaches its goals in a step."""
+
+    s: Array
+    """Clock values, one for each goal, shape (k,)."""
+    states: FlowState
+    """Likewise, on a leading axis."""
+    lane: Lane
+    """The step cut at the last of them."""
+    trials: Array
+    spent: Any
+    """What they add to the solver's tally."""
+
+
+class Search(NamedTuple):
+    """What is known of where a goal is reached, by how far it is missed."""
+
+    low: Array
+    below: Array
+    high: Array
+    above: Array
+    miss: Array
+    """That of the last trial."""
+    tries: Array
+    s: Array
+    state: FlowState
+    memory: Any
+    spent: Any
+
 
 @by_size
 def land(
-    field: AbstractField, method: AbstractMethod, rule: AbstractRule, lane: Lane, goal: Array
-) -> Lane:
-    """Shorten the last accepted step so that it ends where ``rule`` reaches ``goal``.
+    field: AbstractField, method: AbstractMethod, rule: AbstractRule, lane: Lane, goals: Array
+) -> Landed:
+    """Where ``rule`` reaches some ``goals`` in the last accepted step, and the states there.
 
-    The step's length is found by regula falsi with Anderson and Bjorck's rule for an end that stays
-    (BIT 13, 1973), each trial a true step of the solver from where the last one began. No attempt is on its way then: its length is zero.
+    The lengths of steps that end there are found by regula falsi with Anderson and Bjorck's rule
+    for an end that stays (BIT 13, 1973), each trial a true step of the solver from where the last
+    one began. Infinite goals are none. No attempt of the lane that is cut is on its way then: its
+    length is zero.
     """
     s0, state0, memory0 = lane.began
+    before = method.tally(memory0)
 
-    def progress(state: Any) -> Array:
+    def progress(state: FlowState) -> Array:
         return rule.progress(observe(field, state, lane.num_steps, (rule,)))
 
     def trial(s: Array) -> Step:
@@ -34,39 +70,55 @@ def land(
         attempt, seen = method.solve(field, s0, h, state0, memory0)
         return method.end(field, s0, h, state0, attempt, seen, memory0)
 
-    start, end = progress(state0) - goal, progress(lane.state) - goal
-    near = 1e-13 * jnp.maximum(1.0, jnp.abs(goal))
+    start, end = progress(state0), progress(lane.state)
 
-    def unfinished(loop: tuple) -> Array:
-        (*_, miss), tries, *_ = loop
+    def one(last: tuple, goal: Array) -> tuple[tuple, tuple]:
+        near = 1e-13 * jnp.maximum(1.0, jnp.abs(goal))
         # From where the progress is undefined, as that of a direction at w = 0, it jumps past the
         # goal, and past others: a step that does stays as it is.
-        return jnp.isfinite(start) & (start < 0) & (jnp.abs(miss) > near) & (tries < 60)
+        within = jnp.isfinite(goal) & jnp.isfinite(start) & (start < goal)
 
-    def refine(loop: tuple) -> tuple:
-        (low, below, high, above, last), tries, *_ = loop
-        s = low + (high - low) * below / (below - above)
-        made = trial(s)
-        miss = progress(made.state) - goal
-        left, again = miss < 0, (miss < 0) == (last < 0)
-        # Where an end stays for a second time, its value is made smaller.
-        part = 1 - miss / jnp.where(left, below, above)
-        part = jnp.where(again, jnp.where(part > 0, part, 0.5), 1.0)
-        bracket = (
-            jnp.where(left, s, low),
-            jnp.where(left, miss, part * below),
-            jnp.where(left, high, s),
-            jnp.where(left, part * above, miss),
-            miss,
+        def unfinished(at: Search) -> Array:
+            return within & (jnp.abs(at.miss) > near) & (at.tries < MOST)
+
+        def refine(at: Search) -> Search:
+            s = at.low + (at.high - at.low) * at.below / (at.below - at.above)
+            made = trial(s)
+            miss = progress(made.state) - goal
+            left, again = miss < 0, (miss < 0) == (at.miss < 0)
+            # Where an end stays for a second time, its value is made smaller.
+            part = 1 - miss / jnp.where(left, at.below, at.above)
+            part = jnp.where(again, jnp.where(part > 0, part, 0.5), 1.0)
+            added = jax.tree.map(jnp.subtract, method.tally(made.memory), before)
+            return Search(
+                low=jnp.where(left, s, at.low),
+                below=jnp.where(left, miss, part * at.below),
+                high=jnp.where(left, at.high, s),
+                above=jnp.where(left, part * at.above, miss),
+                miss=miss,
+                tries=at.tries + 1,
+                s=s,
+                state=made.state,
+                memory=made.memory,
+                spent=jax.tree.map(jnp.add, at.spent, added),
+            )
+
+        tries, spent, *place = last
+        whole = lane.s, lane.state, lane.memory
+        begun = Search(
+            s0, start - goal, lane.s, end - goal, end - goal, jnp.array(0), *whole, spent
         )
-        return bracket, tries + 1, s, made.state, made.memory
+        found = jax.lax.while_loop(unfinished, refine, begun)
+        here = found.s, found.state, found.memory
+        place = jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(goal), a, b), here, tuple(place))
+        return (tries + found.tries, found.spent, *place), (found.s, found.state)
 
-    bracket = (s0, start, lane.s, end, end)
-    _, _, s, state, memory = jax.lax.while_loop(
-        unfinished, refine, (bracket, jnp.array(0), lane.s, lane.state, lane.memory)
-    )
-    return eqx.tree_at(
+    nothing = jnp.array(0), jax.tree.map(jnp.zeros_like, before)
+    last, (s, states) = jax.lax.scan(one, (*nothing, lane.s, lane.state, lane.memory), goals)
+    trials, spent, *place = last
+    cut = eqx.tree_at(
         lambda at: (at.s, at.state, at.memory, at.step, at.next_step),
         lane,
-        (s, state, memory, jnp.zeros_like(s), jnp.maximum(lane.next_step, lane.s - s0)),
+        (*place, jnp.zeros_like(lane.s), jnp.maximum(lane.next_step, lane.s - s0)),
     )
+    return Landed(s, states, cut, trials, spent)
