@@ -1,7 +1,8 @@
 """The everyday run: how long for a first result, for saved points, for a wide layer, when busy?
 
 Ratios, each of two calls in one run of this script. Warm calls in processor time, all threads
-together, the least of several that take turns: 100 saved points over 2 on the way to log R = -1e4;
+together, the least of several that take turns: 100 saved points over 2 on the way to log R = -1e4,
+and to a misalignment, which no clock foretells;
 the default call to -10, whole records, over diffrax's Tsit5 that saves 100 states of the same flow
 in physical time and observes nothing, at the tolerance of all tables and at one that makes its last
 weights as exact; 20 points over 2 at width 512. Fresh processes, nothing compiled and all of it
@@ -54,9 +55,9 @@ def wide(width):
     return problem, gflow.init.admissible(start, problem)
 
 
-def flow(problem, weights, log_risk, save=100):
-    """A whole call, as a user makes it."""
-    until = gflow.LogRisk(log_risk)
+def flow(problem, weights, until, save=100):
+    """A whole call, as a user makes it, to a log risk or until another rule."""
+    until = gflow.LogRisk(until) if isinstance(until, float | int) else until
     return gflow.gradient_flow(problem, weights, until=until, save=save, progress=False)
 
 
@@ -108,6 +109,11 @@ def main():
     calls = {save: lambda save=save: flow(problem, weights, far, save) for save in (100, 2)}
     took, _ = common.timed(calls, repeats=repeats)
     what = "100 points over 2, to -1e4"
+    rows.append(compared(what, "save=100", "save=2", (took[100].cpu, took[2].cpu)))
+    until = gflow.Misalignment(1e-2 if options.quick else 1e-3)
+    calls = {save: lambda save=save: flow(problem, weights, until, save) for save in (100, 2)}
+    took, _ = common.timed(calls, repeats=repeats)
+    what = f"100 points over 2, until={until}"
     rows.append(compared(what, "save=100", "save=2", (took[100].cpu, took[2].cpu)))
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder) / "problem.npz", Path(folder) / "cache"
