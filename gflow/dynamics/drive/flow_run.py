@@ -178,9 +178,14 @@ class FlowRun:
         """How far the run is in the coordinate of each rule."""
         if self.split_run is not None:
             return [self.split_run.progress(rule) for rule in rules]
-        (weights, scaled_time), num_steps = self.stand.state, self.stand.num_steps
-        problem = self.plan.field.problem
-        log_risk = risk_and_slope(problem, weights)[0]
+        return self._progress_at(self.stand.state, rules)
+
+    def _progress_at(self, state: FlowState, rules: Sequence[AbstractRule]) -> list[float]:
+        """How far a state on the weights is, where the run stands, in each rule's coordinate."""
+        if not rules:
+            return []
+        (weights, scaled_time), problem = state, self.plan.field.problem
+        log_risk, num_steps = risk_and_slope(problem, weights)[0], self.stand.num_steps
         return progress_of(rules, problem, weights, log_risk, scaled_time, num_steps)
 
     def tell(self, lead: AbstractRule) -> tuple[float, str]:

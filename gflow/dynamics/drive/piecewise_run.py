@@ -5,11 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import numpy as np
 
 from gflow.dynamics.drive.checkpoint import Snapshot
-from gflow.dynamics.drive.events import NO_STEP_COUNT, Action, Event
+from gflow.dynamics.drive.events import NO_STEP_COUNT, SAME, Action, Event
 from gflow.dynamics.drive.flow_lanes import Report, Stand
 from gflow.dynamics.drive.flow_run import FlowRun, Plan
 from gflow.dynamics.drive.recorder import Recorder
@@ -22,8 +21,9 @@ from gflow.dynamics.march.lane import Lane, gone_on_from
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import Array, as_array
-from gflow.problem.risk import has_few_margins, risk_and_slope
+from gflow.problem.risk import risk_and_slope
 from gflow.problem.weights import Weights
+from gflow.programs import by_size
 
 LEAST_PART = 1e-3
 """Of a step that has met many kinks, to be tried next: the next one may be where the run stands."""
@@ -126,7 +126,7 @@ class PiecewiseRun(FlowRun):
         kinked = self.kinked
         field, tolerance = self.plan.field, self.plan.tolerance
         self.observe()  # what was saved before the kinks is of the pattern before them
-        found = kinked.over(field, self.method, tolerance, lane)
+        found = kinked.over(field, self.method, tolerance, lane, self._may_end)
         if isinstance(found, Passed):
             if not found.units:
                 return False
@@ -135,9 +135,7 @@ class PiecewiseRun(FlowRun):
         elif found is not None and found.second < found.part:
             self._go_back(lane, found.part)
         else:
-            at_kink, trials, spent = land_on_kink(
-                field, self.method, lane, few=has_few_margins(field.problem)
-            )
+            at_kink, trials, spent = land_on_kink(field, self.method, lane, few=kinked.piece.few)
             self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
             if found is not None and found.many:
                 # As much as may be stepped over, or up to the next kink.
@@ -148,6 +146,15 @@ class PiecewiseRun(FlowRun):
             report.replace(at_kink)
             self._act([_KINK], self.stand)
         return True
+
+    def _may_end(self, state: FlowState) -> bool:
+        """Whether a mended step may end in a state: no event that is watched for is behind it."""
+        events = [event for event in self.agenda.watched if event is not _KINK]
+        reached = self._progress_at(state, [event.rule for event in events])
+        return not any(
+            here > event.progress + SAME * max(1.0, abs(event.progress))
+            for event, here in zip(events, reached, strict=True)
+        )
 
     def _follow_pattern(self) -> None:
         field = dataclasses.replace(self.plan.field, problem=self.kinked.here)
@@ -171,7 +178,9 @@ class PiecewiseRun(FlowRun):
             return
         state, lane = FlowState(weights, scaled_time), report.lane
         self._follow_pattern()
-        memory, fall = _behind(self.plan.field, self.method, lane.s, state, lane.next_step)
+        memory, fall = _behind(
+            self.plan.field, self.method, lane.s, state, lane.next_step, few=kinked.piece.few
+        )
         self._go_on_behind(state, memory, fall)
 
     def _go_on_behind(
@@ -214,15 +223,18 @@ class PiecewiseRun(FlowRun):
         self.leg_began = steps
 
     def _meet(self) -> None:
-        """Act on the events by the clock that are where the run stands, as a kink may be."""
+        """Act on the events that are where the run stands, as a kink may be."""
         ahead = [*self.saves[self.done : self.done + 1], *self.ends]
+        watched = [event for event in ahead if event.watched]
+        reached = self.progress([event.rule for event in watched])
         here = [event for event in ahead if event.clock <= self.stand.s]
+        here += [event for event, at in zip(watched, reached, strict=True) if at >= event.progress]
         if here:
             self.record_here()
             self._act(here, self.stand)
 
 
-@eqx.filter_jit
+@by_size
 def _behind(
     field: AbstractField, method: AbstractMethod, s: Array, state: FlowState, step: Array
 ) -> tuple[Any, Array]:

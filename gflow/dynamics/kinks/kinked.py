@@ -214,11 +214,13 @@ class Kinked:
         method: AbstractMethod,
         tolerance: AbstractTolerance,
         lane: Lane,
+        may_end: Callable[[FlowState], bool],
     ) -> Passed | Refused | None:
         """Step over the kinks in the last step of a lane, if the tolerance allows that.
 
         Args:
             field, method, tolerance, lane: of the run.
+            may_end: whether the step may end in a state, its kinks mended.
 
         Returns:
             None for several hidden layers, where every kink is landed on.
@@ -234,7 +236,8 @@ class Kinked:
         if last is not None and last[:2] == (ends[0], self.num_patterns):
             seen = last[2]
         states = state0, lane.state
-        step = Over(self.piece, (field, method, tolerance), ends, states, seen, self.trust)
+        by = field, method, tolerance
+        step = Over(self.piece, by, ends, states, seen, self.trust, may_end)
         found = step.go()
         self.trust = step.trust
         if isinstance(found, Passed) and found.units:

@@ -29,6 +29,7 @@ from gflow.dynamics.march.tolerance import AbstractTolerance
 from gflow.problem.array import Array
 from gflow.problem.bends import AbstractBends, Pattern, past_ends, past_kinks, sight
 from gflow.problem.weights import Weights, squared_norm
+from gflow.programs import by_size
 
 
 class End(NamedTuple):
@@ -61,7 +62,7 @@ def _seen(field: AbstractField, s: Array, state: FlowState) -> End:
     return End(at.z, speed, at.force, past, ended, at.theta, at.pull, rate, at.log_risk, fall)
 
 
-@eqx.filter_jit
+@by_size
 def seen_at(field: AbstractField, s: Array, state: FlowState) -> End:
     """What is seen in a pattern at the end of a step."""
     return _seen(field, s, state)
@@ -105,7 +106,7 @@ def _together(
     return FlowState(weights, jnp.sum(length * of_time) - of_linear)
 
 
-@eqx.filter_jit
+@by_size
 def mended(
     field: AbstractField,
     method: AbstractMethod,

@@ -10,6 +10,7 @@ Each neuron's kinks are passed in their order, one in each *turn*; in the next t
 end is the end of a step with the new gates. One hidden layer only.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -89,6 +90,7 @@ class Over:
         states: the states there.
         start: what was seen where it began, if that is known.
         trust: how much of a rough guess there has been before.
+        may_end: whether a step may end in a state.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Over:
         states: tuple[FlowState, FlowState],
         start: End | None,
         trust: float,
+        may_end: Callable[[FlowState], bool],
     ):
         assert piece.rows is not None
         self.piece, (self.field, self.method, self.tolerance) = piece, by
@@ -113,14 +116,16 @@ class Over:
         """What was seen where it ended before anything was mended."""
         self.longest = np.full(piece.num_units, self.h)
         """How long ago the last kink of each neuron may have been that is not passed yet."""
-        self.trust, self.guess = trust, 0.0
+        self.trust, self.guess, self.may_end = trust, 0.0, may_end
         self.units: dict[int, float] = {}
         self.flipped: set[int] = set()
         self.times = np.zeros(0)
         """Parts of the step at which first kinks come."""
 
     def _look(self, which: int, state: FlowState) -> End:
-        return jax.device_get(seen_at(self.field, as_array(np.float64(self.s[which])), state))
+        return jax.device_get(
+            seen_at(self.field, as_array(np.float64(self.s[which])), state, few=self.piece.few)
+        )
 
     def go(self) -> Passed | Refused:
         """The step with its kinks mended; the pattern is what it was if that cannot be."""
@@ -131,6 +136,9 @@ class Over:
             if turn == 0:
                 self.first, self.times = events, np.sort(1 - events.since / self.h)
             if len(events.neuron) == 0:
+                if turn > 0 and not self.may_end(state):
+                    norm = np.inf
+                    break
                 self.piece.freeze()
                 self.trust = self._trusted(norm) if turn > 0 else self.trust
                 longer = min(0.9 * max(norm / ALLOWED, 1e-9) ** (-1 / 3), LONGER) * self.h
@@ -231,6 +239,7 @@ class Over:
             as_array(ramp),
             as_array(np.float64(ratio)),
             as_array(np.float64(curved)),
+            few=piece.few,
         )
         self.longest[events.neuron] = events.since
         self.end, left = jax.device_get((seen, left))

@@ -23,8 +23,9 @@ from gflow.problem.bends import (
     scale_of,
     sight,
 )
-from gflow.problem.risk import Problem
+from gflow.problem.risk import Problem, has_few_margins
 from gflow.problem.weights import Weights, size_of
+from gflow.programs import by_size
 
 AT_KINK = 1e-9
 """Units whose pre-activation is below this part of its scale are at their kinks, when one is."""
@@ -56,7 +57,7 @@ class Seen(NamedTuple):
     """Which units are at their kinks, (n, U)."""
 
 
-@eqx.filter_jit
+@by_size
 def _seen(problem: Problem, weights: Weights) -> Seen:
     at = sight(problem, weights)
     near = jnp.abs(at.z) <= AT_KINK * scale_of(at.z)
@@ -64,12 +65,12 @@ def _seen(problem: Problem, weights: Weights) -> Seen:
     return Seen(at, past_kinks(pattern, at) > 1, past_ends(pattern, at) > 1, near)
 
 
-@eqx.filter_jit
+@by_size
 def _met(bends: AbstractBends, weights: Weights, data: Any, gates: Array) -> Array:
     return bends.evaluate(weights, data, gates, None)[1]
 
 
-@eqx.filter_jit
+@by_size
 def _block(
     problem: Problem, weights: Weights, gates: Array, units: Array
 ) -> tuple[Weights, Array, Weights, Array]:
@@ -129,6 +130,7 @@ class Piece:
         self, problem: Problem, bends: AbstractBends, weights: Weights, branch: int | None
     ):
         self.problem, self.bends, self.branch = problem, bends, branch
+        self.few = has_few_margins(problem)
         self.place, self.rows = bends.place(), bends.rows(weights, problem.data)
         self.num_units = len(self.place.lower)
         none = np.zeros(0, np.int64)
@@ -147,7 +149,9 @@ class Piece:
         shape = self.problem.data.num_points, self.num_units
         z, gates = np.ones(shape), np.ones(shape)
         for _ in range(len(set(self.place.layer.tolist())) + 1):
-            z = np.asarray(_met(self.bends, weights, self.problem.data, as_array(gates)))
+            z = np.asarray(
+                _met(self.bends, weights, self.problem.data, as_array(gates), few=self.few)
+            )
             new = np.where(z > 0, 1.0, lower)
             if np.array_equal(new, gates):
                 break
@@ -162,7 +166,7 @@ class Piece:
 
     def look(self, weights: Weights) -> Seen:
         """What is to be seen at a place."""
-        return jax.device_get(_seen(self.here, weights))
+        return jax.device_get(_seen(self.here, weights, few=self.few))
 
     def joint(self) -> bool:
         """Whether units of several layers slide at one point."""
@@ -356,7 +360,9 @@ class Piece:
         padded = np.concatenate([units, np.repeat(units[:1], count - len(units))])
         gates = np.asarray(self.patterns.pattern.gates).copy()
         gates.reshape(-1)[units] = 0.0
-        base, force, normals, later = _block(self.here, weights, as_array(gates), as_array(padded))
+        base, force, normals, later = _block(
+            self.here, weights, as_array(gates), as_array(padded), few=self.few
+        )
         flat = [np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(normals)]
         ahead = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(base)])
         of_units = np.asarray(later).reshape(count, -1)[: len(units)][:, units]

@@ -79,7 +79,10 @@ def land(
         within = jnp.isfinite(goal) & jnp.isfinite(start) & (start < goal)
 
         def unfinished(at: Search) -> Array:
-            return within & (jnp.abs(at.miss) > near) & (at.tries < MOST)
+            # The clock may hardly move while the progress does, as risk on a plateau.
+            close = 4 * jnp.finfo(at.low.dtype).eps * jnp.abs(at.high)
+            apart = at.high - at.low > close
+            return within & apart & (jnp.abs(at.miss) > near) & (at.tries < MOST)
 
         def refine(at: Search) -> Search:
             s = at.low + (at.high - at.low) * at.below / (at.below - at.above)
