@@ -259,22 +259,22 @@ def smooth_pieces(x, y, w, a, time):
 
 
 @pytest.fixture(scope="module")
-def ten_points():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(10, 3)), np.sign(rng.normal(size=10))
-    return gflow.Dataset(x, y), (rng.normal(size=12) * 0.3, rng.normal(size=(12, 3)) * 0.5)
+def six_points():
+    rng = np.random.default_rng(3)  # the first seed where units slide at the end
+    x, y = rng.normal(size=(6, 2)), np.sign(rng.normal(size=6))
+    return gflow.Dataset(x, y), (rng.normal(size=6) * 0.3, rng.normal(size=(6, 2)) * 0.5)
 
 
 @pytest.fixture(scope="module")
-def to_five(ten_points):
-    data, (a, w) = ten_points
+def to_five(six_points):
+    data, (a, w) = six_points
     options = {"until": gflow.Time(5.0), "save": 3, "solver": diffrax.Tsit5(), **QUIET}
     problems = [gflow.Problem(data, network) for network in (gflow.MLP(), NET)]
     return [gflow.gradient_flow(each, (w, a[None]), **options) for each in problems]
 
 
-def test_a_flow_that_slides_is_the_limit_of_smooth_ones(ten_points, to_five):
-    data, (a, w) = ten_points
+def test_a_flow_that_slides_is_the_limit_of_smooth_ones(six_points, to_five):
+    data, (a, w) = six_points
     record = to_five[0]
     assert record.num_sliding[-1] >= 1 and record.attrs["kinks"].startswith("located")
     smooth = smooth_pieces(np.asarray(data.inputs), np.asarray(data.labels), w, a, 5.0)
@@ -300,9 +300,14 @@ def test_deep_networks_of_frameworks_have_the_kinks_of_the_same_mlp():
         problem = gflow.Problem(data, network)
         bends = network.kinks(problem.check(weights), data)
         assert bends.place().layer.tolist() == [1] * 5 + [2] * 4
-        with jax.enable_x64(True):
+
+        @jax.jit
+        def evaluated(weights):
             parts = bends.evaluate(weights, data, jnp.asarray(gates), None)
-            log_risk, gradient = problem.log_risk_and_gradient(weights)
+            return parts, problem.log_risk_and_gradient(weights)
+
+        with jax.enable_x64(True):
+            parts, (log_risk, gradient) = evaluated(weights)
         return [*map(np.asarray, parts), np.asarray(log_risk)], gradient
 
     wanted, gradient = seen(gflow.MLP(), layers)
@@ -446,7 +451,7 @@ def two_hidden_layers():
         problem, start, flow = two_layers_of_kinks(seed)
         ends = [
             descended(problem, jax.tree.map(jnp.asarray, start), jnp.asarray(15.0 / n), n)
-            for n in (15_000, 150_000)
+            for n in (7_500, 75_000)
         ]
         leaves = [flow[f"final_weights_{k}"].values for k in (1, 2, 3)]
         off = [max(np.max(np.abs(a - b)) for a, b in zip(leaves, end, strict=True)) for end in ends]
@@ -458,7 +463,7 @@ def test_kinks_of_two_layers_that_meet_are_passed_as_by_descent(two_hidden_layer
     # A layer that is off, a neuron that is zero, joint slides, slides of one kink.
     for flow, (large, small) in two_hidden_layers:
         assert flow.attrs["status"] == "reached" and flow.balance_drift[-1] < LOCATED
-        assert large < 3e-3 and small < large / 4
+        assert large < 6e-3 and small < large / 4
         when = gflow.kinks(flow).log_time.values
         assert np.all(np.diff(when) >= 0) and when[-1] < np.log(15.0)
 
@@ -482,20 +487,14 @@ def test_a_way_on_that_seems_at_rest_is_followed_until_slow_units_have_left():
 
 
 def test_certified_errors_cover_those_of_a_flow_through_kinks_of_two_layers():
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(6, 2))
-    problem = gflow.Problem(gflow.Dataset(x, np.sign(x[:, 0] * x[:, 1] + 0.2)), gflow.MLP(0.1))
-    weights = []
-    for shape in ((3, 2), (3, 3), (1, 3)):
-        weights.append(rng.normal(size=shape) * 0.7)
-        rng.normal(size=shape[0])
-    options = {"until": gflow.LogRisk(-3.0), "save": 4, "solver": diffrax.Tsit5(), **QUIET}
-    flow = gflow.gradient_flow(problem, tuple(weights), rtol=1e-5, certify=True, **options)
-    exact = gflow.gradient_flow(problem, tuple(weights), rtol=1e-10, **options)
+    problem, weights, _ = two_layers_of_kinks(108)
+    options = {"until": gflow.Time(15.0), "save": 4, "solver": diffrax.Tsit5(), **QUIET}
+    flow = gflow.gradient_flow(problem, weights, rtol=1e-5, certify=True, **options)
+    exact = gflow.gradient_flow(problem, weights, rtol=1e-10, **options)
     assert flow.attrs["num_joint_slides"] > 0 and set(gflow.kinks(flow).layer.values) == {1, 2}
-    for name in ("margin", "norm"):
+    for name in ("norm", "alignment"):
         off, bar = np.abs(flow[name] - exact[name]).values, flow[f"{name}_error"].values
-        assert np.all(off <= bar) and bar[-1] < 1e-3
+        assert np.all(off <= bar) and np.all(bar[-1] < 1e-3)
 
 
 def test_a_run_ends_by_name_where_limits_part_or_no_gates_lead_on():
@@ -549,23 +548,26 @@ def test_a_deep_network_of_ties_follows_descent_to_first_order():
     assert off(1e-4) < off(1e-3) / 5  # first order, but for the noise of its zigzag
 
 
-def test_leaky_relu_on_symmetric_data_finds_the_linear_rule():
+def test_a_small_start_on_symmetric_data_finds_the_linear_rule():
     # Lyu, Li, Wang and Arora, arXiv 2110.13905: margin (1 + slope) gamma / 4 from a small start.
+    # Of a slope above zero the notebook `15_kinks` follows the flow.
     rng = np.random.default_rng(0)
-    half = rng.normal(size=(5, 2))
-    half = half * np.sign(half @ [1.0, 0.5])[:, None] + 0.3 * np.array([1.0, 0.5])
-    data = gflow.Dataset(np.concatenate([half, -half]), np.repeat([1, -1], 5))
-    w = rng.normal(size=(8, 2)) * 1e-3
-    a = np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 8)
-    problem = gflow.Problem(data, gflow.MLP(slope=0.1))
-    flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=9, **QUIET)
-    wanted = gflow.exact.small_start_margin(data, 0.1)
+    half, towards = rng.normal(size=(2, 3)), np.array([1, 0.5, -0.3])
+    half = half * np.sign(half @ towards)[:, None] + 0.3 * towards
+    data = gflow.Dataset(np.concatenate([half, -half]), np.repeat([1, -1], 2))
+    w = rng.normal(size=(20, 3)) * 1e-3
+    a = np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 20)
+    problem = gflow.Problem(data, gflow.MLP())
+    flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=6, **QUIET)
+    wanted = gflow.exact.small_start_margin(data)
+    assert wanted == pytest.approx(gflow.max_margin(data).margin / 4, rel=1e-9)
     assert flow.margin[-1] == pytest.approx(wanted, rel=1e-6)
     assert gflow.verify(flow)["margin from a small start"].holds
     off = flow.assign_attrs(small_start_margin=1.001 * wanted)
     assert gflow.verify(off)["margin from a small start"].holds is False
-    large = gflow.MLP(slope=0.1).small_start((100 * w, a[None]), data)
-    assert large.margin == wanted and "the start is not small" in large.obstacles[0]
+    leaky = gflow.MLP(slope=0.1).small_start((100 * w, a[None]), data)
+    assert leaky.margin == pytest.approx(1.1 * wanted)
+    assert "the start is not small" in leaky.obstacles[0]
     drift = np.abs(balances(tuple(last(flow))) - balances((w, a[None])))
     assert np.max(drift) < 1e-8
 
