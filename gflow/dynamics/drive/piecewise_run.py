@@ -215,6 +215,8 @@ class PiecewiseRun(FlowRun):
         stand = Stand(float(s), state, int(lane.num_steps) - 1)
         self._leave(stand, part * float(lane.s - s))
         self.num_rejected += 1
+        if stand.num_steps + self.num_rejected >= self.plan.max_steps:
+            self.end = self._out_of_steps()
         self._arm()
 
     def _keep_counts(self, steps: int) -> None:

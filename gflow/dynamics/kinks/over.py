@@ -170,9 +170,15 @@ class Over:
     def _part(self, norm: float) -> float:
         """The part of the step after which no more than is allowed is left, by the rough guess."""
         if not np.isfinite(norm):
-            # What comes at one time is landed on, and so is what is not to be mended at all.
-            until = 1 - np.max(self.hard) / self.h if len(self.hard) else 0.3
-            return float(until) if self.times[-1] - self.times[0] > APART else 0.0
+            # What comes at one time is landed on, and so is what is not to be mended at all: the
+            # step ends halfway between it and the kink before it, and it is the first of the next.
+            if self.times[-1] - self.times[0] <= APART:
+                return 0.0
+            if len(self.hard) == 0:
+                return 0.3
+            until = 1 - np.max(self.hard) / self.h
+            before = self.times[self.times < until - APART]
+            return float(before[-1] + until) / 2 if len(before) else 0.0
         more = norm / max(self.guess, 1e-300)
         for part in PARTS:
             if more * self._roughly(self.first, part) <= AIM:
