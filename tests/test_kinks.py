@@ -548,15 +548,33 @@ def test_a_deep_network_of_ties_follows_descent_to_first_order():
     assert off(1e-4) < off(1e-3) / 5  # first order, but for the noise of its zigzag
 
 
-def test_a_small_start_on_symmetric_data_finds_the_linear_rule():
-    # Lyu, Li, Wang and Arora, arXiv 2110.13905: margin (1 + slope) gamma / 4 from a small start.
-    # Of a slope above zero the notebook `15_kinks` follows the flow.
-    rng = np.random.default_rng(0)
+def symmetric(seed):
+    """Two points, their opposites and a small balanced start, in the shape of XOR."""
+    rng = np.random.default_rng(seed)
     half, towards = rng.normal(size=(2, 3)), np.array([1, 0.5, -0.3])
     half = half * np.sign(half @ towards)[:, None] + 0.3 * towards
     data = gflow.Dataset(np.concatenate([half, -half]), np.repeat([1, -1], 2))
     w = rng.normal(size=(20, 3)) * 1e-3
-    a = np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 20)
+    return data, (w, np.linalg.norm(w, axis=1) * rng.choice([-1, 1], 20))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_saved_times_are_met_among_kinks_in_a_clock_that_does_not_know_them(seed):
+    # A mended step may end behind a saved time (seed 1), and a kink that is to be landed on come
+    # third in a step that is made shorter (seed 0).
+    data, (w, a) = symmetric(seed)
+    times, clock = np.linspace(0.25, 10, 40), gflow.clocks.LogRisk()
+    problem, until = gflow.Problem(data, gflow.MLP()), gflow.Time(10.0)
+    options = {"until": until, "save": times, "clock": clock, "max_steps": 1000, **QUIET}
+    flow = gflow.gradient_flow(problem, (w, a[None]), **options)
+    assert flow.attrs["status"] == "reached" and flow.num_kinks[-1] > 30
+    np.testing.assert_allclose(flow.log_time[1:], np.log(times), atol=1e-9)
+
+
+def test_a_small_start_on_symmetric_data_finds_the_linear_rule():
+    # Lyu, Li, Wang and Arora, arXiv 2110.13905: margin (1 + slope) gamma / 4 from a small start.
+    # Of a slope above zero the notebook `15_kinks` follows the flow.
+    data, (w, a) = symmetric(0)
     problem = gflow.Problem(data, gflow.MLP())
     flow = gflow.gradient_flow(problem, (w, a[None]), until=gflow.LogRisk(-1e6), save=6, **QUIET)
     wanted = gflow.exact.small_start_margin(data)
