@@ -39,9 +39,9 @@ HOPELESS = 30.0
 """Where more than this is left by a rough guess nothing is mended."""
 
 SAFETY, LONGER = 0.8, 3.0
-"""Behind kinks a step is so much shorter than what is left of the last ones would allow, and at most
-so many times longer than that. With 0.9 one step in five of 20,000 neurons is refused, of 0.8 one
-in ten, and as many are made."""
+"""Behind kinks a step is this part of what the last ones would allow, and at most so many times
+longer than the last. With 0.9 one step in five of 20,000 neurons is refused, with 0.8 one in ten,
+and no more are made."""
 
 PARTS, AIM = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05), 0.1
 """Parts of a refused step that are tried next, and what may be left in them by a guess."""
