@@ -524,8 +524,12 @@ class FlowRun:
         goals[: len(events)] = [event.progress for event in events]
         field, rule, few = self.plan.field, anonymous(events[0].rule), has_few_margins(self.problem)
         found = land(field, self.method, rule, lane, as_array(goals), few=few)
-        self.counts = self.counts + np.array(self.method.counts(found.spent, int(found.trials)))
+        self._count_trials(found.spent, found.trials)
         return found
+
+    def _count_trials(self, spent: Any, trials: Any) -> None:
+        """Count what so many steps that were tried have added to the solver's tally."""
+        self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
 
     @property
     def _landings(self) -> int:

@@ -136,7 +136,7 @@ class PiecewiseRun(FlowRun):
             self._go_back(lane, found.part)
         else:
             at_kink, trials, spent = land_on_kink(field, self.method, lane, few=kinked.piece.few)
-            self.counts = self.counts + np.array(self.method.counts(spent, int(trials)))
+            self._count_trials(spent, trials)
             if found is not None and found.many:
                 # As much as may be stepped over, or up to the next kink.
                 part = max(found.part, min(found.second, 1.0), LEAST_PART)

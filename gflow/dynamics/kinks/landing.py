@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.kinks.cubic import root_of_cubic
 from gflow.dynamics.march.lane import Lane
-from gflow.dynamics.march.method import AbstractMethod, Step
+from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.stops import AbstractRule, Coordinates
 from gflow.problem.array import Array
 from gflow.problem.bends import largest_violation, sight, violations
@@ -76,11 +76,6 @@ def land_on_kink(
     s0, state0, memory0 = lane.began
     before = method.tally(memory0)
 
-    def trial(s: Array) -> Step:
-        h = s - s0
-        attempt, seen = method.solve(field, s0, h, state0, memory0)
-        return method.end(field, s0, h, state0, attempt, seen, memory0)
-
     @jax.jit  # traced once, for the shapes and for the loop
     def beyond(s: Array, state: FlowState) -> tuple[Array, Array]:
         """How far each unit is past its kink, and the speed of that."""
@@ -101,7 +96,7 @@ def land_on_kink(
         return jax.tree.map(lambda a, b: jnp.where(tries == LOWER, a, b), *ends)
 
     def tried(s: Array) -> tuple[FlowState, Any]:
-        made = trial(s)
+        made = method.from_begin_to_end(field, s0, s - s0, state0, memory0)
         return made.state, made.memory
 
     def refine(loop: Bracket) -> Bracket:

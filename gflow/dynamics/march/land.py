@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.lane import Lane
 from gflow.dynamics.march.loop import observe
-from gflow.dynamics.march.method import AbstractMethod, Step
+from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.stops import AbstractRule
 from gflow.problem.array import Array
 from gflow.programs import by_size
@@ -65,11 +65,6 @@ def land(
     def progress(state: FlowState) -> Array:
         return rule.progress(observe(field, state, lane.num_steps, (rule,)))
 
-    def trial(s: Array) -> Step:
-        h = s - s0
-        attempt, seen = method.solve(field, s0, h, state0, memory0)
-        return method.end(field, s0, h, state0, attempt, seen, memory0)
-
     start, end = progress(state0), progress(lane.state)
 
     def one(last: tuple, goal: Array) -> tuple[tuple, tuple]:
@@ -86,7 +81,7 @@ def land(
 
         def refine(at: Search) -> Search:
             s = at.low + (at.high - at.low) * at.below / (at.below - at.above)
-            made = trial(s)
+            made = method.from_begin_to_end(field, s0, s - s0, state0, memory0)
             miss = progress(made.state) - goal
             left, again = miss < 0, (miss < 0) == (at.miss < 0)
             # Where an end stays for a second time, its value is made smaller.

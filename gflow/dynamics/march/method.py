@@ -104,6 +104,13 @@ class AbstractMethod(Module):
         """An attempt from its beginning until it is solved, and a last look, for one member."""
         return self.work(field, s, h, state, self.begin(field, s, h, state, before))
 
+    def from_begin_to_end(
+        self, field: AbstractField, s: Array, h: Array, state: FlowState, before: Any
+    ) -> Step:
+        """A step of one member by itself."""
+        attempt, seen = self.solve(field, s, h, state, before)
+        return self.end(field, s, h, state, attempt, seen, before)
+
     def work(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, attempt: Any
     ) -> tuple[Any, Any]:
