@@ -337,16 +337,18 @@ def test_data_in_the_place_of_problems_are_told_what_to_do(problem, batch):
 
 
 @pytest.mark.filterwarnings("ignore:.*R.W.0..")
-def test_members_take_the_steps_that_they_take_alone(problem):
-    starts = [gflow.init.gaussian(WIDTHS, scale=0.5, seed=i) for i in range(12)]
+def test_members_take_the_steps_that_they_take_alone():
+    data = gflow.datasets.separable(n=20, d=2, margin=0.1, seed=0)
+    many = gflow.Problem(data, loss=gflow.Exponential())
+    starts = [gflow.init.gaussian((2, 10, 10, 10, 1), scale=0.5, seed=i) for i in range(10)]
     batch = tuple(np.stack(layer) for layer in zip(*starts, strict=True))
-    rule = gflow.LogRisk(-1e6)
-    found = gflow.ensemble(problem, batch, until=rule, save=2, lanes=2)
-    alone = [gflow.gradient_flow(problem, start, until=rule, save=2) for start in starts]
+    rule = gflow.LogRisk(-1e3)
+    found = gflow.ensemble(many, batch, until=rule, save=2)
+    alone = [gflow.gradient_flow(many, start, until=rule, save=2) for start in starts]
     steps = [int(flow.num_steps[-1]) for flow in alone]
     apart = np.abs(found.num_steps.max("point").values - np.array(steps))
     # All equal with XLA's optimisations; without, as in these tests, round-off may decide.
-    assert np.sum(apart > 0) <= 3 and apart.sum() <= 0.01 * sum(steps), apart.tolist()
+    assert np.sum(apart > 0) <= 2 and apart.sum() <= 0.01 * sum(steps), apart.tolist()
     assert found.status.values.tolist() == [flow.attrs["status"] for flow in alone]
 
 
