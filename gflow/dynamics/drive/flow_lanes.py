@@ -14,7 +14,7 @@ from gflow.dynamics.drive.progress import Pace
 from gflow.dynamics.drive.recorder import rows_for
 from gflow.dynamics.field import FlowState
 from gflow.dynamics.march.lane import Lane, Member, watching
-from gflow.dynamics.march.loop import begin_again, choose, march, start
+from gflow.dynamics.march.loop import choose, march, start
 from gflow.dynamics.reasons import Reason
 from gflow.problem.array import as_array
 from gflow.problem.risk import has_few_margins
@@ -128,23 +128,17 @@ class FlowLanes(AbstractLanes):
             if (lane := self.seats[k].resumed) is not None:
                 resumed[k], self.seats[k].resumed = watching(lane, bool(shared.rules)), None
         if not self.many:
-            lane = resumed.get(0)
-            if lane is None:
+            self.lane = resumed.get(0)
+            if self.lane is None:
                 self.lane = start(member, shared, self.method, *self.seats[0].standing())
-            else:
-                self.lane = self._begun_again(lane)
             return
         spare = self.seats[places[0]].standing()
         standing = [run.standing() if k in places else spare for k, run in enumerate(self.seats)]
         fresh = start(member, shared, self.method, *_stacked(standing), many=True)
         which = as_array(np.isin(np.arange(len(self.seats)), places))
         self.lane = fresh if self.lane is None else choose(which, fresh, self.lane)
-        if resumed:
-            for k, lane in resumed.items():
-                self.put(k, lane)
-            begun = self._begun_again(self.lane)
-            which = as_array(np.isin(np.arange(len(self.seats)), list(resumed)))
-            self.lane = choose(which, begun, self.lane)
+        for k, lane in resumed.items():
+            self.put(k, lane)
 
     def advance(self, waiting: bool) -> "list[tuple[FlowRun, tuple]]":
         width = len(self.seats)
@@ -212,7 +206,7 @@ class FlowLanes(AbstractLanes):
         self.lane = _put(self.lane, np.int64(k), lane) if self.many else lane
 
     def settle(self) -> None:
-        """Let lanes that stopped for their run go on, those with other goals from a new attempt."""
+        """Let lanes that stopped for their run go on, some of them to other goals."""
         assert self.lane is not None
         again = np.array([run is not None and run.end is None for run in self.seats])
         anew = again & np.array([run is not None and run.anew for run in self.seats])
@@ -222,20 +216,16 @@ class FlowLanes(AbstractLanes):
                 lane = dataclasses.replace(lane, reason=as_array(np.int64(Reason.RUNNING)))
             if anew[0]:
                 self._stack()  # its network may be in another pattern
-                lane = self._begun_again(at_no_goal(lane))
+                lane = at_no_goal(lane)
         else:
             idle = np.where(again, np.int64(Reason.RUNNING), np.int64(Reason.ARRIVED))
             lane = dataclasses.replace(lane, reason=as_array(idle))
             if anew.any():
-                fresh = self._begun_again(at_no_goal(lane))
-                lane = choose(as_array(anew), fresh, lane)
+                lane = choose(as_array(anew), at_no_goal(lane), lane)
         for run in self.seats:
             if run is not None:
                 run.anew = False
         self.lane = lane
-
-    def _begun_again(self, lane: Lane) -> Lane:
-        return begin_again(*self._members(), self.method, lane, self.many, few=self.few)
 
     def _stack(self) -> None:
         """Bring together what the runs in the lanes follow: their own, stacked, and shared."""

@@ -116,7 +116,7 @@ class FlowRun:
         self.resumed: Lane | None = None
         """The lane of a checkpoint, or of other lanes, to go on from."""
         self.anew = False
-        """Whether the goals have changed, so that the next attempt is to be begun again."""
+        """Whether the goals have changed."""
         self.agenda = Agenda([], [], 0.0, plan.max_steps)
         self._program: Hashable = None
         self._member: Member | None = None
@@ -634,8 +634,6 @@ class FlowRun:
                 "num_steps": np.int64(num_steps),
                 "next_step": np.float64(self.next_step),
             }
-        lane = arrays.get("lane")
-        facts["begun"] = lane is not None and lane.attempt is not None
         return Snapshot(facts, arrays)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -656,8 +654,6 @@ class FlowRun:
             member = dataclasses.replace(self.member, goals=self.goals(1))
             nothing = jax.tree.map(lambda _: None, member)
             like = eqx.filter_eval_shape(lanes_at, member, nothing, self.method, *self.standing())
-            if not facts["begun"]:
-                like = dataclasses.replace(like, attempt=None)
             lane = snapshot.read("lane", like)
             self._stand = Stand(float(lane.s), lane.state, int(lane.num_steps))
             self.resumed = at_no_goal(lane)

@@ -139,11 +139,7 @@ def land_on_kink(
         spent=jax.tree.map(jnp.zeros_like, before),
     )
     last = jax.lax.while_loop(unfinished, refine, begun)
-    landed = eqx.tree_at(
-        lambda at: (at.s, at.state, at.memory, at.step),
-        lane,
-        (last.high, *last.end, jnp.zeros_like(last.high)),
-    )
+    landed = eqx.tree_at(lambda at: (at.s, at.state, at.memory), lane, (last.high, *last.end))
     return landed, last.tries, last.spent
 
 

@@ -56,8 +56,7 @@ def land(
 
     The lengths of steps that end there are found by regula falsi with Anderson and Bjorck's rule
     for an end that stays (BIT 13, 1973), each trial a true step of the solver from where the last
-    one began. Infinite goals are none. No attempt of the lane that is cut is on its way then: its
-    length is zero.
+    one began. Infinite goals are none.
     """
     s0, state0, memory0 = lane.began
     before = method.tally(memory0)
@@ -115,8 +114,8 @@ def land(
     last, (s, states) = jax.lax.scan(one, (*nothing, lane.s, lane.state, lane.memory), goals)
     trials, spent, *place = last
     cut = eqx.tree_at(
-        lambda at: (at.s, at.state, at.memory, at.step, at.next_step),
+        lambda at: (at.s, at.state, at.memory, at.next_step),
         lane,
-        (*place, jnp.zeros_like(lane.s), jnp.maximum(lane.next_step, lane.s - s0)),
+        (*place, jnp.maximum(lane.next_step, lane.s - s0)),
     )
     return Landed(s, states, cut, trials, spent)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from gflow.dynamics.field import AbstractField, FlowState
@@ -64,13 +65,13 @@ class Lane(Module):
     error: Array
     """Norm of the last accepted step's error, the memory of the step-size control."""
     step: Array
-    """Length of the attempt on its way."""
+    """Length of the attempt under way; not a number between two attempts."""
     lands: Array
     """Whether the attempt ends on the next clock goal."""
     cut: Array
     """Whether it is shorter than the control would have it."""
     attempt: Any
-    """None of a lane that has been put elsewhere, until it begins again."""
+    """The one under way, or the last one; zeros at a start and of a lane that was put elsewhere."""
     previous: tuple[Array, FlowState, Any] | None
     """Where the last accepted step began: (s, state, memory). None where no rule is watched."""
     num_steps: Array
@@ -115,6 +116,11 @@ def strong(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype), tree)
 
 
+def blank(tree: PyTree) -> PyTree:
+    """Zeros of the same shapes."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+
+
 def gone_on_from(lane: Lane, state: FlowState, memory: Any, next_step: Array) -> Lane:
     """A lane that goes on from another state where it stands, as if its last step had led there."""
     zero = jnp.zeros_like(lane.s)
@@ -123,9 +129,8 @@ def gone_on_from(lane: Lane, state: FlowState, memory: Any, next_step: Array) ->
         state=state,
         memory=memory,
         next_step=next_step,
-        step=zero,
         refused=(zero, zero),
-        attempt=None,
+        attempt=blank(lane.attempt),
         previous=(lane.s, state, memory),
     )
 

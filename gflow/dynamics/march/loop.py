@@ -12,6 +12,10 @@ iterative solver is worked on in an inner loop, which only the attempts pass thr
 when a quarter of the lanes that run have solved theirs: the others sit out that trip, and no lane
 waits for the slowest. What a lane does depends on nothing in another.
 
+**Attempts** begin at the head of a trip, where the goals are known; a single member's ends in the
+same trip. One that is under way, in a lane beside others, goes on if its step keeps its length: a
+call may end in its midst, and goals change.
+
 **Saved points.** A lane lands on one goal after the other and leaves its state in a buffer; the
 host is asked when a goal is the last of those it gave, or the buffer is full.
 """
@@ -24,7 +28,7 @@ import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField, FlowState
 from gflow.dynamics.march.control import GROW, SAFETY, STEADY, propose
-from gflow.dynamics.march.lane import Lane, Member, Rows, Saved, strong
+from gflow.dynamics.march.lane import Lane, Member, Rows, Saved, blank, strong
 from gflow.dynamics.march.method import AbstractMethod
 from gflow.dynamics.reasons import Reason
 from gflow.dynamics.stops import AbstractRule, Coordinates, watched
@@ -100,10 +104,10 @@ def lanes_at(
             memory=memory,
             next_step=first,
             error=jnp.ones_like(s),
-            step=zero,
+            step=jnp.full_like(s, jnp.nan),
             lands=jnp.array(False),
             cut=jnp.array(False),
-            attempt=None,
+            attempt=blank(jax.eval_shape(method.begin, field, s, first, state, memory)),
             previous=(s, state, memory) if member.rules else None,
             num_steps=num_steps,
             num_rejected=num_rejected,
@@ -113,34 +117,13 @@ def lanes_at(
             steps_goal=none,
             reason=jnp.array(Reason.RUNNING),
         )
-        return strong(_begin(member, method, lane))
+        return strong(lane)
 
     return (jax.vmap(one) if many else one)(member, s, state, before)
 
 
 start = compiled(lanes_at, ONCE)
 """:func:`lanes_at`, compiled."""
-
-
-@by_size
-def begin_again(
-    member: Member, shared: Member, method: AbstractMethod, lane: Lane, many: bool = False
-) -> Lane:
-    """Lanes whose goals have changed, at the beginning of their next attempt.
-
-    An attempt that keeps its length goes on, to the last bit as if nothing had changed. A lane that
-    has been put elsewhere has none.
-    """
-
-    def one(own: Member, lane: Lane) -> Lane:
-        begun = _begin(eqx.combine(own, shared), method, lane)
-        if lane.attempt is None:
-            return begun
-        same = begun.step == lane.step
-        attempt = jax.tree.map(lambda a, b: jnp.where(same, a, b), lane.attempt, begun.attempt)
-        return eqx.tree_at(lambda at: at.attempt, begun, attempt)
-
-    return (jax.vmap(one) if many else one)(member, lane)
 
 
 @eqx.filter_jit
@@ -178,6 +161,9 @@ def march(
     """
     each = jax.vmap if many else lambda function: function
 
+    def begun(own: Member, lane: Lane) -> Lane:
+        return _begun(eqx.combine(own, shared), method, lane)
+
     def solved(lane: Lane) -> Array:
         return method.solved(lane.attempt)
 
@@ -190,6 +176,14 @@ def march(
 
     def end(own: Member, lane: Lane, seen: Any) -> tuple[Lane, Array]:
         return _end(eqx.combine(own, shared), method, lane, seen, watch_stiffness)
+
+    def begin_or_go_on(lane: Lane) -> Lane:
+        """Attempts at the next steps; one that is under way, and keeps its length, goes on."""
+        new = each(begun)(member, lane)
+        if not many:  # whose attempts end in the trip in which they begin
+            return new
+        attempt = _chosen(new.step == lane.step, lane.attempt, new.attempt)
+        return eqx.tree_at(lambda at: at.attempt, new, attempt)
 
     def iterate(lane: Lane) -> tuple[Lane, Any]:
         """Work on attempts until enough of them are solved, and look at all."""
@@ -224,7 +218,7 @@ def march(
 
     def trip(loop: tuple) -> tuple:
         lane, saved, made, busy = loop
-        lane, seen = iterate(lane)
+        lane, seen = iterate(begin_or_go_on(lane))
         running = lane.reason == Reason.RUNNING
         ready = running & each(solved)(lane)
         after, arrived = each(end)(member, lane, seen)
@@ -271,8 +265,8 @@ def observe(
     )
 
 
-def _begin(member: Member, method: AbstractMethod, lane: Lane) -> Lane:
-    """The beginning of the next attempt.
+def _begun(member: Member, method: AbstractMethod, lane: Lane) -> Lane:
+    """The beginning of an attempt at the next step.
 
     A last step that fits is cut to land on the clock goal; one that almost fits is halved, so that
     no tiny step is left over.
@@ -292,14 +286,13 @@ def _begin(member: Member, method: AbstractMethod, lane: Lane) -> Lane:
             lands | halved | (allowed < lane.next_step),
             method.begin(member.field, lane.s, step, lane.state, lane.memory, lane.attempt),
         ),
-        is_leaf=lambda leaf: leaf is None,
     )
 
 
 def _end(
     member: Member, method: AbstractMethod, lane: Lane, seen: Any, watch_stiffness: bool
 ) -> tuple[Lane, Array]:
-    """The end of an attempt, accepted or not, and the beginning of the next.
+    """The end of an attempt, accepted or not.
 
     Returns:
         The lane, and whether it stands on a clock goal or a count of steps.
@@ -373,7 +366,7 @@ def _end(
         memory=now(made.memory, lane.memory),
         next_step=following,
         error=now(jnp.maximum(norm, jnp.minimum(noise, STEADY)), lane.error),
-        step=lane.step,
+        step=jnp.full_like(lane.step, jnp.nan),
         lands=lane.lands,
         cut=lane.cut,
         attempt=lane.attempt,
@@ -386,7 +379,7 @@ def _end(
         steps_goal=steps_goal,
         reason=reason,
     )
-    return _begin(member, method, after), landed | counted
+    return after, landed | counted
 
 
 def _at(window: Array, index: Array) -> Array:

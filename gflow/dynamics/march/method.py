@@ -70,7 +70,7 @@ class AbstractMethod(Module):
     ) -> Any:
         """An attempt at the step from ``s`` to ``s + h``.
 
-        ``last`` is the attempt before it, accepted or not, or the same one at another length.
+        ``last`` is the attempt before it, accepted or not; zeros, or None, where there is none.
         """
 
     @abstractmethod

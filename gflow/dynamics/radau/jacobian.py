@@ -64,10 +64,10 @@ def up_to_date(
 
 
 def _serves(attempt: Attempt) -> Array:
-    """Whether its decomposition does for the attempt after it; as told before it has begun."""
+    """Whether its decomposition does for the attempt after it; that of no attempt does not."""
     # With two corrections a rate is not known, and they were enough.
     does = (attempt.contraction < KEPT) | ((attempt.count == 2) & jnp.isfinite(attempt.size))
-    return jnp.where(attempt.count == 0, attempt.kept, does)
+    return does & (attempt.count > 0)
 
 
 def decomposed(
