@@ -44,9 +44,11 @@ collect_ignore = ["conftest.py"]  # there is another of that name, and doctests 
 
 
 def pytest_collection_finish(session):
-    """What is imported stays: searching it for garbage, again and again, took a twentieth."""
+    """What is imported stays: searching it for garbage, again and again, took a twentieth, and as
+    much what tracing leaves, of which little is garbage."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture
