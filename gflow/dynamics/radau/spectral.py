@@ -62,41 +62,48 @@ class Spectral(NamedTuple):
 
     into: Array
     r"""$Q^\top L^{-1}$, shape (m, m)."""
+    turned: Array
+    """Its transpose, kept: to turn a matrix takes longer than a few rows times it."""
     values: Array
 
     @classmethod
     def of(
-        cls, gram: Array, stiffness: Callable[[jnp.dtype], Array], scale: Array, h: Array
+        cls,
+        gram: Callable[[jnp.dtype], Array],
+        stiffness: Callable[[jnp.dtype], Array],
+        size: Array,
+        scale: Array,
+        h: Array,
+        order: int,
     ) -> "Spectral":
-        """That of G and S = ``scale`` T.
+        """That of G = ``size`` U and S = ``scale`` T.
 
         Args:
-            gram: G.
-            stiffness: gives T in a precision.
-            scale: of it, in which single precision may have no such numbers.
+            gram, stiffness: give U, whose entries are at most of order one, and T in a precision.
+            size, scale: in which single precision may have no such numbers.
             h: the step.
+            order: of the matrices.
         """
-        size = jnp.max(jnp.diag(gram))
-        unit, scale = gram / size, scale * size
+        full, single = size.dtype, jnp.dtype(jnp.float32)
 
         def exactly() -> Spectral:
-            return cls._of(unit, stiffness(gram.dtype), RIDGE)
+            return cls._of(gram(full), stiffness(full), RIDGE)
 
-        single = jnp.dtype(jnp.float32)
-        if len(gram) <= SINGLE or gram.dtype == single:
+        if order <= SINGLE or full == single:
             found = exactly()
         else:
-            low, known = unit.astype(single), stiffness(single)
-            trace = jnp.sum(low * known).astype(gram.dtype)
-            blank = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cls.blank(len(gram), single))
+            low, known = gram(single), stiffness(single)
+            trace = jnp.sum(low * known).astype(full)
+            blank = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cls.blank(order, single))
             found = jax.lax.cond(
-                (trace > SMALLEST) & (h * scale * trace < SINGLE_TRACE),
+                (trace > SMALLEST) & (h * scale * size * trace < SINGLE_TRACE),
                 lambda: cls._of(low, known, SINGLE_RIDGE),
                 lambda: blank,
             )
-            found = jax.tree.map(lambda x: x.astype(gram.dtype), found)
+            found = jax.tree.map(lambda x: x.astype(full), found)
             found = jax.lax.cond(jnp.all(jnp.isfinite(found.values)), lambda: found, exactly)
-        return cls(found.into / jnp.sqrt(size), found.values * scale)
+        root = jnp.sqrt(size)
+        return cls(found.into / root, found.turned / root, found.values * (scale * size))
 
     @classmethod
     def _of(cls, gram: Array, stiffness: Array, ridge: float) -> "Spectral":
@@ -105,18 +112,18 @@ class Spectral(NamedTuple):
         # Turned once: a product with a matrix that is turned on the left takes twice as long.
         turned = jax.lax.optimization_barrier(root.T)
         values, vectors = jnp.linalg.eigh((turned @ stiffness) @ turned.T)
-        into = jax.scipy.linalg.solve_triangular(root, vectors, lower=True, trans="T").T
-        return cls(into, values)
+        found = jax.scipy.linalg.solve_triangular(root, vectors, lower=True, trans="T")
+        return cls(found.T, found, values)
 
     @classmethod
     def blank(cls, order: int, dtype: jnp.dtype) -> "Spectral":
         """Arrays of the same shapes."""
         nothing = jnp.zeros((order, order), dtype)
-        return cls(nothing, nothing[0])
+        return cls(nothing, nothing, nothing[0])
 
     def solve(self, tableau: Radau, h: Array, rhs: Array) -> Array:
         r"""$w = (LQ)^{-1}y$ of $y = (I + hA \otimes GS)^{-1}r$, shape (p, m)."""
-        inner = (self.into @ rhs.T).T  # so that it is the smaller matrix that is turned
+        inner = rhs @ self.turned
         inner = tableau.dual @ jax.lax.complex(inner, jnp.zeros_like(inner))
         scaled = jax.lax.complex(h * self.values, jnp.zeros_like(self.values))
         shifted = 1 + tableau.eigenvalues[:, None] * scaled[None, :]
@@ -138,6 +145,8 @@ class Systems(NamedTuple):
     active: Spectral
     rows: Array
     """$B$, shape (r, m); zero rows fill it up."""
+    columns: Array
+    r"""$B^\top$."""
     few: Array
     """Whether ``active`` is the one."""
     size: Array
@@ -169,8 +178,12 @@ class Systems(NamedTuple):
             scale: of S.
             h: the step.
         """
-        blank = cls.blank(gram)
+        blank, largest = cls.blank(gram), jnp.max(jnp.diag(gram))
         size = len(blank.rows)
+
+        def unit(dtype: jnp.dtype) -> Array:
+            return (gram / largest).astype(dtype)
+
         carries = jnp.abs(slopes) > NEGLIGIBLE * jnp.max(jnp.abs(slopes))
         count = jnp.sum(carries)
 
@@ -180,15 +193,22 @@ class Systems(NamedTuple):
             rows, curvature = among(chosen)
             rows = used[:, None] * rows
             curvature = used[:, None] * curvature * used[None, :]
-            found = Spectral.of(rows @ gram @ rows.T, curvature.astype, scale, h)
-            return blank._replace(active=found, rows=rows, few=jnp.ones((), bool))
+            reach = jnp.max(jnp.sum(rows**2, 1))
 
-        found = jax.lax.cond(
-            allowed & (count <= size),
-            active,
-            lambda: blank._replace(whole=Spectral.of(gram, whole, scale, h)),
-        )
-        return found._replace(size=jnp.max(jnp.diag(gram)), scale=scale)
+            def among_rows(dtype: jnp.dtype) -> Array:
+                own = (rows / jnp.sqrt(reach)).astype(dtype)
+                return own @ unit(dtype) @ own.T
+
+            found = Spectral.of(among_rows, curvature.astype, largest * reach, scale, h, size)
+            few = jnp.ones((), bool)
+            return blank._replace(active=found, rows=rows, columns=rows.T, few=few)
+
+        def all_of_them() -> "Systems":
+            found = Spectral.of(unit, whole, largest, scale, h, len(gram))
+            return blank._replace(whole=found)
+
+        found = jax.lax.cond(allowed & (count <= size), active, all_of_them)
+        return found._replace(size=largest, scale=scale)
 
     def rescaled(self, gram: Array, scale: Array) -> "Systems":
         """Those of G and S of another step, as if they had changed in size alone."""
@@ -212,6 +232,7 @@ class Systems(NamedTuple):
             Spectral.blank(order, gram.dtype),
             Spectral.blank(size, gram.dtype),
             jnp.zeros((size, order), gram.dtype),
+            jnp.zeros((order, size), gram.dtype),
             jnp.zeros((), bool),
             *jnp.ones((3,), gram.dtype),
         )
@@ -220,7 +241,7 @@ class Systems(NamedTuple):
         r"""$y = (I + hA \otimes GS)^{-1}r$ and $S y$, both of shape (p, m)."""
 
         def active() -> tuple[Array, Array]:
-            found = self.active.solve(tableau, h, rhs @ self.rows.T)
+            found = self.active.solve(tableau, h, rhs @ self.columns)
             forces = self.active.forces(found / self.grown) @ self.rows
             return rhs - h * tableau.matrix @ (forces @ gram), forces
 
