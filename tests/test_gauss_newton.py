@@ -267,7 +267,15 @@ def test_systems_of_many_unknowns_are_decomposed_in_single_precision_where_that_
 
     @jax.jit
     def solve(scale):
-        found = Spectral.of(gram, lambda dtype: jnp.asarray(stiffness, dtype), scale, h)
+        size = jnp.max(jnp.diag(gram))
+
+        def unit(dtype):
+            return jnp.asarray(gram / size, dtype)
+
+        def known(dtype):
+            return jnp.asarray(stiffness, dtype)
+
+        found = Spectral.of(unit, known, size, scale, h, order)
         return found.solve(tableau, h, rhs) @ found.into @ gram
 
     def error(scale):
