@@ -102,18 +102,25 @@ class Spectral(NamedTuple):
             )
             found = jax.tree.map(lambda x: x.astype(full), found)
             found = jax.lax.cond(jnp.all(jnp.isfinite(found.values)), lambda: found, exactly)
-        root = jnp.sqrt(size)
-        return cls(found.into / root, found.turned / root, found.values * (scale * size))
+        return cls.scaled(found.turned, found.values * scale, size)
 
     @classmethod
     def _of(cls, gram: Array, stiffness: Array, ridge: float) -> "Spectral":
         """That of two matrices, in their precision; not numbers where G is singular in it."""
-        root = jnp.linalg.cholesky(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype))
+        size = jnp.max(jnp.diag(gram))  # the ridge is relative to it
+        ridged = gram / size + ridge * jnp.eye(len(gram), dtype=gram.dtype)
+        root = jnp.linalg.cholesky(ridged)
         # Turned once: a product with a matrix that is turned on the left takes twice as long.
         turned = jax.lax.optimization_barrier(root.T)
         values, vectors = jnp.linalg.eigh((turned @ stiffness) @ turned.T)
         found = jax.scipy.linalg.solve_triangular(root, vectors, lower=True, trans="T")
-        return cls(found.T, found, values)
+        return cls.scaled(found, values, size)
+
+    @classmethod
+    def scaled(cls, found: Array, values: Array, size: Array) -> "Spectral":
+        """That of a G that is ``size`` times the one decomposed, from that one."""
+        turned = found / jnp.sqrt(size)
+        return cls(turned.T, turned, values * size)
 
     @classmethod
     def blank(cls, order: int, dtype: jnp.dtype) -> "Spectral":
