@@ -451,12 +451,12 @@ def _row(lane: Lane) -> Rows:
 
 
 def _buffer(lane: Lane, rows: int, many: bool) -> Saved:
-    def blank(leaf: Array) -> Array:
+    def unwritten(leaf: Array) -> Array:
         lanes, shape = (leaf.shape[:1], leaf.shape[1:]) if many else ((), leaf.shape)
         return jnp.zeros((*lanes, rows, *shape), leaf.dtype)
 
     count = jnp.zeros_like(lane.num_steps)
-    return Saved(jax.tree.map(blank, _row(lane)), count)
+    return Saved(jax.tree.map(unwritten, _row(lane)), count)
 
 
 def _store(saved: Saved, lane: Lane, arrived: Array, many: bool) -> Saved:
