@@ -34,8 +34,10 @@ residual, which enters linearly. With :math:`r_j = \mu_jG_j^\top A^\top s_j - K_
         = h\sum_j a_{ij}\,(G_i r_j - G_i G_j^\top\,\mu_j A^\top H_j e_j),
 
 a system of order pm: Woodbury's identity for :math:`I + (ha_{ij}\mu_j G_i^\top A^\top H_j A G_j)`.
-Here :math:`G_i` only matters for the speed of convergence and is taken as :math:`\varphi_i G_0`,
-where :math:`\varphi_i^2 = \lVert G_i^\top A^\top s_i\rVert^2/\lVert G_0^\top A^\top s_i\rVert^2`.
+Here :math:`G_i` only matters for the speed of convergence and is taken as :math:`\varphi_i G_0`, of
+one :math:`G_0` at the stage in the middle as it is predicted (of ten digits 46 of 207 attempts are
+refused with it, 59 of 217 with that of the start), where
+:math:`\varphi_i^2 = \lVert G_i^\top A^\top s_i\rVert^2/\lVert G_0^\top A^\top s_i\rVert^2`.
 It converges equally fast at every risk. No margins are subtracted in the softmax, and the rounding
 errors of margins, of size :math:`10^{-16}\log R`, are damped by :math:`1/(h\log R)` as every gap
 is: float64 does not end near :math:`\log R = -10^{10}`, where it does for the softmax of margins.
@@ -74,7 +76,7 @@ from gflow.dynamics.field import AbstractField
 from gflow.dynamics.radau import jacobian
 from gflow.dynamics.radau.batching import solve
 from gflow.dynamics.radau.spectral import Systems
-from gflow.dynamics.radau.stages import Attempt, Solution, Stages, axes, evaluate, start_frame
+from gflow.dynamics.radau.stages import Attempt, Solution, Stages, axes, evaluate, frame_of
 from gflow.dynamics.radau.tableau import legendre_values, radau
 from gflow.problem.array import Array
 from gflow.problem.weights import Factors, Weights
@@ -114,9 +116,11 @@ def begin(
 
     Of ``many`` and ``last`` see ``jacobian.at_first``.
     """
-    tableau, frame = radau(stages), start_frame(field, weights)
+    tableau = radau(stages)
     ahead = 1 + jnp.minimum(h / before.step, 3.0) * tableau.nodes
     extrapolate = legendre_values(ahead, stages).T @ tableau.legendre
+    coefficients = h * tableau.matrix @ extrapolate
+    frame = frame_of(field, weights, before.derivatives, coefficients[stages // 2])
     latest = before.offsets[-1:]
     change = extrapolate @ before.offsets - latest
     offsets, _ = jax.vmap(lambda c: field.problem.loss.advance(latest[0], c))(change)
@@ -124,7 +128,7 @@ def begin(
     return Attempt(
         frame=frame,
         count=jnp.zeros((), int),
-        coefficients=h * tableau.matrix @ extrapolate,
+        coefficients=coefficients,
         derivatives=before.derivatives,
         projection=extrapolate @ frame.project(before.derivatives),
         offsets=offsets,

@@ -1,4 +1,4 @@
-"""What a step is made of: the field at its stages, the frame where it begins, and what solves it.
+"""What a step is made of: the field at its stages, the frame of its middle, and what solves it.
 
 The equations are in ``newton.py``.
 """
@@ -57,7 +57,10 @@ class Stages(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """:math:`G_0`: the pullback of a cotangent Z, (q, d), is ``lefts[k].T @ Z @ columns[k]``."""
+    """:math:`G_0`, of the predicted middle of a step.
+
+    The pullback of a cotangent Z, (q, d), is ``lefts[k].T @ Z @ columns[k]``.
+    """
 
     lefts: list[Array]
     """Shapes (q, rows)."""
@@ -65,8 +68,9 @@ class Frame(NamedTuple):
     """Shapes (d, columns)."""
     gram: Array
     sizes: list[Array]
-    """Frobenius norm of each array of weights."""
+    """Frobenius norm of each array of weights, where the step begins."""
     log_risk: Array
+    """There."""
 
     def project(self, vectors: Factors) -> Array:
         """:math:`G_0 K_j`, shape (J, m)."""
@@ -128,17 +132,23 @@ def evaluate(
     return Stages(derivatives, log_risk, rate, squared, slopes, curvature, gap)
 
 
-def start_frame(field: AbstractField, weights: Weights) -> Frame:
-    """G at the start of a step."""
+def frame_of(
+    field: AbstractField, weights: Weights, vectors: Factors, coefficients: Array
+) -> Frame:
+    """G at ``weights + coefficients @ vectors``; the sizes and the risk are those of the weights.
+
+    Coefficients have shape (J,).
+    """
     problem = field.problem
-    nothing = jnp.zeros((1, 0), jnp.result_type(*jax.tree.leaves(weights)))
-    coordinates, pull = field.along(weights, field.no_vectors(weights), nothing)
+    nothing = jnp.zeros((1, 0), coefficients.dtype)
+    start, _ = field.along(weights, field.no_vectors(weights), nothing)
+    coordinates, pull = field.along(weights, vectors, coefficients[None])
     lefts = [left[0] for left in pull(jnp.zeros_like(coordinates)).lefts]  # of every vector
     basis, _ = axes(problem, coordinates.shape[1], lefts[0].shape[0])
     columns = [right[:, 0, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
     parts = [jnp.kron(a @ a.T, b @ b.T) for a, b in zip(lefts, columns, strict=True)]
     sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
-    log_risk = problem.loss.terms(problem.spread(coordinates[0])).log_risk
+    log_risk = problem.loss.terms(problem.spread(start[0])).log_risk
     return Frame(lefts, columns, sum(parts[1:], parts[0]), sizes, log_risk)
 
 
