@@ -442,6 +442,28 @@ def test_steps_grow_where_the_error_estimate_is_round_off():
     assert record.attrs["status"] == "reached"
 
 
+def test_another_attempt_at_a_step_begins_from_what_the_first_has_solved(field):
+    solver, weights = gflow.GaussNewton(), state(start())
+    s = beginning(field, start())
+
+    @jax.jit
+    def steps(s, h, state):
+        before = solver.start(field, s, state, h)
+        whole = solver.from_begin_to_end(field, s, h, state, before)
+        again = solver.again(whole.memory, before)
+        halves = [solver.from_begin_to_end(field, s, h / 2, state, at) for at in (before, again)]
+        failed = whole.memory._replace(newton_error=jnp.full((), jnp.inf))
+        return whole, halves, before, solver.again(failed, before)
+
+    whole, (plain, repeated), before, kept = steps(s, jnp.asarray(0.02), weights)
+    assert repeated.memory.num_iterations < plain.memory.num_iterations < 10
+    assert whole.memory.num_iterations > 0 == before.num_iterations  # not what led here
+    for a, b in zip(plain.state.weights, repeated.state.weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 class Stubborn(gflow.GaussNewton):
     """An error that does not fall until a step from where the risk is e^-100 is 6e-3 long.
 

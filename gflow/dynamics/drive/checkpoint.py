@@ -28,7 +28,7 @@ from gflow.problem.risk import Problem
 from gflow.problem.weights import Weights
 from gflow.record import versions, whole_file
 
-SCHEMA = "gflow-checkpoint-3"
+SCHEMA = "gflow-checkpoint-4"
 
 SECONDS_A_SEGMENT = 2.0
 """A run that is killed loses at most so much, and what the device computes between two looks."""

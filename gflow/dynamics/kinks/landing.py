@@ -74,6 +74,7 @@ def land_on_kink(
         The lane there, the number of trials, and what they add to the solver's tally.
     """
     s0, state0, memory0 = lane.began
+    memory0 = method.again(lane.memory, memory0)
     before = method.tally(memory0)
 
     @jax.jit  # traced once, for the shapes and for the loop

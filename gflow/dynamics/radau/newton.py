@@ -94,6 +94,7 @@ def at_rest(field: AbstractField, stages: int, s: Array, weights: Weights, h: Ar
     repeat = lambda x: jnp.broadcast_to(x[0], (stages, *x.shape[1:]))  # noqa: E731
     return Solution(
         step=h,
+        behind=jnp.ones_like(h),
         derivatives=jax.tree.map(repeat, start.derivatives),
         offsets=repeat(offsets),
         num_iterations=jnp.zeros((), int),
@@ -112,12 +113,14 @@ def begin(
     many: bool = True,
     last: Attempt | None = None,
 ) -> Attempt:
-    """The predictor: the polynomial of the previous step, for at most three of its lengths.
+    """The predictor: the polynomial of the step before, for at most three of its lengths.
+
+    Or, of another step from where one began, as a refused one, that one's polynomial.
 
     Of ``many`` and ``last`` see ``jacobian.at_first``.
     """
     tableau = radau(stages)
-    ahead = 1 + jnp.minimum(h / before.step, 3.0) * tableau.nodes
+    ahead = before.behind + jnp.minimum(h / before.step, 3.0) * tableau.nodes
     extrapolate = legendre_values(ahead, stages).T @ tableau.legendre
     coefficients = h * tableau.matrix @ extrapolate
     frame = frame_of(field, weights, before.derivatives, coefficients[stages // 2])

@@ -21,6 +21,8 @@ class Solution(NamedTuple):
     """What a step hands to the next: its equations' solution, and counts since the start."""
 
     step: Array
+    behind: Array
+    """Where the next step begins, in units of this one: 1, its end; 0, its beginning."""
     derivatives: Factors
     """K, p vectors."""
     offsets: Array
