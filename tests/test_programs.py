@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import gflow
 from gflow.dynamics.field import FlowField, FlowState
 from gflow.dynamics.march.of_diffrax import method_of
-from gflow.dynamics.march.runge_kutta import LARGE
+from gflow.dynamics.march.runge_kutta import LARGE, outer
 from gflow.native import native
 
 CODE = """
@@ -72,28 +73,42 @@ def test_a_loop_is_one_function_where_it_can_be_and_gives_the_same(body, whole):
     np.testing.assert_allclose(program.compile()(x), loop(x), rtol=1e-13)
 
 
+POINTS = gflow.datasets.separable(n=5, d=2, margin=0.1, seed=0)
+CLASSES = gflow.Dataset(POINTS.inputs, np.arange(5) % 3, num_classes=3)
+SIDE = math.isqrt(LARGE) + 1
+
+
 @pytest.mark.parametrize(
-    ("solver", "width"),
-    [(diffrax.Dopri8(), 3), (diffrax.Heun(), 3), (diffrax.Dopri8(), LARGE // 2 + 1)],
-    ids=["fsal", "not", "wide"],
+    ("solver", "data", "widths"),
+    [
+        (diffrax.Dopri8(), POINTS, (2, 3, 1)),
+        (diffrax.Heun(), POINTS, (2, 3, 1)),
+        (diffrax.Dopri8(), POINTS, (2, LARGE // 2 + 1, 1)),
+        (diffrax.Dopri8(), POINTS, (2, SIDE, SIDE, 1)),
+        (diffrax.Heun(), CLASSES, (2, SIDE, SIDE, 3)),
+    ],
+    ids=["fsal", "not", "wide", "outer products", "of several rows"],
 )
-def test_an_explicit_step_is_that_of_diffrax(solver, width):
-    data = gflow.datasets.separable(n=5, d=2, margin=0.1, seed=0)
-    field = FlowField(gflow.Problem(data, loss=gflow.Exponential()), gflow.clocks.Risk())
-    weights = tuple(map(jnp.asarray, gflow.init.gaussian((2, width, 1), seed=0)))
+def test_explicit_steps_are_those_of_diffrax(solver, data, widths):
+    loss = gflow.Exponential() if data is POINTS else gflow.CrossEntropy()
+    field = FlowField(gflow.Problem(data, loss=loss), gflow.clocks.Risk())
+    weights = tuple(map(jnp.asarray, gflow.init.gaussian(widths, seed=0)))
     s, h, state = jnp.asarray(0.3), jnp.asarray(0.01), FlowState(weights, jnp.asarray(0.2))
     method, term = method_of(solver, 1e-6, 1e-9), diffrax.ODETerm(field)
 
     @jax.jit
     def ours(state):
         made = method.end(field, s, h, state, (), (), method.start(field, s, state, h))
-        return made.state, made.error, made.memory
+        after = method.end(field, s + h, h, made.state, (), (), made.memory)
+        return made.state, made.error, after.state
 
     @jax.jit
     def theirs(state):
-        before = solver.init(term, s, s + h, state, None)
-        after, error, *_ = solver.step(term, s, s + h, state, None, before, jnp.array(False))
-        return after, error, field(s + h, after)
+        kept, told = solver.init(term, s, s + h, state, None), jnp.array(False)
+        made, error, _, kept, _ = solver.step(term, s, s + h, state, None, kept, told)
+        after, *_ = solver.step(term, s + h, s + 2 * h, made, None, kept, told)
+        return made, error, after
 
+    assert outer(field, weights) == (SIDE in widths)
     for found, expected in zip(*map(jax.tree.leaves, (ours(state), theirs(state))), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-16)

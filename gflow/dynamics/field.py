@@ -58,7 +58,8 @@ class AbstractField(Module):
         r"""$\log t = \log u - \log R$; minus infinity at the start."""
         return jnp.log(state.scaled_time) - self.problem.log_risk(state.weights)
 
-    # What the implicit solver asks for, at the stages of a step: see ``AbstractNetwork.along``.
+    # What a solver asks for at the stages of a step, without forming their weights: see
+    # ``AbstractNetwork.along``.
 
     @abstractmethod
     def no_vectors(self, weights: Weights) -> Factors:
@@ -75,6 +76,23 @@ class AbstractField(Module):
         self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
     ) -> tuple[Factors, Array]:
         r"""$-h$ and $\langle g, h\rangle$ at these points, for $-g$ given, a vector a stage."""
+
+    def slope_along(
+        self, s: Array, weights: Weights, vectors: Factors, coefficients: Array, scaled_time: Array
+    ) -> tuple[Factors, Array]:
+        """The field at ``weights + coefficients @ vectors``: one vector, and that of u.
+
+        Coefficients have shape (J,), one for each of the vectors.
+        """
+        problem, row = self.problem, coefficients[None]
+        coordinates, pull = self.along(weights, vectors, row)
+        log_risk, slopes, _ = problem.loss.terms(problem.spread(coordinates)[0])
+        downhill = pull(problem.gather(slopes[None]))
+        (lefts, rights), (descent,) = self.bent(weights, vectors, row, downhill)
+        rate = self.clock.rate(s, log_risk, descent)
+        return Factors(lefts, [rate * right for right in rights]), rate * (
+            1 - scaled_time * descent
+        )
 
     @property
     def separates_points(self) -> bool:

@@ -5,6 +5,7 @@ paper's $W_1$. For labels -1 and +1 there is one output, ``widths[-1] == 1``, an
 vector is $w = (W_L \cdots W_1)^\top$; for K classes there are K outputs, and $W$ has shape (K, d).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ class DeepLinear(AbstractNetwork):
             column, columns = cotangents.reshape(-1, *shape[1:]), []
             for matrix, left, right in layers:
                 columns.append(column)
-                column = column @ matrix.T + _combined(coefficients, column, right, left)
+                column = _turned(column, matrix) + _combined(coefficients, column, right, left)
             return Factors(rows[::-1], columns)
 
         return row.reshape(stages, -1), pull
@@ -162,6 +163,14 @@ def _chain(weights: Weights, first: Array) -> list[Array]:
     for matrix in reversed(weights):
         rows.append(rows[-1] @ matrix)
     return rows[::-1]
+
+
+def _turned(rows: Array, matrix: Array) -> Array:
+    """``rows @ matrix.T``, for rows of shape (stages, q, b)."""
+    if math.prod(rows.shape[:-1]) == 1:
+        # XLA turns the matrix for a single row, which takes ten times as long: 70 ms at width 4096.
+        return (matrix @ rows.reshape(-1))[None, None]
+    return rows @ matrix.T
 
 
 def _combined(coefficients: Array, rows: Array, first: Array, second: Array) -> Array:
