@@ -80,9 +80,13 @@ class AbstractField(Module):
     def slope_along(
         self, s: Array, weights: Weights, vectors: Factors, coefficients: Array, scaled_time: Array
     ) -> tuple[Factors, Array]:
-        """The field at ``weights + coefficients @ vectors``: one vector, and that of u.
+        """The field at ``weights + coefficients @ vectors``: one vector, and the slope of u.
 
-        Coefficients have shape (J,), one for each of the vectors.
+        Args:
+            s: the clock there.
+            weights, vectors: as for :meth:`along`.
+            coefficients: one for each of the J vectors, shape (J,).
+            scaled_time: u there.
         """
         problem, row = self.problem, coefficients[None]
         coordinates, pull = self.along(weights, vectors, row)
@@ -90,9 +94,8 @@ class AbstractField(Module):
         downhill = pull(problem.gather(slopes[None]))
         (lefts, rights), (descent,) = self.bent(weights, vectors, row, downhill)
         rate = self.clock.rate(s, log_risk, descent)
-        return Factors(lefts, [rate * right for right in rights]), rate * (
-            1 - scaled_time * descent
-        )
+        slope = Factors(lefts, [rate * right for right in rights])
+        return slope, rate * (1 - scaled_time * descent)
 
     @property
     def separates_points(self) -> bool:

@@ -31,7 +31,7 @@ are zero, three in four of Dopri8's: reading them is what a step costs beside th
 of width 512 take half the time, and 0.4 s longer to compile."""
 
 FEWER = 8
-"""As many times fewer."""
+"""They are kept as factors where these are as many times fewer numbers, and a layer is large."""
 
 
 class RungeKutta(AtOnce):
@@ -164,7 +164,7 @@ def _slope(field: AbstractField, s: Array, state: FlowState) -> Any:
 
 
 def outer(field: AbstractField, weights: Weights) -> bool:
-    """Whether there are large layers, and slopes take fewer numbers as factors, by far."""
+    """Whether slopes are kept as outer products, of which :meth:`AbstractField.along` is made."""
     factors = jax.eval_shape(field.no_vectors, weights)
     numbers = sum(math.prod(factor.shape[1:]) for factor in jax.tree.leaves(factors))
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)]
