@@ -80,7 +80,7 @@ class AbstractField(Module):
     def slope_along(
         self, s: Array, weights: Weights, vectors: Factors, coefficients: Array, scaled_time: Array
     ) -> tuple[Factors, Array]:
-        """The field at ``weights + coefficients @ vectors``: one vector, and the slope of u.
+        """The field at ``weights + coefficients @ vectors``: a vector's factors, and that of u.
 
         Args:
             s: the clock there.
@@ -94,7 +94,7 @@ class AbstractField(Module):
         downhill = pull(problem.gather(slopes[None]))
         (lefts, rights), (descent,) = self.bent(weights, vectors, row, downhill)
         rate = self.clock.rate(s, log_risk, descent)
-        slope = Factors(lefts, [rate * right for right in rights])
+        slope = Factors([left[0] for left in lefts], [rate * right[0] for right in rights])
         return slope, rate * (1 - scaled_time * descent)
 
     @property

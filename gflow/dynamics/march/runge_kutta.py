@@ -104,7 +104,7 @@ class RungeKutta(AtOnce):
             slope = field(s + jnp.asarray(nodes)[i] * h, at)
             return jax.tree.map(lambda rows, row: rows.at[i].set(row), slopes, slope)
 
-        slopes = jax.tree.map(lambda k: jnp.zeros((count, *k.shape), k.dtype).at[0].set(k), before)
+        slopes = _first_of(count, before)
         slopes = jax.lax.fori_loop(1, count, stage, slopes)
         after = jax.tree.map(jnp.add, state, sums(tableau.b_sol, slopes))
         error = jax.tree.map(lambda e: self.sharper * e, sums(tableau.b_error, slopes))
@@ -134,18 +134,17 @@ class RungeKutta(AtOnce):
             slope = field.slope_along(
                 s + jnp.asarray(nodes)[i] * h, weights, vectors, ahead, u + ahead @ of_u
             )
-            return _with_row(i, slope, slopes)
+            return jax.tree.map(lambda rows, row: rows.at[i].set(row), slopes, slope)
 
-        room = jax.tree.map(lambda x: jnp.zeros((len(lower), *x.shape[1:]), x.dtype), before[0])
-        begun = _with_row(0, before, (room, jnp.zeros(len(lower), u.dtype)))
-        vectors, of_u = jax.lax.fori_loop(1, len(lower), stage, begun)
+        slopes = _first_of(len(lower), before)
+        slopes = vectors, of_u = jax.lax.fori_loop(1, len(lower), stage, slopes)
         ends, errors = (h * jnp.asarray(b) for b in (tableau.b_sol, tableau.b_error))
         after = FlowState(move(weights, vectors, ends), u + ends @ of_u)
         errors = self.sharper * errors
         found = [combined(errors, left, right) for left, right in zip(*vectors, strict=True)]
         error = FlowState(shaped(found, weights), errors @ of_u)
         if tableau.fsal:
-            memory = jax.tree.map(lambda rows: rows[-1:], vectors), of_u[-1]
+            memory = jax.tree.map(lambda rows: rows[-1], slopes)
         else:
             memory = _slope(field, s + h, after)
         return Step(after, error, memory)
@@ -171,10 +170,9 @@ def outer(field: AbstractField, weights: Weights) -> bool:
     return max(sizes) > LARGE and FEWER * numbers < sum(sizes)
 
 
-def _with_row(i: Any, one: tuple[Factors, Array], rows: tuple[Factors, Array]) -> Any:
-    """The slopes with one in row i."""
-    factors = jax.tree.map(lambda all_of_them, x: all_of_them.at[i].set(x[0]), rows[0], one[0])
-    return factors, rows[1].at[i].set(one[1])
+def _first_of(count: int, slope: Any) -> Any:
+    """Room for the slopes of so many stages, with that of the first, on a new leading axis."""
+    return jax.tree.map(lambda k: jnp.zeros((count, *k.shape), k.dtype).at[0].set(k), slope)
 
 
 def _is_large(rows: Array) -> bool:
