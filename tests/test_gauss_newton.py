@@ -112,7 +112,7 @@ def long_run(field):
     times = jnp.concatenate(
         [beginning(field, weights)[None], jnp.arcsinh(jnp.array([1e2, 1e6, 1e9, 1e13]))]
     )
-    return times, solve(field, state(weights), times, gflow.GaussNewton())
+    return times, solve(field, state(weights), times, gflow.GaussNewton(), rtol=EIGHT_DIGITS / 10)
 
 
 def test_radau_quadrature_has_order_2p_minus_1_and_integrates_its_interpolants():
@@ -417,8 +417,8 @@ def test_counts_iterations_and_evaluations(field):
     weights = state(start()).weights
     _, _, carry = walked(field, weights, 0.05, 4, gflow.GaussNewton())
     assert 8 <= int(carry.num_iterations) <= 48
-    # One evaluation to begin with, and per step one more than iterations, at five stages each.
-    assert int(carry.num_evaluations) == 1 + 5 * (int(carry.num_iterations) + 4)
+    # One evaluation to begin with, and per step one more than iterations, at six stages each.
+    assert int(carry.num_evaluations) == 1 + 6 * (int(carry.num_iterations) + 4)
 
 
 def test_a_field_without_structure_is_refused():

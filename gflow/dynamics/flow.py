@@ -233,7 +233,7 @@ def plan(
             # To a time pieces between kinks are short, and steps limited by accuracy.
             kinked = problem.network.kinks(weights, problem.data) is not None
             explicit = problem.loss.attained or not field.dense or (kinked and clock.knows_time)
-            methods = [GaussNewton.suited(problem)]
+            methods = [GaussNewton.suited(problem, weights)]
             if explicit:
                 methods = [diffrax.Dopri8(), *methods]
             elif is_near(problem, weights, rules):

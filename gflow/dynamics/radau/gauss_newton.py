@@ -50,11 +50,11 @@ NOISE = 10.0
 """The error estimate that Newton's iteration leaves, in units of its tolerance."""
 
 
-MORE_STAGES = 30
-"""Above this order of its systems six stages serve a linear network better than five: where the
-decomposition is what an attempt costs, fewer attempts pay. To log R = -1e4 they take 0.7 to 1 of
-the time with five at orders 40 to 160, 0.6 to 0.85 from 180 to 400, of one output and of ten; ten
-digits, of order 576, take longer with seven."""
+WIDE = 2**20
+"""Weights from which on a network with factors for vectors and one output is served by eight stages
+and not by six: its iterations read the weights, which takes as long for any number of stages.
+(2, 4096, 4096, 1) to log R = -10 takes 27 s of processor with eight, 32 with six, and more with
+five; with five outputs at width 1024 eight take 1.07 of the time."""
 
 
 class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
@@ -66,7 +66,10 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     are in ``newton.py``.
 
     Args:
-        stages: the number p >= 3 of stages; the order is 2p - 1.
+        stages: the number p >= 3 of stages; the order is 2p - 1. With six, runs with few saved
+            points take 0.6 to 0.9 of the time that they take with five, whatever the network; where
+            a hundred points have to be landed on, 1.07 of it. Seven are as fast at small widths,
+            and slower where systems are large, as with ten digits.
         tolerance: error of the Newton iteration, relative to each layer, at which a step counts as
             solved. Far below the step tolerance: what is lost here, the conserved matrices lose.
         max_iterations: a step that needs more is rejected.
@@ -74,7 +77,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
             linear systems are solved, and gflow's own loop sets it.
     """
 
-    stages: int = eqx.field(static=True, default=5)
+    stages: int = eqx.field(static=True, default=6)
     tolerance: float = eqx.field(static=True, default=1e-12)
     max_iterations: int = eqx.field(static=True, default=12)
     many: bool = eqx.field(static=True, default=True)
@@ -83,10 +86,11 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     interpolation_cls: ClassVar = Collocation
 
     @classmethod
-    def suited(cls, problem: Problem) -> "GaussNewton":
-        """The solver with the number of stages that serves a problem."""
-        large = problem.design is not None and problem.num_coordinates > MORE_STAGES
-        return cls(stages=6) if large else cls()
+    def suited(cls, problem: Problem, weights: Weights) -> "GaussNewton":
+        """The solver with the number of stages that serves a problem and its weights."""
+        one_output = problem.design is not None and problem.data.rows is None
+        size = sum(leaf.size for leaf in jax.tree.leaves(weights))
+        return cls(stages=8) if one_output and size >= WIDE else cls()
 
     def order(self, terms: Any) -> int:
         return 2 * self.stages - 1

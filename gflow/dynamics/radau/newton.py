@@ -17,7 +17,7 @@ keep the margins of the support vectors together.
 
 **The method.** Radau IIA collocation, which is made for this limit: with the derivatives
 :math:`K_j = \mu_j G_j^\top A^\top s_j` at p nodes, :math:`W_i = W_0 + h\sum_j a_{ij}K_j`; the last
-stage is the new point. Its order 2p - 1 (9 by default) survives there, while diagonally implicit
+stage is the new point. Its order 2p - 1 (11 by default) survives there, while diagonally implicit
 methods fall back to two or three.
 
 **The lifted Newton iteration.** At margins that are off by 100 the softmax is one-hot and Newton's
