@@ -10,12 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Nearly all the time of these tests is compilation, of programs that then run for milliseconds: the
-# compiler is asked not to optimise, and to make loops in its older way, which takes half off. From
-# jaxlib 0.11 on there is no older way, and XLA ends the process at a flag that it does not know.
-# Set before JAX is imported.
+# compiler is asked not to optimise, to make loops in its older way, which takes half off, and not
+# to share a program out among the cores, each of which has a worker of pytest: a sixth of the rest.
+# From jaxlib 0.11 on there is no older way, and XLA ends the process at a flag that it does not
+# know. Set before JAX is imported.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 "
-    + ("--xla_cpu_use_fusion_emitters=false " if int(version("jaxlib").split(".")[1]) < 11 else "")
+    + (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        if int(version("jaxlib").split(".")[1]) < 11
+        else ""
+    )
     + os.environ.get("XLA_FLAGS", "")
 )
 
