@@ -434,6 +434,24 @@ def test_counts_iterations_and_evaluations(field):
     assert int(carry.num_evaluations) == 1 + 6 * (int(carry.num_iterations) + 4)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stages": 2},
+        {"stages": 6.5},
+        {"stages": "six"},
+        {"tolerance": -1.0},
+        {"tolerance": 1},
+        {"max_iterations": 1},
+    ],
+    ids=str,
+)
+def test_numbers_that_cannot_be_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"`{name}` is .*; expected a"):
+        gflow.GaussNewton(**wrong)
+
+
 def test_a_field_without_structure_is_refused():
     term = diffrax.ODETerm(lambda t, y, args: -y)
     with pytest.raises(ValueError, match="FlowField"):
