@@ -83,9 +83,9 @@ def end(
         10 * jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk),
     )
     given_up = failed(solution.newton_error, tolerance)
-    # Time does not run backwards, t R/R_0 <= u. With an even number of stages a step that is long
-    # beside 1/decay, as where a risk falls to its round-off, can lead to below zero.
-    fallen = before.scaled_time * jnp.exp(at.log_risk[-1] - log_risk)
+    # Time does not run backwards: u is at least what the risk has left of it. With an even number
+    # of stages a step that is long beside 1/decay, as to a risk's round-off, can lead below zero.
+    fallen = before.scaled_time * jnp.exp(jnp.minimum(at.log_risk[-1] - log_risk, 0.0))
     scaled_time = jnp.fmax(u[-1], fallen)  # the other one where the risk is zero
     after = FlowState(move(before.weights, solution.derivatives, matrix[-1]), scaled_time)
     after = jax.tree.map(lambda new, old: jnp.where(given_up, old, new), after, before)

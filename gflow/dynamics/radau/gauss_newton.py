@@ -81,9 +81,9 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
 
     Args:
         stages: the number p >= 3 of stages; the order is 2p - 1. With six, runs with few saved
-            points take 0.6 to 0.9 of the time that they take with five, whatever the network; where
-            a hundred points have to be landed on, 1.07 of it. Seven are as fast at small widths,
-            and slower where systems are large, as with ten digits.
+            points take 0.6 to 0.9 of the time that they take with five, whatever the network, and
+            about as long where a hundred points have to be landed on. Seven are as fast at small
+            widths, and slower where systems are large, as with ten digits.
         tolerance: error of the Newton iteration, relative to each layer, at which a step counts as
             solved. Far below the step tolerance: what is lost here, the conserved matrices lose.
         max_iterations: a step that needs more is rejected.
