@@ -31,10 +31,11 @@ def expect(name: str, value: Any, kind: Any, expected: str) -> None:
         raise ValueError(f"`{name}` is {what} {kind.__name__}; expected {expected}.")
 
 
-def positive_count(name: str, value: Any) -> int:
+def positive_count(name: str, value: Any, least: int = 1) -> int:
     """``value`` of an argument that counts something, or a ValueError that names it."""
-    if not whole(value) or value < 1:
-        raise ValueError(f"`{name}` is {shown(value)}; expected a positive whole number.")
+    if not whole(value) or value < least:
+        what = "positive whole number" if least == 1 else f"whole number from {least} on"
+        raise ValueError(f"`{name}` is {shown(value)}; expected a {what}.")
     return int(value)
 
 

@@ -17,7 +17,7 @@ from gflow.dynamics.radau import ending, jacobian, newton
 from gflow.dynamics.radau.part import Part
 from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages, evaluate
 from gflow.dynamics.radau.tableau import legendre_values, radau
-from gflow.problem.arguments import number, whole
+from gflow.problem.arguments import between, positive_count
 from gflow.problem.array import Array
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Factors, Weights, move
@@ -58,19 +58,6 @@ and not by six: its iterations read the weights, which takes as long for any num
 five; with five outputs at width 1024 eight take 1.07 of the time."""
 
 
-def _stages(value: Any) -> int:
-    return int(number("stages", value, "a whole number from 3 on", lambda v: v >= 3 and whole(v)))
-
-
-def _tolerance(value: Any) -> float:
-    return number("tolerance", value, "a number between 0 and 1", lambda v: 0 < v < 1)
-
-
-def _iterations(value: Any) -> int:
-    what = "a whole number from 2 on"
-    return int(number("max_iterations", value, what, lambda v: v >= 2 and whole(v)))
-
-
 class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     """Radau IIA with a matrix-free Newton iteration made for gradient flow.
 
@@ -94,9 +81,17 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         ValueError: when one of these numbers cannot be.
     """
 
-    stages: int = eqx.field(static=True, default=6, converter=_stages)
-    tolerance: float = eqx.field(static=True, default=1e-12, converter=_tolerance)
-    max_iterations: int = eqx.field(static=True, default=12, converter=_iterations)
+    stages: int = eqx.field(
+        static=True, default=6, converter=lambda p: positive_count("stages", p, 3)
+    )
+    tolerance: float = eqx.field(
+        static=True,
+        default=1e-12,
+        converter=lambda x: between("tolerance", x, 0, 1, "a number between 0 and 1"),
+    )
+    max_iterations: int = eqx.field(
+        static=True, default=12, converter=lambda n: positive_count("max_iterations", n, 2)
+    )
     many: bool = eqx.field(static=True, default=True)
 
     term_structure: ClassVar = diffrax.ODETerm
