@@ -217,14 +217,15 @@ def main():
     rows, gave_up = [], []
     for rtol in (1e-6,) if options.quick else (1e-4, 1e-6, 1e-8):
         for goal in GOALS:
-            run = common.walk(work, gflow.GaussNewton(), goal, rtol)
+            solver = gflow.GaussNewton()
+            run = common.walk(work, solver, goal, rtol)
             rows.append(
                 {
                     "method": "GaussNewton",
                     "rtol": rtol,
                     "goal": goal,
                     "attempts": run.num_steps + run.num_rejected,
-                    "evaluations": 5 * (run.num_iterations + run.num_steps),
+                    "evaluations": solver.stages * (run.num_iterations + run.num_steps),
                     "systems": run.num_iterations,
                     "error": observer.worst(run.state, exact[goal].state),
                 }
