@@ -426,6 +426,22 @@ def test_a_long_step_does_not_lead_time_backwards(stages):
     assert 0 < fallen < before.scaled_time and after.scaled_time >= fallen
 
 
+def test_an_attempt_is_not_over_before_its_rate_is_known_or_its_error_is_small(field):
+    # After two corrections, where the first only tells how far the slopes move, no rate is known.
+    h, at = jnp.asarray(0.02), state(start())
+    solver, s = gflow.GaussNewton(), beginning(field, start())
+    new = jax.jit(lambda: solver.begin(field, s, h, at, solver.start(field, s, at, h)))()
+
+    def over(size, contraction, count=2):
+        return solver.solved(new._replace(count=count, size=size, contraction=contraction))
+
+    tolerance = solver.tolerance
+    assert not over(50 * tolerance, new.contraction)  # of which ten steps' noise may be made
+    assert over(50 * tolerance, 0.9) and over(50 * tolerance, 0.01)  # stands still; shrinks
+    assert over(0.5 * tolerance, new.contraction)
+    assert not over(1e-3, new.contraction, 11) and over(1e-3, new.contraction, 12)
+
+
 def test_counts_iterations_and_evaluations(field):
     weights = state(start()).weights
     _, _, carry = walked(field, weights, 0.05, 4, gflow.GaussNewton())

@@ -136,7 +136,7 @@ def begin(
         projection=extrapolate @ frame.project(before.derivatives),
         offsets=offsets,
         size=jnp.full_like(h, jnp.inf),
-        contraction=jnp.ones_like(h),
+        contraction=jnp.full_like(h, jnp.inf),
         stiffness=stiffness,
         kept=kept,
     )
@@ -221,7 +221,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         projection=frame.project(derivatives),
         offsets=offsets,
         size=size,
-        contraction=jnp.where(attempt.size < 1, size / attempt.size, 1.0),
+        contraction=jnp.where(attempt.size < 1, size / attempt.size, jnp.inf),
         stiffness=last,
         kept=attempt.kept,
     )
@@ -230,7 +230,8 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
 def solved(attempt: Attempt, tolerance: float, max_iterations: int) -> Array:
     """Whether the iteration is over: converged, no longer improving, or given up."""
     close = remaining(attempt.size, attempt.contraction) < tolerance
-    stagnant = (attempt.contraction > 0.5) & (attempt.size < 100 * tolerance)
+    known = jnp.isfinite(attempt.contraction)
+    stagnant = known & (attempt.contraction > 0.5) & (attempt.size < 100 * tolerance)
     spent = jnp.isnan(attempt.size) | (attempt.count >= max_iterations)
     return (attempt.count >= 2) & (close | stagnant | spent)
 

@@ -100,6 +100,7 @@ class Attempt(NamedTuple):
     size: Array
     """Of the last correction, relative to the weights."""
     contraction: Array
+    """Its ratio to the one before; infinite as long as there is none to compare with."""
     stiffness: Array | Systems
     """The last stage's :math:`\\varphi^2\\mu A^\\top H A`, shape (m, m); of a large system, of all
     stages, as it was last decomposed."""
