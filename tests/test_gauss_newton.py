@@ -11,8 +11,9 @@ from jax.flatten_util import ravel_pytree
 from scipy.integrate import solve_ivp
 
 import gflow
-from gflow.dynamics.radau import jacobian, newton, part, spectral
+from gflow.dynamics.radau import ending, jacobian, newton, part, spectral
 from gflow.dynamics.radau.spectral import NEGLIGIBLE, SINGLE, Spectral, Systems
+from gflow.dynamics.radau.stages import Balance
 from gflow.dynamics.radau.tableau import radau
 
 # The error of a whole run at step tolerance 1e-8: the requirement is eight correct digits.
@@ -424,6 +425,21 @@ def test_a_long_step_does_not_lead_time_backwards(stages):
     after, *_ = solver.step(term, t0, t1, before, None, carry, jnp.array(False))
     fallen = jnp.exp(field.problem.log_risk(after.weights))
     assert 0 < fallen < before.scaled_time and after.scaled_time >= fallen
+
+
+@pytest.mark.parametrize(("of_weights", "rate"), [(1e-3, 0.1), (0.5, 0.5), (2.0, 1.0)])
+def test_a_coefficient_of_time_that_passes_through_zero_is_not_its_rate(field, of_weights, rate):
+    # u' of size 10^-k in the k-th Legendre polynomial, but for the one before the last.
+    p, h, nothing = 6, 0.5, jnp.zeros(6)
+    coefficients = np.array([1.0, 1e-1, 1e-2, 1e-3, 0.0, 1e-5])
+    slopes = jnp.asarray(np.linalg.solve(radau(p).legendre, coefficients))
+    weights = state(start()).weights
+    at = Balance(log_risk=nothing - 2.0, rate=slopes, squared_norm=nothing)
+    solution = gflow.GaussNewton().start(field, jnp.array(0.5), state(weights), jnp.array(h))
+    before = gflow.FlowState(weights, jnp.array(0.3))
+    errors = [jnp.zeros_like(w) for w in weights]
+    end = ending.end(p, 1e-12, h, before, -2.0, solution, (errors, of_weights), at)
+    np.testing.assert_allclose(end.error.scaled_time, h * 1e-5 * rate**5, rtol=1e-9)
 
 
 def test_an_attempt_is_not_over_before_its_rate_is_known_or_its_error_is_small(field):

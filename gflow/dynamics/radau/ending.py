@@ -11,13 +11,16 @@ from gflow.dynamics.radau.batching import solve, solve_differentiably
 from gflow.dynamics.radau.newton import failed, norms
 from gflow.dynamics.radau.spectral import Systems
 from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages
-from gflow.dynamics.radau.tableau import decay_rate, radau
+from gflow.dynamics.radau.tableau import decay_rates, radau
 from gflow.problem.array import Array
 from gflow.problem.weights import combined, move, shaped
 
 
-def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
-    """Last Legendre coefficient of the derivative, times its decay, its stiff part damped."""
+def error_of_weights(stages: int, h: Array, last: Attempt) -> tuple[list[Array], Array]:
+    """Last Legendre coefficient of the derivative, times its decay, its stiff part damped.
+
+    And the rate of that decay.
+    """
     tableau, frame = radau(stages), last.frame
     tail = tableau.legendre[-3:]
     parts = [
@@ -32,11 +35,13 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> list[Array]:
     else:
         stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
         z = damping * solve(stiff, last.stiffness @ projected)
-    scale = h * decay_rate(final, second, third) ** (stages - 1)
-    return [
+    rate = jnp.minimum(jnp.maximum(*decay_rates(final, second, third)), 1.0)
+    scale = h * rate ** (stages - 1)
+    error = [
         scale * (combined(jnp.asarray(tail[-1]), left, right) - a.T @ back)
         for left, right, a, back in zip(*last.derivatives, frame.lefts, frame.pull(z), strict=True)
     ]
+    return error, rate
 
 
 class End(NamedTuple):
@@ -55,7 +60,7 @@ def end(
     before: FlowState,
     log_risk: Array,
     solution: Solution,
-    error: list[Array],
+    error: tuple[list[Array], Array],
     at: Stages | Balance,
 ) -> End:
     """The new state and its error, from the solution of a step's equations.
@@ -66,17 +71,21 @@ def end(
         before: the state that it starts from.
         log_risk: there.
         solution: derivatives and offsets at the stages.
-        error: of the weights.
+        error: of the weights, and the rate at which its coefficients decay.
         at: the field at the solution.
     """
     p, tableau = stages, radau(stages)
+    errors, of_weights = error
     matrix = h * tableau.matrix
     decay = at.rate * at.squared_norm
     system = jnp.eye(p) + matrix * decay[None, :]
     u = solve_differentiably(system, before.scaled_time + matrix @ at.rate)
     time_slopes = jnp.asarray(np.linalg.inv(tableau.matrix)) @ (u - before.scaled_time) / h
     *_, third, second, final = jnp.abs(tableau.legendre @ time_slopes)
-    tail = h * final * decay_rate(final, second, third) ** (p - 1)
+    # Coefficients of one number pass through zero, where those before seem to rise: of two looks
+    # the lower is its own, and it decays no faster than the weights along whose path it is found.
+    own = jnp.minimum(*decay_rates(final, second, third))
+    tail = h * final * jnp.minimum(jnp.maximum(of_weights, own), 1.0) ** (p - 1)
     balance = at.log_risk[-1] - log_risk + matrix[-1] @ decay
     time_error = jnp.maximum(
         tail / (1 + h * tableau.damping * decay[-1]),
@@ -89,7 +98,7 @@ def end(
     scaled_time = jnp.fmax(u[-1], fallen)  # the other one where the risk is zero
     after = FlowState(move(before.weights, solution.derivatives, matrix[-1]), scaled_time)
     after = jax.tree.map(lambda new, old: jnp.where(given_up, old, new), after, before)
-    off = FlowState(shaped(error, before.weights), jax.lax.stop_gradient(time_error))
+    off = FlowState(shaped(errors, before.weights), jax.lax.stop_gradient(time_error))
     off = jax.tree.map(lambda e: jnp.where(given_up, jnp.inf, e), off)
     return End(after, off, time_slopes)
 

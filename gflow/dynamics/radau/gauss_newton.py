@@ -331,7 +331,7 @@ def _solve_stages(
     t0: Array,
     h: Array,
     before: Solution,
-) -> tuple[tuple[Factors, Array], tuple[Array, Array, Array, list[Array]]]:
+) -> tuple[tuple[Factors, Array], tuple[Array, Array, Array, Any]]:
     """Derivatives and offsets at the stages; Newton's count and error, log R, the step's error."""
     last, _ = solver.solve(field, t0, h, FlowState(weights, jnp.zeros_like(h)), before)
     error = ending.error_of_weights(solver.stages, h, last)

@@ -56,6 +56,8 @@ any number of stages. Any other network goes the same way with whole arrays for 
 
 **The error estimate** is the last Legendre coefficient of the derivative on the step, extrapolated
 by the observed rate of decay to the order of the end point, its stiff part damped as the flow does.
+That of scaled time is one number, whose coefficients may pass through zero, which sizes of vectors
+do not: it decays as it seems to by the better of two looks, and no faster than the weights.
 A point that enters the support inside a step leaves a kink there that coefficients can miss; the
 balance :math:`\Delta\log R = -\int\mu\lVert g\rVert^2 ds` does not, so ten times its defect
 counts as an error too.

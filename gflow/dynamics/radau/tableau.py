@@ -74,8 +74,7 @@ def legendre_values(x: Array, count: int) -> Array:
     return jnp.stack(values[:count])
 
 
-def decay_rate(final: Array, second: Array, third: Array) -> Array:
-    """The rate at which the last three coefficients, sizes, decay; at most one."""
+def decay_rates(final: Array, second: Array, third: Array) -> tuple[Array, Array]:
+    """Two looks at the rate at which the last three coefficients, sizes, decay."""
     tiny = jnp.finfo(final.dtype).tiny
-    rate = jnp.maximum(final / (second + tiny), jnp.sqrt(final / (third + tiny)))
-    return jnp.minimum(rate, 1.0)
+    return final / (second + tiny), jnp.sqrt(final / (third + tiny))
