@@ -48,7 +48,9 @@ def decomposes(attempt: Attempt) -> bool:
 
 def stale(attempt: Attempt) -> Array:
     """Whether large systems are to be decomposed: at first, and where they do not do."""
-    slow = (attempt.count == PATIENCE) & (attempt.contraction > SLOW)
+    # One that has just come within the reach of a rate is not slow.
+    unknown = jnp.isinf(attempt.contraction) & (attempt.size < 1)
+    slow = (attempt.count == PATIENCE) & (attempt.contraction > SLOW) & ~unknown
     aged = attempt.kept & (attempt.count >= KEPT_LOOKS) & (attempt.contraction > KEPT)
     return (attempt.count == 0) | slow | aged
 
