@@ -69,8 +69,9 @@ def test_members_equal_single_runs(problem, starts, together):
         assert set(single.data_vars) <= set(member.data_vars)
         count = single.sizes["point"]
         for name in ("log_risk", "log_time", "misalignment", "direction_error", "end_to_end"):
+            # Of two solvers, each held to 1e-9 a step.
             np.testing.assert_allclose(
-                member[name].values[:count], single[name].values, rtol=1e-9, atol=1e-12
+                member[name].values[:count], single[name].values, rtol=3e-9, atol=1e-12
             )
 
 

@@ -114,9 +114,9 @@ def test_points_saved_within_steps_are_landed_on_and_change_no_step():
     np.testing.assert_allclose(gap[1:], np.geomspace(gap[0], 1e-3, 80)[1:], rtol=1e-11)
     assert np.all(np.diff(many.log_time[1:]) > 0)
     assert np.all(np.diff(steps) >= 0)
-    # Four trials each of 23: not thirty, as where every trial halves the miss.
+    # Four trials each of 26: not thirty, as where every trial halves the miss.
     spent = [record.attrs["num_field_evaluations"] for record in (few, many)]
-    assert spent[1] < 150 * 80 + spent[0]
+    assert spent[1] < 170 * 80 + spent[0]
 
 
 def test_a_log_risk_with_the_wrong_sign_is_doubted():
