@@ -154,7 +154,7 @@ def test_the_design_is_its_matrix(points, dim):
 
     @jax.jit
     def found(s, c, blocks):
-        design = ClassDesign.of(data.inputs, data.classes, 3)
+        design = ClassDesign(data.classes, data.inputs, 3)
         first, reduced = design.axes()
         return (
             (design.matrix, design.spread(c), design.gather(s), design.gram_of_blocks(blocks)),

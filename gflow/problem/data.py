@@ -36,7 +36,7 @@ from gflow.problem.design import (
     Rows,
     contrasts,
     differences_of,
-    others_of,
+    margins_of_outputs,
 )
 from gflow.problem.files import arrays, by_suffix
 from gflow.problem.max_margin import MaxMargin, max_margin
@@ -166,7 +166,7 @@ class Dataset(AbstractData):
     def design(self) -> AbstractDesign:
         if self.num_classes is None:
             return Rows(as_array(self.signed_inputs))
-        return ClassDesign.of(as_array(self.inputs), self.classes, self.num_classes)
+        return ClassDesign(as_array(self.classes), as_array(self.inputs), self.num_classes)
 
     def chosen(self, points: Array) -> "Dataset":
         leaves = tuple(jnp.asarray(leaf)[points] for leaf in (self.inputs, self.labels))
@@ -183,10 +183,7 @@ class Dataset(AbstractData):
         """
         if self.num_classes is None:
             return outputs * self.labels
-        labels = jnp.asarray(self.labels).astype(int)
-        others = jnp.asarray(others_of(self.num_classes))[labels]
-        own = jnp.take_along_axis(outputs, labels[:, None], axis=1)
-        return (own - jnp.take_along_axis(outputs, others, axis=1)).reshape(-1)
+        return margins_of_outputs(outputs, jnp.asarray(self.labels).astype(int)).reshape(-1)
 
     @property
     def separable(self) -> bool:

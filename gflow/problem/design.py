@@ -19,7 +19,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from gflow.problem.array import Array, as_array
+from gflow.problem.array import Array
 from gflow.problem.module import Module
 
 
@@ -121,8 +121,9 @@ class Some(Rows):
         return jnp.eye(self.shape[1]), self
 
 
-# Coordinates are a matrix C, (K - 1, d), flattened: the contrasts of the end-to-end matrix. With
-# D_i = (e_{y_i} - e_k)_{k != y_i} P^T, (K - 1, K - 1), the margins of point i are D_i C x_i, and
+# Coordinates are a matrix C, (K - 1, d), flattened: the contrasts of the end-to-end matrix, whose
+# rows are those of P^T C. With D_i = (e_{y_i} - e_k)_{k != y_i} P^T, (K - 1, K - 1), the margins of
+# point i are D_i C x_i, and
 #   A^T H A = sum_i (D_i^T H_i D_i) (x) (x_i x_i^T),
 # symmetric in the contrasts and in the features: one matrix product for all pairs of either.
 class ClassDesign(AbstractDesign):
@@ -132,16 +133,11 @@ class ClassDesign(AbstractDesign):
     these the inputs are the identity, which None stands for.
     """
 
-    differences: Array
-    """$D_i$, shape (points, K - 1, K - 1)."""
+    classes: Array
+    """Whole numbers, shape (points,)."""
     inputs: Array | None
     """Shape (points, d)."""
-
-    @classmethod
-    def of(cls, inputs: Array, classes: np.ndarray, num_classes: int) -> "ClassDesign":
-        """The design of inputs (points, d) with their classes, whole numbers (points,)."""
-        differences = differences_of(num_classes)[classes] @ contrasts(num_classes).T
-        return cls(as_array(differences), inputs)
+    num_classes: int = eqx.field(static=True)
 
     @property
     def matrix(self) -> Array:
@@ -149,36 +145,41 @@ class ClassDesign(AbstractDesign):
 
     @property
     def shape(self) -> tuple[int, int]:
-        points, others, contrasts = self.differences.shape
-        return points * others, contrasts * self._width
+        others = self.num_classes - 1
+        return len(self.classes) * others, others * self._width
 
     @property
     def _width(self) -> int:
         """The number of columns of C."""
-        return self.differences.shape[0] if self.inputs is None else self.inputs.shape[1]
+        return len(self.classes) if self.inputs is None else self.inputs.shape[1]
 
     def spread(self, coordinates: Array) -> Array:
-        before = coordinates.shape[:-1]
-        c = coordinates.reshape(-1, self.differences.shape[2], self._width)
-        outputs = c if self.inputs is None else c @ self.inputs.T
-        margins = jnp.einsum("nkq,bqn->bnk", self.differences, outputs)
-        return margins.reshape(*before, -1)
+        c = coordinates.reshape(-1, self.num_classes - 1, self._width)
+        across = jnp.asarray(contrasts(self.num_classes), c.dtype)
+        of_features = jnp.einsum("qk,bqd->bkd", across, c)
+        outputs = of_features if self.inputs is None else of_features @ self.inputs.T
+        margins = margins_of_outputs(jnp.swapaxes(outputs, 1, 2), self.classes)
+        return margins.reshape(*coordinates.shape[:-1], -1)
 
     def gather(self, slopes: Array) -> Array:
-        before = slopes.shape[:-1]
-        s = slopes.reshape(-1, *self.differences.shape[:2])
-        outputs = jnp.einsum("nkq,bnk->bqn", self.differences, s)
-        c = outputs if self.inputs is None else outputs @ self.inputs
-        return c.reshape(*before, -1)
+        s = slopes.reshape(-1, len(self.classes), self.num_classes - 1)
+        outputs = jnp.swapaxes(_to_outputs(s, self.classes), 1, 2)
+        of_features = outputs if self.inputs is None else outputs @ self.inputs
+        across = jnp.asarray(contrasts(self.num_classes), s.dtype)
+        c = jnp.einsum("qk,bkd->bqd", across, of_features)
+        return c.reshape(*slopes.shape[:-1], -1)
 
     def gram_of_diagonal(self, entries: Array) -> Array:
-        d = jnp.asarray(self.differences)
-        scaled = entries.reshape(d.shape[:2])[:, :, None] * d
-        return self._gram(jnp.einsum("nka,nkb->nab", d, scaled))
+        rows = entries.reshape(len(self.classes), -1)
+        return self.gram_of_blocks(
+            rows[:, :, None] * jnp.eye(rows.shape[1], dtype=rows.dtype)[None]
+        )
 
     def gram_of_blocks(self, blocks: Array) -> Array:
-        d = jnp.asarray(self.differences)
-        return self._gram(jnp.einsum("nka,nkb->nab", d, jnp.einsum("nkl,nlb->nkb", blocks, d)))
+        across = jnp.asarray(contrasts(self.num_classes).T, blocks.dtype)
+        for _ in range(2):  # each of two axes, the last one when it is its turn
+            blocks = jnp.swapaxes(_to_outputs(blocks, self.classes[:, None]) @ across, 1, 2)
+        return self._gram(blocks)
 
     def _gram(self, blocks: Array) -> Array:
         """From the blocks in the contrasts, (points, K - 1, K - 1)."""
@@ -200,23 +201,51 @@ class ClassDesign(AbstractDesign):
         return found[pair].transpose(0, 2, 1, 3).reshape(m, m)
 
     def axes(self) -> "tuple[Array, AbstractDesign | None]":
-        q = self.differences.shape[2]
+        others = self.num_classes - 1
         few = self.inputs is not None and self.inputs.shape[0] < self.inputs.shape[1]
         columns = jnp.asarray(self.inputs) if few else jnp.eye(self._width)
-        first = jnp.pad(columns, ((0, 0), (0, (q - 1) * columns.shape[1])))
-        return first, ClassDesign(self.differences, None) if few else self
+        first = jnp.pad(columns, ((0, 0), (0, (others - 1) * columns.shape[1])))
+        return first, ClassDesign(self.classes, None, self.num_classes) if few else self
 
     def rows_at(self, margins: Array) -> Array:
-        d = jnp.asarray(self.differences)
-        point = margins // d.shape[1]
-        left = d.reshape(-1, d.shape[2])[margins]
+        point, other = jnp.divmod(margins, self.num_classes - 1)
+        table = differences_of(self.num_classes) @ contrasts(self.num_classes).T
+        left = jnp.asarray(table)[jnp.asarray(self.classes)[point], other]
         width = self._width
         right = jnp.eye(width)[point] if self.inputs is None else jnp.asarray(self.inputs)[point]
         return (left[:, :, None] * right[:, None, :]).reshape(len(margins), -1)
 
     def chosen(self, points: Array) -> "ClassDesign":
         inputs = None if self.inputs is None else jnp.asarray(self.inputs)[points]
-        return ClassDesign(jnp.asarray(self.differences)[points], inputs)
+        return ClassDesign(jnp.asarray(self.classes)[points], inputs, self.num_classes)
+
+
+def margins_of_outputs(outputs: Array, classes: Array) -> Array:
+    """The output of a point's own class less each of the others, in their order.
+
+    Args:
+        outputs: shape (..., points, K).
+        classes: whole numbers, shape (points,).
+
+    Returns:
+        Shape (..., points, K - 1).
+    """
+    before = (1,) * (outputs.ndim - 2)
+    own, k = jnp.asarray(classes).reshape(*before, -1, 1), jnp.arange(outputs.shape[-1] - 1)
+    first = k.reshape(*before, 1, -1) < own
+    others = jnp.where(first, outputs[..., :-1], outputs[..., 1:])
+    return jnp.take_along_axis(outputs, own, -1) - others
+
+
+def _to_outputs(slopes: Array, classes: Array) -> Array:
+    """The transpose of :func:`margins_of_outputs`, from (..., points, K - 1) to (..., points, K).
+
+    Classes have as many axes as slopes, but for the last one and leading ones.
+    """
+    known = jnp.concatenate([-slopes, jnp.sum(slopes, -1, keepdims=True)], -1)
+    places = jnp.asarray(places_of(known.shape[-1]))[classes]
+    places = places.reshape((1,) * (known.ndim - places.ndim) + places.shape)
+    return jnp.take_along_axis(known, places, -1)
 
 
 def _symmetric(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -309,6 +338,20 @@ def differences_of(num_classes: int) -> np.ndarray:
     eye = np.eye(num_classes)
     rows = [[eye[y] - eye[k] for k in range(num_classes) if k != y] for y in range(num_classes)]
     found = np.array(rows)
+    found.flags.writeable = False
+    return found
+
+
+@cache
+def places_of(num_classes: int) -> np.ndarray:
+    """Where each class is among the others of a class, which is itself behind them, shape (K, K).
+
+    >>> places_of(3).tolist()
+    [[2, 0, 1], [0, 2, 1], [0, 1, 2]]
+    """
+    k = np.arange(num_classes)
+    own, each = k[:, None], k[None, :]
+    found = np.where(each == own, num_classes - 1, each - (each > own))
     found.flags.writeable = False
     return found
 
