@@ -442,6 +442,31 @@ def test_a_coefficient_of_time_that_passes_through_zero_is_not_its_rate(field, o
     np.testing.assert_allclose(end.error.scaled_time, h * 1e-5 * rate**5, rtol=1e-9)
 
 
+@pytest.mark.parametrize("h", [1.0, 0.01])
+def test_sizes_of_coefficients_are_no_round_off_of_the_larger_ones_before_them(h):
+    rng, tableau = np.random.default_rng(0), radau(6)
+    slope = h * tableau.nodes[:, None, None]
+    a, b = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 3, 7))  # (what, rank, width)
+    left, right = a[0] + np.exp(-slope) * a[1], b[0] + np.sin(2 * slope) * b[1]
+    coefficients = np.einsum("kj,jra,jrb->kab", tableau.legendre, left, right)
+    found = ending.squares_of_coefficients(tableau, jnp.asarray(left), jnp.asarray(right))
+    np.testing.assert_allclose(np.sqrt(found), np.linalg.norm(coefficients, axis=(1, 2))[-3:], 1e-4)
+
+
+def test_short_smooth_steps_grow_whatever_the_number_of_stages():
+    # Weights and time are smooth at all risks, so that an order more is a step less.
+    eye, depth = np.eye(3), 4
+    problem = gflow.Problem(gflow.Dataset(eye, np.arange(3), num_classes=3))
+    begin = (0.3 ** (1 / depth) * (eye - 1 / 3),) * depth
+    until = gflow.LogRisk(-1e6)
+    flow = gflow.gradient_flow(
+        problem, begin, until=until, save=2, solver=gflow.GaussNewton(stages=8), progress=False
+    )
+    exact = gflow.exact.simplex_modes(3, 0.3, depth, log_risk=flow.log_risk.values[1:])
+    np.testing.assert_allclose(flow.log_time.values[1:], exact.log_time, rtol=1e-9)
+    assert int(flow.num_steps[-1]) < 40  # 23; no more than 59 while rates were lost to round-off
+
+
 def test_an_attempt_is_not_over_before_its_rate_is_known_or_its_error_is_small(field):
     # After two corrections, where the first only tells how far the slopes move, no rate is known.
     h, at = jnp.asarray(0.02), state(start())

@@ -11,7 +11,7 @@ from gflow.dynamics.radau.batching import solve, solve_differentiably
 from gflow.dynamics.radau.newton import failed, norms
 from gflow.dynamics.radau.spectral import Systems
 from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages
-from gflow.dynamics.radau.tableau import decay_rates, radau
+from gflow.dynamics.radau.tableau import Radau, decay_rates, radau
 from gflow.problem.array import Array
 from gflow.problem.weights import combined, move, shaped
 
@@ -22,14 +22,14 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> tuple[list[Array],
     And the rate of that decay.
     """
     tableau, frame = radau(stages), last.frame
-    tail = tableau.legendre[-3:]
+    tail = tableau.legendre[-1]
     parts = [
-        jnp.sum((tail @ _products(left, right)) * tail, 1)
+        squares_of_coefficients(tableau, left, right)
         / (w + h * (norms(left) * norms(right)).max()) ** 2
         for left, right, w in zip(*last.derivatives, frame.sizes, strict=True)
     ]
     third, second, final = jnp.sqrt(jnp.abs(sum(parts[1:], parts[0])))
-    damping, projected = h * tableau.damping, tail[-1] @ last.projection
+    damping, projected = h * tableau.damping, tail @ last.projection
     if isinstance(last.stiffness, Systems):
         z = damping * last.stiffness.damped(damping, projected)
     else:
@@ -38,7 +38,7 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> tuple[list[Array],
     rate = jnp.minimum(jnp.maximum(*decay_rates(final, second, third)), 1.0)
     scale = h * rate ** (stages - 1)
     error = [
-        scale * (combined(jnp.asarray(tail[-1]), left, right) - a.T @ back)
+        scale * (combined(jnp.asarray(tail), left, right) - a.T @ back)
         for left, right, a, back in zip(*last.derivatives, frame.lefts, frame.pull(z), strict=True)
     ]
     return error, rate
@@ -103,8 +103,17 @@ def end(
     return End(after, off, time_slopes)
 
 
-def _products(left: Array, right: Array) -> Array:
-    """The inner products of all vectors with each other in one array, shape (J, J)."""
+# The coefficients of L_j^T R_j, from those of L and of R. Of the matrices themselves the last ones
+# are what is left of numbers larger by the inverse of their size, and squares of that are round-off
+# from the root of the machine's precision on: half of the digits of a smooth step.
+def squares_of_coefficients(tableau: Radau, left: Array, right: Array) -> Array:
+    """Squared norms of the last three Legendre coefficients of products, (J, r, a) by (J, r, b)."""
     num, rank, _ = left.shape
-    a, b = (x.reshape(num * rank, x.shape[2]) for x in (left, right))
-    return jnp.sum(((a @ a.T) * (b @ b.T)).reshape(num, rank, num, rank), (1, 3))
+
+    def products(factors: Array) -> Array:
+        own = jnp.asarray(tableau.legendre) @ factors.reshape(num, -1)
+        own = own.reshape(num * rank, -1)
+        return (own @ own.T).reshape(num, rank, num, rank).transpose(0, 2, 1, 3).reshape(num**2, -1)
+
+    both = (products(left) @ products(right).T).reshape((num,) * 4)
+    return jnp.einsum("kac,abcd,kbd->k", tableau.couplings, both, tableau.couplings)

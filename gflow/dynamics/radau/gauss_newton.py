@@ -47,10 +47,6 @@ class Collocation(diffrax.AbstractLocalInterpolation):
         )
 
 
-NOISE = 10.0
-"""The error estimate that Newton's iteration leaves, in units of its tolerance."""
-
-
 WIDE = 2**20
 """Weights from which on a network with factors for vectors and one output is served by eight stages
 and not by six: its iterations read the weights, which takes as long for any number of stages.
@@ -164,7 +160,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
 
     @property
     def noise(self) -> float:
-        return NOISE * self.tolerance
+        return self.tolerance  # which Newton's iteration leaves
 
     def among(self, many: bool) -> "GaussNewton":
         return dataclasses.replace(self, many=many)

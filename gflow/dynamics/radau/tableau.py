@@ -23,6 +23,9 @@ class Radau(NamedTuple):
     vectors: np.ndarray
     """Eigenvectors, those of pairs doubled: a real vector is the real part of their sum."""
     dual: np.ndarray
+    couplings: np.ndarray
+    """What the product of the Legendre polynomials a and b, taken at the nodes, has of the last
+    three: shape (3, p, p), zero where a + b is less than their degree."""
 
     @property
     def damping(self) -> float:
@@ -49,13 +52,17 @@ def radau(stages: int) -> Radau:
     for _ in range(3):
         x = x - legendre.legval(x, series) / legendre.legval(x, legendre.legder(series))
     x[-1] = 1.0
-    transform = np.linalg.solve(legendre.legvander(x, stages - 1), np.eye(stages))
+    values = legendre.legvander(x, stages - 1)
+    transform = np.linalg.solve(values, np.eye(stages))
     integrals = [legendre.legval(x, legendre.legint(e, lbnd=-1)) / 2 for e in np.eye(stages)]
     matrix = np.stack(integrals, axis=1) @ transform
     eigenvalues, vectors = np.linalg.eig(matrix)
     dual = np.linalg.inv(vectors)
     half = np.imag(eigenvalues) >= 0
     weight = np.where(np.imag(eigenvalues) > 0, 2, 1)
+    couplings = np.einsum("kj,ja,jb->kab", transform[-3:], values, values)
+    degree = np.arange(stages)
+    together = degree[:, None] + degree
     return Radau(
         nodes=(x + 1) / 2,
         matrix=matrix,
@@ -63,6 +70,7 @@ def radau(stages: int) -> Radau:
         eigenvalues=eigenvalues[half],
         vectors=(vectors * weight)[:, half],
         dual=dual[half],
+        couplings=np.where(together < degree[-3:, None, None], 0.0, couplings),
     )
 
 
