@@ -180,6 +180,22 @@ def test_the_design_is_its_matrix(points, dim):
     np.testing.assert_allclose(both.T @ gram @ both, a.T @ dense @ a, atol=ROUND_OFF)
 
 
+@pytest.mark.parametrize("loss", [gflow.CrossEntropy(4), gflow.PairwiseExponential(4)])
+def test_a_level_and_bounded_corrections_are_those_of_all_margins_together(loss):
+    rng = np.random.default_rng(0)
+    offsets, change = 30 * rng.normal(size=(2, 5 * 3))
+    shares = np.exp(log_softmax(-offsets))
+    np.testing.assert_allclose(loss.level(offsets, change), shares @ change, rtol=1e-13)
+    found, held = loss.advance(jnp.asarray(offsets), jnp.asarray(change))
+    # Shares grow by no more than a factor e and the size of the change, beyond exp(-5).
+    limit = np.maximum(log_softmax(-offsets) + 1 + np.log(np.maximum(-change, 1)), -5)
+    np.testing.assert_array_equal(held, log_softmax(-offsets) - change > limit)
+    free = ~np.asarray(held)
+    level = np.log(np.sum(np.exp(-offsets)))
+    np.testing.assert_allclose(found[free], (offsets + change + level)[free], atol=1e-12)
+    np.testing.assert_allclose(found[~free], -limit[~free], atol=1e-12)
+
+
 def test_the_diagonal_of_a_mean_of_losses_is_one_curvature_among_others():
     q = np.array([0.3, -1.0, 2.0])
     found = gflow.Logistic().terms(q).curvature

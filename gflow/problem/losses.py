@@ -89,7 +89,8 @@ class AbstractLoss(AbstractJointLoss):
     def advance(self, offsets: Margins, change: Margins) -> tuple[Margins, Margins]:
         if not self.exponential_tail:
             return super().advance(offsets, change)
-        return exponential_advance(offsets, change)
+        found = sum_of_exponentials(-offsets)
+        return exponential_advance(offsets, change, found.top + found.log_total)
 
     def on(self, data: AbstractData) -> "AbstractLoss":
         if "one output" in data.offers:
@@ -142,10 +143,14 @@ class AbstractLoss(AbstractJointLoss):
 
 # Newton's method predicts how shares of the slopes change, linearly. Where a share is to grow by
 # more than a factor e and beyond exp(-5), the share is moved by that, not its logarithm.
-def exponential_advance(offsets: Margins, change: Margins) -> tuple[Margins, Margins]:
-    """``AbstractJointLoss.advance`` where the risk is a sum of exponentials of margins."""
-    found = sum_of_exponentials(-offsets)
-    share = -offsets - found.top - found.log_total
+def exponential_advance(
+    offsets: Margins, change: Margins, log_total: Margins
+) -> tuple[Margins, Margins]:
+    """``AbstractJointLoss.advance`` where the risk is a sum of exponentials of margins.
+
+    ``log_total`` is the logarithm of that sum at the offsets.
+    """
+    share = -offsets - log_total
     limit = jnp.maximum(share + 1 + jnp.log(jnp.maximum(-change, 1.0)), -5.0)
     return -jnp.minimum(share - change, limit), share - change > limit
 
@@ -239,12 +244,14 @@ class Exponential(AbstractLoss):
 def _log_softplus(x):
     r"""$\log\log(1 + e^x)$, also where $e^x$ underflows.
 
-    For negative x it is $x + \log(\log(1 + y)/y)$ with $y = e^x$; below x = -40 the second term is
-    less than an ulp.
+    With $y = e^{-|x|}$ and $l = \log(1 + y)$ it is $\log(x + l)$ for positive x and
+    $x + \log(l/y)$ for negative; below x = -40 the second term is less than an ulp. The slope and
+    the curvature are made of the same $l$, so that a compiler finds it once.
     """
-    y = jnp.exp(jnp.clip(x, -40.0, 0.0))
-    below = x + jnp.log(jnp.log1p(y) / y)
-    return jnp.where(x < 0.0, below, jnp.log(softplus(jnp.maximum(x, 0.0))))
+    y = jnp.exp(-jnp.abs(x))
+    log_sum = jnp.log1p(y)
+    ratio = jnp.where(x < -40.0, 1.0, log_sum / jnp.maximum(y, jnp.finfo(y.dtype).tiny))
+    return jnp.minimum(x, 0.0) + jnp.log(jnp.where(x < 0.0, ratio, x + log_sum))
 
 
 @jax.custom_jvp

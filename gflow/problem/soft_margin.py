@@ -98,7 +98,14 @@ class SoftMargin(AbstractJointLoss):
     def advance(self, offsets: Array, change: Array) -> tuple[Array, Array]:
         if not self.exponential_tail:
             return super().advance(offsets, change)
-        return exponential_advance(offsets, change)
+        found = sum_of_exponentials(-self._soft(offsets)[0])
+        return exponential_advance(offsets, change, found.top + found.log_total)
+
+    def level(self, offsets: Array, distance: Array) -> Array:
+        # The shares of all margins, from those within the points that the terms are made of.
+        soft, shares = self._soft(offsets)
+        of_points = jnp.sum(shares * self._rows(distance), 1)
+        return jnp.sum(sum_of_exponentials(-soft).shares * of_points)
 
     @property
     def exponential_tail(self) -> bool:
