@@ -158,8 +158,8 @@ def test_the_design_is_its_matrix(points, dim):
         first, reduced = design.axes()
         return (
             (design.matrix, design.spread(c), design.gather(s), design.gram_of_blocks(blocks)),
-            (design.gram_of_diagonal(s[0]), design.rows_at(some), contrasts(3)),
-            (first, reduced.matrix, reduced.rows_at(some), reduced.gram_of_blocks(blocks)),
+            (design.gram_of_diagonal(s[0]), design.among(some).matrix, contrasts(3)),
+            (first, reduced.matrix, reduced.among(some).matrix, reduced.gram_of_blocks(blocks)),
         )
 
     (a, spread, gathered, gram), (diagonal, rows, apart), axes = found(s, c, blocks)

@@ -44,13 +44,14 @@ class AbstractDesign(Module):
     def gather(self, slopes: Array) -> Array:
         r"""$A^\top s$, along the last axis."""
 
-    @abstractmethod
     def gram_of_diagonal(self, entries: Array) -> Array:
         r"""$A^\top \operatorname{diag}(h) A$, shape (m, m), for $h$ of shape (margins,)."""
+        return self.matrix.T @ (entries[:, None] * self.matrix)
 
-    @abstractmethod
     def gram_of_blocks(self, blocks: Array) -> Array:
         r"""$A^\top H A$ for a block diagonal $H$, blocks of shape (points, k, k)."""
+        rows = jnp.reshape(self.matrix, (*blocks.shape[:2], -1))
+        return jnp.einsum("nia,nij,njb->ab", rows, blocks, rows, optimize="optimal")
 
     @abstractmethod
     def axes(self) -> "tuple[Array, AbstractDesign | None]":
@@ -66,13 +67,9 @@ class AbstractDesign(Module):
     def chosen(self, points: Array) -> "AbstractDesign":
         """That of some of the points, by their numbers."""
 
-    def rows_at(self, margins: Array) -> Array:
-        """Some rows of A, by their r numbers, shape (r, m)."""
-        return self.matrix[margins]
-
-    def among(self, margins: Array) -> "AbstractDesign":
+    def among(self, margins: Array) -> "Products":
         """That of some margins, by their numbers, in the same coordinates."""
-        return Some(self.rows_at(margins))
+        return Products.of(self.matrix[margins])
 
 
 class Rows(AbstractDesign):
@@ -95,13 +92,6 @@ class Rows(AbstractDesign):
     def gather(self, slopes: Array) -> Array:
         return slopes @ self.rows
 
-    def gram_of_diagonal(self, entries: Array) -> Array:
-        return self.rows.T @ (entries[:, None] * self.rows)
-
-    def gram_of_blocks(self, blocks: Array) -> Array:
-        rows = jnp.reshape(self.rows, (*blocks.shape[:2], -1))
-        return jnp.einsum("nia,nij,njb->ab", rows, blocks, rows, optimize="optimal")
-
     def axes(self) -> "tuple[Array, AbstractDesign | None]":
         if self.num_outputs > 1:  # matrices have nothing in common that fewer axes could use
             width = self.shape[1] // self.num_outputs
@@ -114,11 +104,57 @@ class Rows(AbstractDesign):
         return Rows(jnp.asarray(self.rows)[points], self.num_outputs)
 
 
-class Some(Rows):
-    """Rows of another matrix, whose axes serve."""
+class Products(AbstractDesign):
+    r"""Rows $l_i \otimes r_i$, some of those of another design, whose axes serve."""
+
+    left: Array
+    """Shape (rows, q)."""
+    right: Array
+    """Shape (rows, d)."""
+
+    @classmethod
+    def of(cls, rows: Array) -> "Products":
+        """Any rows, of which nothing is known: q = 1."""
+        return cls(jnp.ones((len(rows), 1), rows.dtype), rows)
+
+    @property
+    def squares(self) -> Array:
+        """Squared norms of the rows."""
+        return jnp.sum(self.left**2, 1) * jnp.sum(self.right**2, 1)
+
+    def scaled(self, factors: Array) -> "Products":
+        """Rows times factors, one for each or one for all."""
+        return Products(self.left * jnp.reshape(factors, (-1, 1)), self.right)
+
+    @property
+    def matrix(self) -> Array:
+        return (self.left[:, :, None] * self.right[:, None, :]).reshape(len(self.left), -1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.left), self.left.shape[1] * self.right.shape[1]
+
+    def spread(self, coordinates: Array) -> Array:
+        c = coordinates.reshape(*coordinates.shape[:-1], self.left.shape[1], -1)
+        return jnp.sum((c @ self.right.T) * self._turned(c.ndim), -2)
+
+    def gather(self, slopes: Array) -> Array:
+        found = (slopes[..., None, :] * self._turned(slopes.ndim + 1)) @ self.right
+        return found.reshape(*slopes.shape[:-1], -1)
+
+    def _turned(self, ndim: int) -> Array:
+        """The left factors, with leading axes, shape (1, ..., q, rows)."""
+        return jnp.expand_dims(self.left.T, tuple(range(ndim - 2)))
 
     def axes(self) -> "tuple[Array, AbstractDesign | None]":
-        return jnp.eye(self.shape[1]), self
+        count, width = self.right.shape[1], self.shape[1]
+        return jnp.pad(jnp.eye(count), ((0, 0), (0, width - count))), self
+
+    def among(self, margins: Array) -> "Products":
+        return Products(self.left[margins], self.right[margins])
+
+    def chosen(self, points: Array) -> "Products":
+        return self.among(points)
 
 
 # Coordinates are a matrix C, (K - 1, d), flattened: the contrasts of the end-to-end matrix, whose
@@ -207,13 +243,13 @@ class ClassDesign(AbstractDesign):
         first = jnp.pad(columns, ((0, 0), (0, (others - 1) * columns.shape[1])))
         return first, ClassDesign(self.classes, None, self.num_classes) if few else self
 
-    def rows_at(self, margins: Array) -> Array:
+    def among(self, margins: Array) -> "Products":
         point, other = jnp.divmod(margins, self.num_classes - 1)
         table = differences_of(self.num_classes) @ contrasts(self.num_classes).T
         left = jnp.asarray(table)[jnp.asarray(self.classes)[point], other]
         width = self._width
         right = jnp.eye(width)[point] if self.inputs is None else jnp.asarray(self.inputs)[point]
-        return (left[:, :, None] * right[:, None, :]).reshape(len(margins), -1)
+        return Products(left, right)
 
     def chosen(self, points: Array) -> "ClassDesign":
         inputs = None if self.inputs is None else jnp.asarray(self.inputs)[points]

@@ -90,7 +90,7 @@ class AbstractLoss(AbstractJointLoss):
         if not self.exponential_tail:
             return super().advance(offsets, change)
         found = sum_of_exponentials(-offsets)
-        return exponential_advance(offsets, change, found.top + found.log_total)
+        return exponential_advance(offsets, change, found.logarithm)
 
     def on(self, data: AbstractData) -> "AbstractLoss":
         if "one output" in data.offers:

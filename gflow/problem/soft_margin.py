@@ -72,7 +72,7 @@ class SoftMargin(AbstractJointLoss):
     def _soft(self, margins: Array) -> tuple[Array, Array]:
         """The soft margin of each point, and the shares of its margins in it."""
         found = jax.vmap(sum_of_exponentials)(-self._rows(margins))
-        return -(found.top + found.log_total), found.shares
+        return -found.logarithm, found.shares
 
     def terms(self, offsets: Array, level: Array | None = None) -> LossTerms:
         soft, shares = self._soft(offsets)
@@ -99,7 +99,7 @@ class SoftMargin(AbstractJointLoss):
         if not self.exponential_tail:
             return super().advance(offsets, change)
         found = sum_of_exponentials(-self._soft(offsets)[0])
-        return exponential_advance(offsets, change, found.top + found.log_total)
+        return exponential_advance(offsets, change, found.logarithm)
 
     def level(self, offsets: Array, distance: Array) -> Array:
         # The shares of all margins, from those within the points that the terms are made of.

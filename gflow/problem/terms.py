@@ -114,6 +114,11 @@ class Sum(NamedTuple):
     shares: Array
     r"""$e^{x_i}/\sum_j e^{x_j}$, shape (points,)."""
 
+    @property
+    def logarithm(self) -> Array:
+        r"""$\log\sum_i e^{x_i}$."""
+        return self.top + self.log_total
+
 
 def sum_of_exponentials(logarithms: Array) -> Sum:
     """The sum, from one pass of exponentials, which a solver's iteration spends its time on."""

@@ -33,7 +33,7 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> tuple[list[Array],
     if isinstance(last.stiffness, Systems):
         z = damping * last.stiffness.damped(damping, projected)
     else:
-        stiff = jnp.eye(frame.gram.shape[0]) + damping * last.stiffness @ frame.gram
+        stiff = jnp.eye(frame.gram.order) + damping * last.stiffness @ frame.gram.matrix
         z = damping * solve(stiff, last.stiffness @ projected)
     rate = jnp.minimum(jnp.maximum(*decay_rates(final, second, third)), 1.0)
     scale = h * rate ** (stages - 1)

@@ -5,17 +5,15 @@ attempt. All that is decided about it, when it is made and how long it is kept, 
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField
-from gflow.dynamics.radau.spectral import LARGE, SINGLE, Systems
+from gflow.dynamics.radau.spectral import LARGE, SINGLE, Systems, few, in_precision
 from gflow.dynamics.radau.stages import Attempt, Frame, Stages, axes
 from gflow.problem.array import Array
-from gflow.problem.design import AbstractDesign
+from gflow.problem.design import AbstractDesign, Products
 from gflow.problem.terms import AbstractCurvature
 
 SLOW, PATIENCE = 0.5, 6
@@ -28,17 +26,22 @@ order of ``SINGLE``: ten digits take a quarter more corrections with it. At orde
 takes as long as five corrections: a run takes 0.86 of the time with 0.1 that it takes with 0.03."""
 
 
-def at_first(gram: Array, many: bool, last: Attempt | None) -> tuple[Array | Systems, Array]:
+def at_first(
+    field: AbstractField, frame: Frame, many: bool, last: Attempt | None
+) -> tuple[Array | Systems, Array]:
     """What an attempt begins with, and whether that was in the one before it.
 
     Whether it is one of ``many`` says from which order on its systems are decomposed. One alone
     may keep the decomposition of the ``last`` attempt, whether that was accepted or not.
     """
-    if len(gram) <= LARGE[many]:
-        return jnp.zeros_like(gram), jnp.zeros((), bool)
-    if last is not None and not many and len(gram) <= SINGLE and decomposes(last):
+    gram = frame.gram
+    if gram.order <= LARGE[many]:
+        return jnp.zeros_like(gram.matrix), jnp.zeros((), bool)
+    if last is not None and not many and gram.order <= SINGLE and decomposes(last):
         return last.stiffness, _serves(last)
-    return Systems.blank(gram), jnp.zeros((), bool)
+    _, design = axes(field.problem, gram.order, frame.lefts[0].shape[0])
+    rows = _rows(design, gram.order, jnp.zeros((few(gram.order),), int))
+    return Systems.blank(gram, rows), jnp.zeros((), bool)
 
 
 def decomposes(attempt: Attempt) -> bool:
@@ -82,22 +85,17 @@ def decomposed(
         return attempt
     force, growth, _ = linearised(field, attempt.frame, at)
     gram = attempt.frame.gram
-    _, design = axes(field.problem, len(gram), attempt.frame.lefts[0].shape[0])
+    _, design = axes(field.problem, gram.order, attempt.frame.lefts[0].shape[0])
     slopes, middle = at.slopes[j], jax.tree.map(lambda x: x[j], at.curvature)
 
-    def among(chosen: Array) -> tuple[Array, Array]:
-        rows = jnp.eye(len(gram))[chosen] if design is None else design.rows_at(chosen)
+    def among(chosen: Array) -> tuple[Products, Array]:
         found = middle.among(chosen)
         if centred(field):
             found = found - slopes[chosen][:, None] * slopes[chosen][None, :]
-        return rows, found
+        return _rows(design, gram.order, chosen), found
 
     def whole(dtype: jnp.dtype) -> Array:
-        def within(x: Any) -> Any:
-            inexact = eqx.is_array_like(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-            return jnp.asarray(x, dtype) if inexact else x
-
-        curvature, known, mean = jax.tree.map(within, (middle, design, force[j]))
+        curvature, known, mean = in_precision((middle, design, force[j]), dtype)
         return _stiffness(field, curvature, known, mean)
 
     # All of the curvature if a part of it has not done.
@@ -109,6 +107,11 @@ def decomposed(
         lambda: Systems.of(gram, slopes, first | attempt.kept, whole, among, scale, h),
     )
     return attempt._replace(stiffness=found, kept=kept)
+
+
+def _rows(design: AbstractDesign | None, order: int, chosen: Array) -> Products:
+    """Those of some margins, which are the coordinates themselves where there is no design."""
+    return Products.of(jnp.eye(order)[chosen]) if design is None else design.among(chosen)
 
 
 def _stiffness(
@@ -128,9 +131,11 @@ def linearised(
     field: AbstractField, frame: Frame, at: Stages
 ) -> tuple[Array, Array, Callable[[Array, Array, AbstractCurvature], Array]]:
     r""":math:`A^\top s`, :math:`\varphi`, and what makes :math:`\mu A^\top HA` of a stage."""
-    _, design = axes(field.problem, len(frame.gram), frame.lefts[0].shape[0])
-    force = at.slopes if design is None else design.gather(at.slopes)
-    seen = jnp.sum(force @ frame.gram * force, 1)
+    _, design = axes(field.problem, frame.gram.order, frame.lefts[0].shape[0])
+    force = at.force  # unless the axes are others than the problem's coordinates
+    if design is not field.problem.design:
+        force = at.slopes if design is None else design.gather(at.slopes)
+    seen = jnp.sum(frame.gram.times(force) * force, 1)
     resting = seen == 0  # at risk zero, or beyond the range of squares
     growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
 

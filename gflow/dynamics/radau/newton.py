@@ -57,7 +57,14 @@ any number of stages. Any other network goes the same way with whole arrays for 
 **The error estimate** is the last Legendre coefficient of the derivative on the step, extrapolated
 by the observed rate of decay to the order of the end point, its stiff part damped as the flow does.
 That of scaled time is one number, whose coefficients may pass through zero, which sizes of vectors
-do not: it decays as it seems to by the better of two looks, and no faster than the weights.
+do not: it decays as it seems to by the better of two looks, and no faster than the weights. The
+coefficients :math:`c_k` beyond the last are residuals of its equation, and the end has of them
+
+.. math::
+    h\sum_{k\ge p} c_k \int_0^1 (P_k - I P_k)(s)\, e^{-h\int_s^1 \mu\lVert g\rVert^2}\,ds,
+
+I the interpolation at the nodes: where u falls by much on a step, the exponential has coefficients
+of its own, which decay more slowly than those of the weights.
 A point that enters the support inside a step leaves a kink there that coefficients can miss; the
 balance :math:`\Delta\log R = -\int\mu\lVert g\rVert^2 ds` does not, so ten times its defect
 counts as an error too.
@@ -129,7 +136,7 @@ def begin(
     latest = before.offsets[-1:]
     change = extrapolate @ before.offsets - latest
     offsets, _ = jax.vmap(lambda c: field.problem.loss.advance(latest[0], c))(change)
-    stiffness, kept = jacobian.at_first(frame.gram, many, last)
+    stiffness, kept = jacobian.at_first(field, frame, many, last)
     return Attempt(
         frame=frame,
         count=jnp.zeros((), int),
@@ -155,7 +162,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         at: the field there.
     """
     p, tableau, frame, loss = stages, radau(stages), attempt.frame, field.problem.loss
-    m = frame.gram.shape[0]
+    m = frame.gram.order
     matrix, direct = h * tableau.matrix, p * m <= DIRECT
     _, design = axes(field.problem, m, frame.lefts[0].shape[0])
 
@@ -178,9 +185,9 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         pulled = pulled - mu[:, None] * force * jnp.sum(slopes * gap, 1, keepdims=True)
 
     # y / growth solves the system.
-    rhs = matrix @ (change - growth[:, None] * (pulled @ frame.gram))
+    rhs = matrix @ (change - growth[:, None] * frame.gram.times(pulled))
     if direct:
-        blocks = frame.gram @ (growth[:, None, None] ** 2 * stiff)
+        blocks = frame.gram.matrix @ (growth[:, None, None] ** 2 * stiff)
         system = matrix[:, None, :, None] * blocks.transpose(1, 0, 2)[None]
         system = jnp.eye(p * m) + system.reshape(p * m, p * m)
         y = growth[:, None] * solve(system, rhs.reshape(p * m)).reshape(p, m)
@@ -192,7 +199,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         y, z = growth[:, None] * y, pulled + forces / growth[:, None]
     else:
         last = growth[p // 2] ** 2 * stiffness(*middle)
-        y = growth[:, None] * tableau.solve(h * frame.gram @ last, rhs)
+        y = growth[:, None] * tableau.solve(h * frame.gram.matrix @ last, rhs)
         z = pulled + (y / growth[:, None] ** 2) @ last
     rights = [
         right - (growth * _ratio(jnp.linalg.norm(a), norms(left)))[:, None, None] * back

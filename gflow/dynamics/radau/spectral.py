@@ -21,13 +21,16 @@ the same system, of as many unknowns as there are rows (Woodbury's identity).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from gflow.dynamics.radau.gram import Gram
 from gflow.dynamics.radau.tableau import Radau
 from gflow.problem.array import Array
+from gflow.problem.design import Products
 
 RIDGE = 1e-13
 """Added to a Gram matrix, relative to its largest entry: pullbacks may be dependent. It changes how
@@ -55,6 +58,21 @@ FEW = 0.5
 NEGLIGIBLE = 1e-4
 """Slopes of margins that are left out, relative to the largest. To log R = -1e4 ten digits take
 1018 corrections with 1e-4, 1020 with 1e-6 and with all margins, 1049 with 1e-3."""
+
+
+def in_precision(tree: Any, dtype: jnp.dtype) -> Any:
+    """The tree with its numbers, but for whole ones, in a precision."""
+
+    def within(x: Any) -> Any:
+        inexact = eqx.is_array_like(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        return jnp.asarray(x, dtype) if inexact else x
+
+    return jax.tree.map(within, tree)
+
+
+def few(order: int) -> int:
+    """How many margins may serve in the place of so many coordinates."""
+    return int(FEW * order)
 
 
 class Spectral(NamedTuple):
@@ -150,10 +168,8 @@ class Systems(NamedTuple):
 
     whole: Spectral
     active: Spectral
-    rows: Array
+    rows: Products
     """$B$, shape (r, m); zero rows fill it up."""
-    columns: Array
-    r"""$B^\top$."""
     few: Array
     """Whether ``active`` is the one."""
     size: Array
@@ -166,11 +182,11 @@ class Systems(NamedTuple):
     @classmethod
     def of(
         cls,
-        gram: Array,
+        gram: Gram,
         slopes: Array,
         allowed: bool | Array,
         whole: Callable[[jnp.dtype], Array],
-        among: Callable[[Array], tuple[Array, Array]],
+        among: Callable[[Array], tuple[Products, Array]],
         scale: Array,
         h: Array,
     ) -> "Systems":
@@ -185,12 +201,8 @@ class Systems(NamedTuple):
             scale: of S.
             h: the step.
         """
-        blank, largest = cls.blank(gram), jnp.max(jnp.diag(gram))
-        size = len(blank.rows)
-
-        def unit(dtype: jnp.dtype) -> Array:
-            return (gram / largest).astype(dtype)
-
+        size, largest = few(gram.order), gram.largest
+        unit = gram.unit(largest)
         carries = jnp.abs(slopes) > NEGLIGIBLE * jnp.max(jnp.abs(slopes))
         count = jnp.sum(carries)
 
@@ -198,28 +210,33 @@ class Systems(NamedTuple):
             (chosen,) = jnp.nonzero(carries, size=size, fill_value=0)
             used = jnp.where(jnp.arange(size) < count, 1.0, 0.0)
             rows, curvature = among(chosen)
-            rows = used[:, None] * rows
+            rows = rows.scaled(used)
             curvature = used[:, None] * curvature * used[None, :]
-            reach = jnp.max(jnp.sum(rows**2, 1))
-
-            def among_rows(dtype: jnp.dtype) -> Array:
-                own = (rows / jnp.sqrt(reach)).astype(dtype)
-                return own @ unit(dtype) @ own.T
-
-            found = Spectral.of(among_rows, curvature.astype, largest * reach, scale, h, size)
-            few = jnp.ones((), bool)
-            return blank._replace(active=found, rows=rows, columns=rows.T, few=few)
+            reach = jnp.max(rows.squares)
+            own = rows.scaled(1 / jnp.sqrt(reach))
+            found = Spectral.of(
+                lambda dtype: in_precision(unit, dtype).among(in_precision(own, dtype)),
+                curvature.astype,
+                largest * reach,
+                scale,
+                h,
+                size,
+            )
+            return blank._replace(active=found, rows=rows, few=jnp.ones((), bool))
 
         def all_of_them() -> "Systems":
-            found = Spectral.of(unit, whole, largest, scale, h, len(gram))
+            found = Spectral.of(
+                lambda dtype: in_precision(unit, dtype).matrix, whole, largest, scale, h, gram.order
+            )
             return blank._replace(whole=found)
 
+        blank = cls.blank(gram, jax.tree.map(jnp.zeros_like, among(jnp.zeros((size,), int))[0]))
         found = jax.lax.cond(allowed & (count <= size), active, all_of_them)
         return found._replace(size=largest, scale=scale)
 
-    def rescaled(self, gram: Array, scale: Array) -> "Systems":
+    def rescaled(self, gram: Gram, scale: Array) -> "Systems":
         """Those of G and S of another step, as if they had changed in size alone."""
-        size = jnp.max(jnp.diag(gram))
+        size = gram.largest
         grown = size / self.size
         more = grown * (scale / self.scale)
         return self._replace(
@@ -231,30 +248,28 @@ class Systems(NamedTuple):
         )
 
     @classmethod
-    def blank(cls, gram: Array) -> "Systems":
-        """Arrays of the same shapes."""
-        order = len(gram)
-        size = int(FEW * order)
+    def blank(cls, gram: Gram, rows: Products) -> "Systems":
+        """Arrays of the same shapes, for rows of these."""
+        dtype = gram.inputs.dtype
         return cls(
-            Spectral.blank(order, gram.dtype),
-            Spectral.blank(size, gram.dtype),
-            jnp.zeros((size, order), gram.dtype),
-            jnp.zeros((order, size), gram.dtype),
+            Spectral.blank(gram.order, dtype),
+            Spectral.blank(len(rows.left), dtype),
+            rows,
             jnp.zeros((), bool),
-            *jnp.ones((3,), gram.dtype),
+            *jnp.ones((3,), dtype),
         )
 
-    def solve(self, tableau: Radau, h: Array, gram: Array, rhs: Array) -> tuple[Array, Array]:
+    def solve(self, tableau: Radau, h: Array, gram: Gram, rhs: Array) -> tuple[Array, Array]:
         r"""$y = (I + hA \otimes GS)^{-1}r$ and $S y$, both of shape (p, m)."""
 
         def active() -> tuple[Array, Array]:
-            found = self.active.solve(tableau, h, rhs @ self.columns)
-            forces = self.active.forces(found / self.grown) @ self.rows
-            return rhs - h * tableau.matrix @ (forces @ gram), forces
+            found = self.active.solve(tableau, h, self.rows.spread(rhs))
+            forces = self.rows.gather(self.active.forces(found / self.grown))
+            return rhs - h * tableau.matrix @ gram.times(forces), forces
 
         def whole() -> tuple[Array, Array]:
             found = self.whole.solve(tableau, h, rhs) / self.grown
-            return (found @ self.whole.into) @ gram, self.whole.forces(found)
+            return gram.times(found @ self.whole.into), self.whole.forces(found)
 
         return jax.lax.cond(self.few, active, whole)
 
@@ -262,7 +277,7 @@ class Systems(NamedTuple):
         r"""$S(I + c\,GS)^{-1}r$, shape (m,)."""
         found = jax.lax.cond(
             self.few,
-            lambda: self.active.damped(factor, self.rows @ rhs) @ self.rows,
+            lambda: self.rows.gather(self.active.damped(factor, self.rows.spread(rhs))),
             lambda: self.whole.damped(factor, rhs),
         )
         return found / self.grown

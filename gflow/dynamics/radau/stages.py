@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gflow.dynamics.field import AbstractField
+from gflow.dynamics.radau.gram import Gram
 from gflow.dynamics.radau.spectral import Systems
 from gflow.problem.array import Array
 from gflow.problem.design import AbstractDesign
@@ -50,6 +51,8 @@ class Stages(NamedTuple):
     rate: Array
     squared_norm: Array
     slopes: Array
+    force: Array
+    """$A^\\top s$, in the problem's coordinates, shape (p, coordinates)."""
     curvature: AbstractCurvature
     gap: Array
 
@@ -68,7 +71,7 @@ class Frame(NamedTuple):
     """Shapes (q, rows)."""
     columns: list[Array]
     """Shapes (d, columns)."""
-    gram: Array
+    gram: Gram
     sizes: list[Array]
     """Frobenius norm of each array of weights, where the step begins."""
     log_risk: Array
@@ -127,12 +130,12 @@ def evaluate(
     level = jax.vmap(problem.loss.level)(offsets, distance)
     log_risk, slopes, curvature = jax.vmap(problem.loss.terms)(offsets, level)
     log_risk = log_risk + log_share
-    slopes_pulled = pull(problem.gather(slopes))
-    (lefts, rights), squared = field.bent(weights, vectors, coefficients, slopes_pulled)
+    force = problem.gather(slopes)
+    (lefts, rights), squared = field.bent(weights, vectors, coefficients, pull(force))
     rate = field.clock.rate(s, log_risk, squared)
     derivatives = Factors(lefts, [rate[:, None, None] * right for right in rights])
     gap = distance - level[:, None]
-    return Stages(derivatives, log_risk, rate, squared, slopes, curvature, gap)
+    return Stages(derivatives, log_risk, rate, squared, slopes, force, curvature, gap)
 
 
 def frame_of(
@@ -149,10 +152,9 @@ def frame_of(
     lefts = [left[0] for left in pull(jnp.zeros_like(coordinates)).lefts]  # of every vector
     basis, _ = axes(problem, coordinates.shape[1], lefts[0].shape[0])
     columns = [right[:, 0, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
-    parts = [jnp.kron(a @ a.T, b @ b.T) for a, b in zip(lefts, columns, strict=True)]
     sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
     log_risk = problem.loss.terms(problem.spread(start[0])).log_risk
-    return Frame(lefts, columns, sum(parts[1:], parts[0]), sizes, log_risk)
+    return Frame(lefts, columns, Gram.of(lefts, columns), sizes, log_risk)
 
 
 def axes(problem: Problem, num_coordinates: int, rank: int) -> tuple[Array, AbstractDesign | None]:
