@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from numpy.polynomial import legendre
 from scipy.integrate import solve_ivp
 
 import gflow
-from gflow.dynamics.radau import ending, jacobian, newton, part, spectral
+from gflow.dynamics.radau import ending, gram as radau_gram, jacobian, newton, part, spectral
+from gflow.dynamics.radau.gram import Gram
 from gflow.dynamics.radau.spectral import NEGLIGIBLE, SINGLE, Spectral, Systems
 from gflow.dynamics.radau.stages import Balance
-from gflow.dynamics.radau.tableau import radau
+from gflow.dynamics.radau.tableau import left_of_residuals, radau
+from gflow.problem.design import Products
 
 # The error of a whole run at step tolerance 1e-8: the requirement is eight correct digits.
 EIGHT_DIGITS = 1e-8
@@ -216,40 +219,53 @@ def test_sharing_one_jacobian_among_the_stages_changes_nothing(large, field, mon
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("num_outputs", [1, 3])
 @pytest.mark.parametrize("negligible", [0.0, 1.0])
-def test_large_systems_are_solved_in_all_coordinates_or_in_the_few_margins_that_matter(negligible):
+def test_large_systems_are_solved_in_all_coordinates_or_in_the_few_margins_that_matter(
+    negligible, num_outputs, monkeypatch
+):
+    monkeypatch.setattr(radau_gram, "FACTORED", 1)
     rng, order, num = np.random.default_rng(0), 12, 30
     slopes = np.full(num, NEGLIGIBLE * negligible)
     slopes[[3, 7, 20, 21]] = [1.0, 0.5, -0.3, 0.1]
     if negligible == 0.0:
         slopes += 2 * NEGLIGIBLE  # too many of them
-    design = rng.normal(size=(num, order))
-    root = rng.normal(size=(order, 20))
-    gram, curvature = root @ root.T, np.diag(np.where(np.abs(slopes) > 1.5 * NEGLIGIBLE, 7.0, 0.0))
+    count = order // num_outputs
+    left, right = rng.normal(size=(num, num_outputs)), rng.normal(size=(num, count))
+    design = (left[:, :, None] * right[:, None, :]).reshape(num, order)
+    lefts = [jnp.asarray(rng.normal(size=(num_outputs, 5))) for _ in range(2)]
+    columns = [jnp.asarray(rng.normal(size=(count, 20))) for _ in range(2)]
+    # The Gram matrix of pullbacks, in factors if there are several outputs.
+    pulled = [np.kron(a, b) for a, b in zip(lefts, columns, strict=True)]
+    gram = sum(a @ a.T for a in pulled)
+    assert len(Gram.of(lefts, columns).inputs) == (2 if num_outputs > 1 else 1)
+    curvature = np.diag(np.where(np.abs(slopes) > 1.5 * NEGLIGIBLE, 7.0, 0.0))
     stiffness = design.T @ curvature @ design
     h, rhs, tableau = jnp.asarray(0.3), rng.normal(size=(5, order)), radau(5)
+    all_rows = Products(jnp.asarray(left), jnp.asarray(right))
 
     @jax.jit
-    def solve(gram, slopes, rhs):
+    def solve(lefts, columns, slopes, rhs):
+        gram, twice, thrice = (Gram.of([r * a for a in lefts], columns) for r in (1, 2, 3**0.5))
         systems = Systems.of(
             gram,
             slopes,
             True,
             lambda dtype: jnp.asarray(stiffness, dtype),
-            lambda chosen: (jnp.asarray(design)[chosen], 7.0 * jnp.eye(len(chosen))),
+            lambda chosen: (all_rows.among(chosen), 7.0 * jnp.eye(len(chosen))),
             jnp.asarray(1.0),
             h,
         )
         # Twice in a row: what G has grown by since it was decomposed adds up.
-        kept = systems.rescaled(4 * gram, jnp.asarray(0.5)).rescaled(3 * gram, jnp.asarray(2.0))
+        kept = systems.rescaled(twice, jnp.asarray(0.5)).rescaled(thrice, jnp.asarray(2.0))
 
         def solutions(systems, gram):
             damped = systems.damped(jnp.asarray(0.2), rhs[0])
             return *systems.solve(tableau, h, gram, rhs), damped
 
-        return systems.few, solutions(systems, gram), solutions(kept, 3 * gram)
+        return systems.few, solutions(systems, gram), solutions(kept, thrice)
 
-    few, first, later = solve(gram, slopes, rhs)
+    few, first, later = solve(lefts, columns, slopes, rhs)
     assert few == (negligible == 1.0)
     for (y, forces, damped), g, t in ((first, gram, stiffness), (later, 3 * gram, 2 * stiffness)):
         system = np.eye(5 * order) + h * np.kron(tableau.matrix, g @ t)
@@ -439,7 +455,29 @@ def test_a_coefficient_of_time_that_passes_through_zero_is_not_its_rate(field, o
     before = gflow.FlowState(weights, jnp.array(0.3))
     errors = [jnp.zeros_like(w) for w in weights]
     end = ending.end(p, 1e-12, h, before, -2.0, solution, (errors, of_weights), at)
-    np.testing.assert_allclose(end.error.scaled_time, h * 1e-5 * rate**5, rtol=1e-9)
+    # With no decay the end has of a residual what the weights at the nodes miss of its integral.
+    missed = radau(p).matrix[-1] @ legendre.legval(2 * radau(p).nodes - 1, np.eye(2 * p)[-1])
+    np.testing.assert_allclose(end.error.scaled_time, abs(h * 1e-5 * rate**6 * missed), rtol=1e-8)
+
+
+def test_the_end_has_of_a_residual_what_the_decay_leaves():
+    p, (x, weights) = 6, legendre.leggauss(200)
+    residual = np.array([1.0, -1.0]) @ legendre.legvander(x, p)[:, [p, p - 1]].T  # P_p at the nodes
+    for rate in (0.1, 4.0, 40.0):  # of u, growing along the step as in u' = -rate (1 + s) u
+        s = (x + 1) / 2
+        left = np.exp(-rate * (1.5 - s - s**2 / 2))
+        found = left_of_residuals(jnp.asarray(rate * (1 + radau(p).nodes)))
+        np.testing.assert_allclose(found[0], abs(weights @ (residual * left)) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num", "depth"), [(3, 3), (2, 4)])
+def test_the_estimate_of_time_is_its_error_where_the_risk_falls_by_much(num, depth):
+    # Steps in which u falls to a thirtieth were off by twenty times what they said.
+    problem = gflow.Problem(gflow.Dataset(np.eye(num), np.arange(num), num_classes=num))
+    begin = (0.3 ** (1 / depth) * (np.eye(num) - 1 / num),) * depth
+    flow = gflow.gradient_flow(problem, begin, until=gflow.LogRisk(-10.0), save=2, progress=False)
+    exact = gflow.exact.simplex_modes(num, 0.3, depth, log_risk=flow.log_risk.values[1:])
+    np.testing.assert_allclose(flow.log_time.values[1:], exact.log_time, rtol=1e-9)
 
 
 @pytest.mark.parametrize("h", [1.0, 0.01])

@@ -11,7 +11,7 @@ from gflow.dynamics.radau.batching import solve, solve_differentiably
 from gflow.dynamics.radau.newton import failed, norms
 from gflow.dynamics.radau.spectral import Systems
 from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages
-from gflow.dynamics.radau.tableau import Radau, decay_rates, radau
+from gflow.dynamics.radau.tableau import Radau, decay_rates, left_of_residuals, radau
 from gflow.problem.array import Array
 from gflow.problem.weights import combined, move, shaped
 
@@ -85,12 +85,11 @@ def end(
     # Coefficients of one number pass through zero, where those before seem to rise: of two looks
     # the lower is its own, and it decays no faster than the weights along whose path it is found.
     own = jnp.minimum(*decay_rates(final, second, third))
-    tail = h * final * jnp.minimum(jnp.maximum(of_weights, own), 1.0) ** (p - 1)
+    rate = jnp.minimum(jnp.maximum(of_weights, own), 1.0)
+    beyond = final * rate ** jnp.arange(1, p + 1, dtype=rate.dtype)
+    tail = h * beyond @ left_of_residuals(h * decay)
     balance = at.log_risk[-1] - log_risk + matrix[-1] @ decay
-    time_error = jnp.maximum(
-        tail / (1 + h * tableau.damping * decay[-1]),
-        10 * jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk),
-    )
+    time_error = jnp.maximum(tail, 10 * jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk))
     given_up = failed(solution.newton_error, tolerance)
     # Time does not run backwards: u is at least what the risk has left of it. With an even number
     # of stages a step that is long beside 1/decay, as to a risk's round-off, can lead below zero.

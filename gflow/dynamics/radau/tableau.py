@@ -86,3 +86,33 @@ def decay_rates(final: Array, second: Array, third: Array) -> tuple[Array, Array
     """Two looks at the rate at which the last three coefficients, sizes, decay."""
     tiny = jnp.finfo(final.dtype).tiny
     return final / (second + tiny), jnp.sqrt(final / (third + tiny))
+
+
+# On 4p Gauss points of the step, since the exponential may fall within a part of it.
+@cache
+def _residuals(stages: int) -> tuple[np.ndarray, np.ndarray]:
+    """From a rate at the nodes to its integrals from points to the end; the residuals, weighted."""
+    x, weights = legendre.leggauss(4 * stages)
+    tableau = radau(stages)
+    integrals = [legendre.legint(e, lbnd=1) for e in np.eye(stages)]
+    ahead = -np.stack([legendre.legval(x, each) for each in integrals], axis=1) / 2
+    here, there = (legendre.legvander(y, 2 * stages - 1) for y in (x, 2 * tableau.nodes - 1))
+    interpolated = here[:, :stages] @ tableau.legendre @ there[:, stages:]
+    residuals = weights[:, None] / 2 * (here[:, stages:] - interpolated)
+    return ahead @ tableau.legendre, residuals.T
+
+
+def left_of_residuals(decay: Array) -> Array:
+    r"""What the end of a step sees of residuals, by a linear equation's decay on the way, sizes.
+
+    Collocation leaves of $P_k$ in the right-hand side of $u' = f - \lambda u$ what its interpolant
+    at the nodes lacks, and of that the end has $\int_0^1 (P_k - I P_k)\,e^{-\int_s^1 \lambda}ds$.
+
+    Args:
+        decay: $h\lambda$ at the p nodes.
+
+    Returns:
+        Shape (p,), of $P_p, \dots, P_{2p-1}$.
+    """
+    ahead, residuals = _residuals(decay.shape[0])
+    return jnp.abs(jnp.asarray(residuals) @ jnp.exp(-jnp.asarray(ahead) @ decay))
