@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gflow.dynamics.clocks import AbstractClock
-from gflow.problem.array import Array
+from gflow.problem.array import Array, total
 from gflow.problem.module import Module
 from gflow.problem.risk import Problem
 from gflow.problem.weights import Factors, Weights
@@ -156,7 +156,7 @@ class FlowField(AbstractField):
             jnp.sum((left @ left.mT) * (right @ right.mT), (1, 2))
             for left, right in zip(*slopes, strict=True)
         ]
-        return slopes, sum(squares[1:], squares[0])
+        return slopes, total(squares)
 
     @property
     def separates_points(self) -> bool:

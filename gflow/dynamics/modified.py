@@ -36,7 +36,7 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField
 from gflow.problem.arguments import is_number, shown
-from gflow.problem.array import Array, as_array
+from gflow.problem.array import Array, as_array, total
 from gflow.problem.curvature import Slope, relative_gradient
 from gflow.problem.module import Module
 from gflow.problem.network import AbstractNetwork
@@ -130,7 +130,7 @@ class ModifiedField(AbstractField):
         more = [leaf.reshape(stages, 1, -1) for leaf in jax.vmap(added)(coefficients)]
         rights = [right - each for right, each in zip(slopes.rights, more, strict=True)]
         inner = [jnp.sum(a * b, (1, 2)) for a, b in zip(slopes.rights, rights, strict=True)]
-        return Factors(slopes.lefts, rights), still_falling(sum(inner[1:], inner[0]))
+        return Factors(slopes.lefts, rights), still_falling(total(inner))
 
     @property
     def dense(self) -> bool:

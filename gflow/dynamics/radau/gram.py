@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from gflow.problem.array import Array
+from gflow.problem.array import Array, total
 from gflow.problem.design import Products
 
 FACTORED = 160
@@ -32,8 +32,7 @@ class Gram(NamedTuple):
         if len(lefts[0]) > 1 and len(lefts[0]) * len(columns[0]) > FACTORED:
             outputs, inputs = zip(*pairs, strict=True)
             return cls(jnp.stack(outputs), jnp.stack(inputs))
-        terms = [jnp.kron(*pair) for pair in pairs]
-        matrix = sum(terms[1:], terms[0])
+        matrix = total(jnp.kron(*pair) for pair in pairs)
         return cls(jnp.ones((1, 1, 1), matrix.dtype), matrix[None])
 
     @property
@@ -45,8 +44,7 @@ class Gram(NamedTuple):
         """G, shape (qd, qd)."""
         if self._whole:
             return self.inputs[0]
-        terms = [jnp.kron(a, b) for a, b in zip(self.outputs, self.inputs, strict=True)]
-        return sum(terms[1:], terms[0])
+        return total(jnp.kron(a, b) for a, b in zip(self.outputs, self.inputs, strict=True))
 
     @property
     def _whole(self) -> bool:
@@ -71,9 +69,10 @@ class Gram(NamedTuple):
         if self._whole or rows.left.shape[1] != self.outputs.shape[1]:
             own = rows.matrix
             return self.times(own) @ own.T
-        of_outputs = jnp.einsum("ra,kab,sb->krs", rows.left, self.outputs, rows.left)
-        of_inputs = jnp.einsum("ra,kab,sb->krs", rows.right, self.inputs, rows.right)
-        return jnp.sum(of_outputs * of_inputs, 0)
+        return total(
+            (rows.left @ a @ rows.left.T) * (rows.right @ b @ rows.right.T)
+            for a, b in zip(self.outputs, self.inputs, strict=True)
+        )
 
     def times(self, vectors: Array) -> Array:
         """``vectors @ G``, rows of shape (J, qd)."""

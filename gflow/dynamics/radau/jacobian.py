@@ -32,13 +32,14 @@ def at_first(
     """What an attempt begins with, and whether that was in the one before it.
 
     Whether it is one of ``many`` says from which order on its systems are decomposed. One alone
-    may keep the decomposition of the ``last`` attempt, whether that was accepted or not.
+    may keep the decomposition of the ``last`` attempt, whether that was accepted or not; where it
+    may not, its arrays are made use of: to fill new ones would be a tenth of a decomposition.
     """
     gram = frame.gram
     if gram.order <= LARGE[many]:
         return jnp.zeros_like(gram.matrix), jnp.zeros((), bool)
-    if last is not None and not many and gram.order <= SINGLE and decomposes(last):
-        return last.stiffness, _serves(last)
+    if last is not None and not many and decomposes(last):
+        return last.stiffness, _serves(last) if gram.order <= SINGLE else jnp.zeros((), bool)
     _, design = axes(field.problem, gram.order, frame.lefts[0].shape[0])
     rows = _rows(design, gram.order, jnp.zeros((few(gram.order),), int))
     return Systems.blank(gram, rows), jnp.zeros((), bool)
@@ -104,7 +105,7 @@ def decomposed(
     found = jax.lax.cond(
         kept,
         lambda: known.rescaled(gram, scale),
-        lambda: Systems.of(gram, slopes, first | attempt.kept, whole, among, scale, h),
+        lambda: known.decomposed(gram, slopes, first | attempt.kept, whole, among, scale, h),
     )
     return attempt._replace(stiffness=found, kept=kept)
 

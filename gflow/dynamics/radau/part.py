@@ -12,6 +12,7 @@ All margins are then so large that the loss is a sum of exponentials of theirs t
 whichever points they belong to. Shares are those of :math:`e^{-q}`.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Part(NamedTuple):
         able = problem.num_margins >= max(LEAST, MOST * size) and problem.design is not None
         if not (able and problem.loss.exponential_tail and field.separates_points):
             return None
-        shares = jnp.max(_shares(offsets), 0)
+        shares = _shares(offsets)
         # In single precision XLA looks for the largest, in double precision it sorts all.
         _, margins = jax.lax.top_k(shares.astype(jnp.float32), size)
         # No loss of a point is larger than their sum, which falls along the step.
@@ -80,11 +81,14 @@ class Part(NamedTuple):
 
     def proven(self, offsets: Array) -> Array:
         """Whether those left out are below round-off at all stages."""
-        shares = jnp.max(_shares(offsets), 0)
+        shares = _shares(offsets)
         return jnp.sum(shares.at[self.margins].set(0.0)) < ROUND_OFF
 
 
 def _shares(offsets: Array) -> Array:
-    """Of the margins in the risk, at each stage, shape (p, margins)."""
-    each = jnp.exp(jnp.min(offsets, 1, keepdims=True) - offsets)
-    return each / jnp.sum(each, 1, keepdims=True)
+    """Bounds of what the margins have of the risk at any stage, shape (margins,).
+
+    Relative to the largest, which is less than the risk: of all stages one exponential.
+    """
+    behind = jnp.min(offsets, 1, keepdims=True) - offsets
+    return jnp.exp(functools.reduce(jnp.maximum, behind))

@@ -179,9 +179,8 @@ class Systems(NamedTuple):
     grown: Array
     """How many times as large as when it was decomposed G is."""
 
-    @classmethod
-    def of(
-        cls,
+    def decomposed(
+        self,
         gram: Gram,
         slopes: Array,
         allowed: bool | Array,
@@ -190,7 +189,7 @@ class Systems(NamedTuple):
         scale: Array,
         h: Array,
     ) -> "Systems":
-        """Those of G and S = ``scale`` T, for a step of length h.
+        """Those of G and S = ``scale`` T, for a step of length h, in the place of these.
 
         Args:
             gram: G.
@@ -222,17 +221,16 @@ class Systems(NamedTuple):
                 h,
                 size,
             )
-            return blank._replace(active=found, rows=rows, few=jnp.ones((), bool))
+            return self._replace(active=found, rows=rows, few=jnp.ones((), bool))
 
         def all_of_them() -> "Systems":
             found = Spectral.of(
                 lambda dtype: in_precision(unit, dtype).matrix, whole, largest, scale, h, gram.order
             )
-            return blank._replace(whole=found)
+            return self._replace(whole=found, few=jnp.zeros((), bool))
 
-        blank = cls.blank(gram, jax.tree.map(jnp.zeros_like, among(jnp.zeros((size,), int))[0]))
         found = jax.lax.cond(allowed & (count <= size), active, all_of_them)
-        return found._replace(size=largest, scale=scale)
+        return found._replace(size=largest, scale=scale, grown=jnp.ones_like(scale))
 
     def rescaled(self, gram: Gram, scale: Array) -> "Systems":
         """Those of G and S of another step, as if they had changed in size alone."""
