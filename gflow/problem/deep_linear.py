@@ -101,6 +101,8 @@ class DeepLinear(AbstractNetwork):
         return lefts[0].reshape(-1), pull
 
     def no_vectors(self, weights: Weights) -> Factors:
+        if self._smaller_whole(weights):
+            return super().no_vectors(weights)
         rank = max(1, jnp.shape(weights[-1])[0] - 1)
         layers = [jnp.asarray(matrix) for matrix in weights]
         none = [jnp.zeros((0, rank, 1), matrix.dtype) for matrix in layers]
@@ -117,6 +119,8 @@ class DeepLinear(AbstractNetwork):
     def along(
         self, weights: Weights, vectors: Factors, coefficients: Array, data: AbstractData
     ) -> tuple[Array, Callable[[Array], Factors]]:
+        if self._smaller_whole(weights):
+            return super().along(weights, vectors, coefficients, data)
         layers, stages = list(zip(weights, *vectors, strict=True)), coefficients.shape[0]
         first = np.ones((1, 1)) if data.rows is None else data.rows
         row, rows = (
@@ -136,6 +140,16 @@ class DeepLinear(AbstractNetwork):
             return Factors(rows[::-1], columns)
 
         return row.reshape(stages, -1), pull
+
+    def _smaller_whole(self, weights: Weights) -> bool:
+        """Whether gradients of K outputs have no more entries than their K - 1 factors have.
+
+        Ten classes in ten features, four layers, to log R = -1e6: 172 corrections for 189, since
+        the vectors are then the pullbacks themselves, and 0.85 of the time.
+        """
+        shapes = [jnp.shape(matrix) for matrix in weights]
+        rank = shapes[-1][0] - 1
+        return rank * sum(map(sum, shapes)) >= sum(map(math.prod, shapes))
 
     def check(self, weights: Weights, data: AbstractData) -> Weights:
         weights = check_weights(weights, data.num_outputs, data.rows_in_words)

@@ -12,7 +12,7 @@ from gflow.dynamics.radau.newton import failed, norms
 from gflow.dynamics.radau.spectral import Systems
 from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages
 from gflow.dynamics.radau.tableau import Radau, decay_rates, left_of_residuals, radau
-from gflow.problem.array import Array
+from gflow.problem.array import Array, total
 from gflow.problem.weights import combined, move, shaped
 
 
@@ -28,18 +28,19 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> tuple[list[Array],
         / (w + h * (norms(left) * norms(right)).max()) ** 2
         for left, right, w in zip(*last.derivatives, frame.sizes, strict=True)
     ]
-    third, second, final = jnp.sqrt(jnp.abs(sum(parts[1:], parts[0])))
-    damping, projected = h * tableau.damping, tail @ last.projection
+    third, second, final = jnp.sqrt(jnp.abs(total(parts)))
+    damping, projected = h * tableau.damping, frame.project(jnp.tensordot(tail, last.inner, 1))
     if isinstance(last.stiffness, Systems):
         z = damping * last.stiffness.damped(damping, projected)
     else:
         stiff = jnp.eye(frame.gram.order) + damping * last.stiffness @ frame.gram.matrix
         z = damping * solve(stiff, last.stiffness @ projected)
+    pulled = frame.pull(z, last.derivatives.rights)
     rate = jnp.minimum(jnp.maximum(*decay_rates(final, second, third)), 1.0)
     scale = h * rate ** (stages - 1)
     error = [
         scale * (combined(jnp.asarray(tail), left, right) - a.T @ back)
-        for left, right, a, back in zip(*last.derivatives, frame.lefts, frame.pull(z), strict=True)
+        for left, right, a, back in zip(*last.derivatives, frame.lefts, pulled, strict=True)
     ]
     return error, rate
 

@@ -142,7 +142,7 @@ def begin(
         count=jnp.zeros((), int),
         coefficients=coefficients,
         derivatives=before.derivatives,
-        projection=extrapolate @ frame.project(before.derivatives),
+        inner=jnp.tensordot(extrapolate, frame.inner(before.derivatives), 1),
         offsets=offsets,
         size=jnp.full_like(h, jnp.inf),
         contraction=jnp.full_like(h, jnp.inf),
@@ -169,7 +169,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     mu, slopes, gap, curvature = at.rate, at.slopes, at.gap, at.curvature
     force, growth, stiffness = jacobian.linearised(field, frame, at)
     # The change of y that the gaps ask for is that of mu A^T H e.
-    change = frame.project(at.derivatives) - attempt.projection
+    change = frame.project(frame.inner(at.derivatives) - attempt.inner)
     if direct:
         stiff = jax.vmap(stiffness)(mu, force, curvature)
     else:
@@ -201,9 +201,10 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
         last = growth[p // 2] ** 2 * stiffness(*middle)
         y = growth[:, None] * tableau.solve(h * frame.gram.matrix @ last, rhs)
         z = pulled + (y / growth[:, None] ** 2) @ last
+    backs = frame.pull(z, at.derivatives.rights)
     rights = [
         right - (growth * _ratio(jnp.linalg.norm(a), norms(left)))[:, None, None] * back
-        for left, right, a, back in zip(*at.derivatives, frame.lefts, frame.pull(z), strict=True)
+        for left, right, a, back in zip(*at.derivatives, frame.lefts, backs, strict=True)
     ]
     derivatives = Factors(at.derivatives.lefts, rights)
     shift = gap + (y if design is None else design.spread(y))
@@ -219,15 +220,15 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
     size = h * jnp.max(jnp.stack(sizes))
     unsettled = jnp.any(held)
     if not loss.quadratic:
-        moved = jax.vmap(lambda each, v: each.apply(v))(at.curvature, jnp.abs(shift))
-        unsettled = unsettled | (jnp.max(jnp.sum(jnp.abs(moved), 1)) > 1e-6)
+        moved = jnp.sum(jnp.abs(at.slopes * shift), 1)  # of the risk, relative to it
+        unsettled = unsettled | (jnp.max(moved) > 1e-6)
     size = jnp.where(unsettled | (attempt.count == 0), jnp.maximum(size, 1.0), size)
     return Attempt(
         frame=frame,
         count=attempt.count + 1,
         coefficients=matrix,
         derivatives=derivatives,
-        projection=frame.project(derivatives),
+        inner=frame.inner(derivatives),
         offsets=offsets,
         size=size,
         contraction=jnp.where(attempt.size < 1, size / attempt.size, jnp.inf),
