@@ -245,7 +245,7 @@ class ClassDesign(AbstractDesign):
 
     def among(self, margins: Array) -> "Products":
         point, other = jnp.divmod(margins, self.num_classes - 1)
-        table = differences_of(self.num_classes) @ contrasts(self.num_classes).T
+        table = differences_in_contrasts(self.num_classes)
         left = jnp.asarray(table)[jnp.asarray(self.classes)[point], other]
         width = self._width
         right = jnp.eye(width)[point] if self.inputs is None else jnp.asarray(self.inputs)[point]
@@ -374,6 +374,18 @@ def differences_of(num_classes: int) -> np.ndarray:
     eye = np.eye(num_classes)
     rows = [[eye[y] - eye[k] for k in range(num_classes) if k != y] for y in range(num_classes)]
     found = np.array(rows)
+    found.flags.writeable = False
+    return found
+
+
+@cache
+def differences_in_contrasts(num_classes: int) -> np.ndarray:
+    r"""$D_y = (e_y - e_k)_{k \ne y} P^\top$ of each class, shape (K, K - 1, K - 1).
+
+    >>> differences_in_contrasts(2).round(3).tolist()
+    [[[1.414]], [[-1.414]]]
+    """
+    found = differences_of(num_classes) @ contrasts(num_classes).T
     found.flags.writeable = False
     return found
 

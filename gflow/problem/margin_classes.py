@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gflow.problem.design import contrasts, differences_of
+from gflow.problem.design import contrasts, differences_in_contrasts
 
 
 class Contrasted:
@@ -29,7 +29,7 @@ class Contrasted:
         self.exponent = int(np.frexp(np.abs(inputs).max())[1])
         self.inputs = np.ldexp(inputs[:, self.columns], -self.exponent)
         self.contrasts = contrasts(num_classes)
-        self.differences = (differences_of(num_classes) @ self.contrasts.T)[classes]
+        self.differences = differences_in_contrasts(num_classes)[classes]
 
     @classmethod
     def of(cls, data: Any) -> "Contrasted":
