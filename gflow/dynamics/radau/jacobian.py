@@ -41,7 +41,7 @@ def at_first(
     if last is not None and not many and decomposes(last):
         return last.stiffness, _serves(last) if gram.order <= SINGLE else jnp.zeros((), bool)
     _, design = axes(field.problem, gram.order, frame.lefts[0].shape[0])
-    rows = _rows(design, gram.order, jnp.zeros((few(gram.order),), int))
+    rows = _rows(design, gram.order, jnp.zeros((few(gram.order)[-1],), int))
     return Systems.blank(gram, rows), jnp.zeros((), bool)
 
 
