@@ -30,6 +30,10 @@ GOALS = (-10.0, -1e3, -1e6)
 FAR = (-1e8, -1e10, -1e12, -1e14)
 WIDTHS = (64, 32, 32, 10)
 
+CALLS = 3
+"""Of gflow on ten digits after a first one, of which the quickest is taken: the pace of a shared
+machine changes within minutes."""
+
 IMPLICIT_STEPS = 3
 """Of a solver that forms the Jacobian of all 3,392 weights: seconds a step."""
 
@@ -135,7 +139,7 @@ def digits(goal, patience):
         return gflow.gradient_flow(problem, start, until=until, save=2, progress=False, **options)
 
     follow()
-    flow, own = clocked(follow)
+    flow, own = min((clocked(follow) for _ in range(CALLS)), key=lambda call: call[1][0])
     rows = [_row("gflow", flow, own)]
     implicit = kvaerno5(1e-9, fixed=False)
     for name, solver, clock, steps in (
