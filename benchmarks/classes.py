@@ -4,8 +4,9 @@ Four questions. The closed form `simplex_modes` for K = 2 to 10 and 1 to 4 layer
 tolerance: the error of log t at log R = -10, -1e3, -1e6 and the time of a warm call, the least of
 several. Two outputs against one. Margins in the norm that belongs to the depth, from log R = -1e8
 to where float64 weights end, against certified optima. Ten digits, widths 64-32-32-10, to
-log R = -1e4, beside diffrax's Tsit5, lent gflow's clock and in logarithmic time, its Kvaerno5, and
-descent in single precision, each for as many steps as its row says.
+log R = -1e4, the quickest of three calls, beside diffrax's Tsit5, lent gflow's clock and in
+logarithmic time, its Kvaerno5, and descent in single precision, each for as many steps as its row
+says.
 
 MLPGradientFlow.jl, the one program made for this, is not run: it is Julia's. It integrates in
 physical time with the loss formed in double precision, so that its margins cannot pass the risk at

@@ -75,7 +75,26 @@ class AbstractField(Module):
     def bent(
         self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
     ) -> tuple[Factors, Array]:
-        r"""$-h$ and $\langle g, h\rangle$ at these points, for $-g$ given, a vector a stage."""
+        r"""$-h$ and $\langle g, h\rangle$ at these points, for $-g$ given, a vector a stage.
+
+        Whole vectors where those that are moved along are.
+        """
+
+    def velocities(
+        self,
+        s: Array,
+        weights: Weights,
+        vectors: Factors,
+        coefficients: Array,
+        log_risk: Array,
+        slopes: Factors,
+    ) -> tuple[Factors, Array, Array]:
+        r"""$dW/ds$, $\mu$ and $\langle g, h\rangle$ at these points, of $\log R$ and $-g$ there."""
+        if vectors.are_whole:
+            slopes = slopes.multiplied()
+        (lefts, rights), descent = self.bent(weights, vectors, coefficients, slopes)
+        rate = self.clock.rate(s, log_risk, descent)
+        return Factors(lefts, [rate[:, None, None] * right for right in rights]), rate, descent
 
     def slope_along(
         self, s: Array, weights: Weights, vectors: Factors, coefficients: Array, scaled_time: Array
@@ -91,11 +110,11 @@ class AbstractField(Module):
         problem, row = self.problem, coefficients[None]
         coordinates, pull = self.along(weights, vectors, row)
         log_risk, slopes, _ = problem.loss.terms(problem.spread(coordinates)[0])
-        downhill = pull(problem.gather(slopes[None]))
-        (lefts, rights), (descent,) = self.bent(weights, vectors, row, downhill)
-        rate = self.clock.rate(s, log_risk, descent)
-        slope = Factors([left[0] for left in lefts], [rate * right[0] for right in rights])
-        return slope, rate * (1 - scaled_time * descent)
+        pulled = pull(problem.gather(slopes[None]))
+        velocity, (rate,), (descent,) = self.velocities(
+            s[None], weights, vectors, row, log_risk[None], pulled
+        )
+        return jax.tree.map(lambda x: x[0], velocity), rate * (1 - scaled_time * descent)
 
     @property
     def separates_points(self) -> bool:

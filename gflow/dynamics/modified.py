@@ -36,12 +36,12 @@ import numpy as np
 from gflow.dynamics.clocks import AbstractClock
 from gflow.dynamics.field import AbstractField
 from gflow.problem.arguments import is_number, shown
-from gflow.problem.array import Array, as_array, total
+from gflow.problem.array import Array, as_array
 from gflow.problem.curvature import Slope, relative_gradient
 from gflow.problem.module import Module
 from gflow.problem.network import AbstractNetwork
 from gflow.problem.risk import Problem, risk_and_slope
-from gflow.problem.weights import Factors, Weights, inner_product, move, squared_norm
+from gflow.problem.weights import Factors, Weights, in_rows, inner_product, move, squared_norm
 
 ORDERS = (1, 2)
 
@@ -107,7 +107,7 @@ class ModifiedField(AbstractField):
         return log_risk, h, still_falling(inner_product(g, h))
 
     # What is added to g is no outer product, and needs the weights themselves: the vectors of a
-    # step are whole arrays, as those of any network.
+    # step are whole, as those of any network.
 
     def no_vectors(self, weights: Weights) -> Factors:
         return AbstractNetwork.no_vectors(self.problem.network, weights)
@@ -115,22 +115,19 @@ class ModifiedField(AbstractField):
     def along(
         self, weights: Weights, vectors: Factors, coefficients: Array
     ) -> tuple[Array, Callable[[Array], Factors]]:
-        network, data = self.problem.network, self.problem.data
-        return AbstractNetwork.along(network, weights, vectors, coefficients, data)
+        return self.problem.network.along(weights, vectors, coefficients, self.problem.data)
 
     def bent(
         self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
     ) -> tuple[Factors, Array]:
-        def added(row: Array) -> list[Array]:
+        def added(row: Array) -> Weights:
             slope = self.problem.log_risk_gradient_and_norm
             at = move(weights, vectors, row)
-            return jax.tree.leaves(correction(slope, at, self.step, self.order)[2])
+            return correction(slope, at, self.step, self.order)[2]
 
-        stages = coefficients.shape[0]
-        more = [leaf.reshape(stages, 1, -1) for leaf in jax.vmap(added)(coefficients)]
-        rights = [right - each for right, each in zip(slopes.rights, more, strict=True)]
-        inner = [jnp.sum(a * b, (1, 2)) for a, b in zip(slopes.rights, rights, strict=True)]
-        return Factors(slopes.lefts, rights), still_falling(total(inner))
+        (right,), more = slopes.rights, in_rows(jax.vmap(added)(coefficients))
+        bent = right - more[:, None]
+        return Factors(slopes.lefts, [bent]), still_falling(jnp.sum(right * bent, (1, 2)))
 
     @property
     def dense(self) -> bool:

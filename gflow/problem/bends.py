@@ -41,7 +41,7 @@ from gflow.problem.abstract_data import AbstractData
 from gflow.problem.array import Array, as_array
 from gflow.problem.module import Module
 from gflow.problem.network import AbstractNetwork
-from gflow.problem.weights import Factors, Weights, move, squared_norm
+from gflow.problem.weights import Factors, Weights, in_rows, move, squared_norm
 
 
 class Place(NamedTuple):
@@ -199,7 +199,7 @@ class WeightTangent(AbstractTangent):
         def now() -> Array:
             # What a unit behind another that slides has of the normal of that one is no part of it.
             each = self.of_slots(normals)
-            flat = _flat(each, self.active.shape[0])
+            flat = in_rows(each)
             coefficients = self._coefficients(flat)
             duals = jax.tree.map(lambda rows: jnp.tensordot(coefficients, rows, 1), each)
             products = jax.vmap(moved)(duals)
@@ -219,7 +219,7 @@ class WeightTangent(AbstractTangent):
 
         def projected() -> tuple[Weights, Array]:
             each = self.of_slots(normals)
-            flat, ahead = _flat(each, size), _flat(jax.tree.map(lambda x: x[None], vector), 1)[0]
+            flat, ahead = in_rows(each), in_rows(jax.tree.map(lambda x: x[None], vector))[0]
             multipliers = -self._coefficients(flat) @ (flat @ ahead)
             moved = jax.tree.map(
                 lambda x, rows: x + jnp.tensordot(multipliers, rows, 1), vector, each
@@ -246,10 +246,6 @@ class WeightTangent(AbstractTangent):
             return normals(cotangent)
 
         return jax.vmap(one)(self.units, self.active)
-
-
-def _flat(tree: Weights, rows: int) -> Array:
-    return jnp.concatenate([leaf.reshape(rows, -1) for leaf in jax.tree.leaves(tree)], 1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -325,11 +321,7 @@ class Frozen(AbstractNetwork):
 
         def pull(cotangents: Array) -> Factors:
             pulled = jax.vmap(lambda w, c: self._pulled(w, data)[1](c)[0])(moved, cotangents)
-            leaves = jax.tree.leaves(pulled)
-            ones = jnp.ones_like(cotangents[:, None, :1])
-            return Factors(
-                [ones] * len(leaves), [leaf.reshape(len(ones), 1, -1) for leaf in leaves]
-            )
+            return Factors.whole(in_rows(pulled))
 
         return jax.vmap(at)(moved), pull
 

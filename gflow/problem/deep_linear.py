@@ -22,7 +22,7 @@ from gflow.problem.array import Array, as_array
 from gflow.problem.design import AbstractDesign
 from gflow.problem.network import AbstractNetwork
 from gflow.problem.sharding import check_cut, placed
-from gflow.problem.weights import Factors, Weights
+from gflow.problem.weights import Factors, Weights, move
 
 
 class DeepLinear(AbstractNetwork):
@@ -101,7 +101,7 @@ class DeepLinear(AbstractNetwork):
         return lefts[0].reshape(-1), pull
 
     def no_vectors(self, weights: Weights) -> Factors:
-        if self._smaller_whole(weights):
+        if self.mesh is None and self._smaller_whole(weights):
             return super().no_vectors(weights)
         rank = max(1, jnp.shape(weights[-1])[0] - 1)
         layers = [jnp.asarray(matrix) for matrix in weights]
@@ -119,24 +119,22 @@ class DeepLinear(AbstractNetwork):
     def along(
         self, weights: Weights, vectors: Factors, coefficients: Array, data: AbstractData
     ) -> tuple[Array, Callable[[Array], Factors]]:
-        if self._smaller_whole(weights):
-            return super().along(weights, vectors, coefficients, data)
-        layers, stages = list(zip(weights, *vectors, strict=True)), coefficients.shape[0]
+        layers, stages = _layers_along(weights, vectors, coefficients), coefficients.shape[0]
         first = np.ones((1, 1)) if data.rows is None else data.rows
         row, rows = (
             jnp.broadcast_to(jnp.asarray(first, coefficients.dtype), (stages, *first.shape)),
             [],
         )
-        for matrix, left, right in reversed(layers):
+        for times, _ in reversed(layers):
             rows.append(row)
-            row = row @ matrix + _combined(coefficients, row, left, right)
+            row = times(row)
         shape = row.shape
 
         def pull(cotangents: Array) -> Factors:
             column, columns = cotangents.reshape(-1, *shape[1:]), []
-            for matrix, left, right in layers:
+            for _, times_turned in layers:
                 columns.append(column)
-                column = _turned(column, matrix) + _combined(coefficients, column, right, left)
+                column = times_turned(column)
             return Factors(rows[::-1], columns)
 
         return row.reshape(stages, -1), pull
@@ -177,6 +175,30 @@ def _chain(weights: Weights, first: Array) -> list[Array]:
     for matrix in reversed(weights):
         rows.append(rows[-1] @ matrix)
     return rows[::-1]
+
+
+def _layers_along(
+    weights: Weights, vectors: Factors, coefficients: Array
+) -> list[tuple[Callable[[Array], Array], Callable[[Array], Array]]]:
+    """The products of a row a stage with each layer at ``weights + coefficients @ vectors``.
+
+    And with each layer turned.
+    """
+
+    def whole(moved: Array) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        return lambda rows: rows @ moved, lambda rows: rows @ moved.mT
+
+    def in_factors(
+        matrix: Array, left: Array, right: Array
+    ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        return (
+            lambda rows: rows @ matrix + _combined(coefficients, rows, left, right),
+            lambda rows: _turned(rows, matrix) + _combined(coefficients, rows, right, left),
+        )
+
+    if vectors.are_whole:
+        return [*map(whole, jax.vmap(lambda row: move(weights, vectors, row))(coefficients))]
+    return [in_factors(*layer) for layer in zip(weights, *vectors, strict=True)]
 
 
 def _turned(rows: Array, matrix: Array) -> Array:

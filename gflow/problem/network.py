@@ -24,7 +24,7 @@ from gflow.problem.convolutions import in_fast_layout
 from gflow.problem.design import AbstractDesign
 from gflow.problem.kinks import check_branch, holds, is_switch, replay, side_of, traced
 from gflow.problem.module import Module
-from gflow.problem.weights import Factors, Weights, float_leaves, move, squared_norm
+from gflow.problem.weights import Factors, Weights, float_leaves, in_rows, move, squared_norm
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -137,13 +137,14 @@ class AbstractNetwork(Module):
         return None
 
     # An implicit solver moves along few vectors K_j at all its stages. What follows serves it; a
-    # network whose pullback has low rank in every array overrides both.
+    # network whose pullback has low rank in every array overrides both, and moves along whole
+    # vectors too.
 
     def no_vectors(self, weights: Weights) -> Factors:
-        """No vectors, in the form that :meth:`along` gives them; an array is a single row."""
-        leaves = [jnp.asarray(leaf).reshape(1, -1) for leaf in jax.tree.leaves(weights)]
-        nothing = [leaf[:0, None] for leaf in leaves]
-        return Factors([leaf[..., :1] for leaf in nothing], nothing)
+        """No vectors, in the form that :meth:`along` gives them."""
+        return Factors.whole(
+            in_rows(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], weights))[:0]
+        )
 
     def along(
         self, weights: Weights, vectors: Factors, coefficients: Array, data: AbstractData
@@ -158,7 +159,7 @@ class AbstractNetwork(Module):
 
         Returns:
             The coordinates c (stages, m), and the map from cotangents (stages, m) to the pullbacks
-            $G^\top \bar c$, one vector a stage.
+            $G^\top \bar c$, one vector a stage, as factors if they have them.
         """
         moved = jax.vmap(lambda row: move(weights, vectors, row))(coefficients)
         coordinates, vjp = jax.vjp(
@@ -166,10 +167,7 @@ class AbstractNetwork(Module):
         )
 
         def pull(cotangents: Array) -> Factors:
-            leaves = jax.tree.leaves(vjp(cotangents)[0])
-            ones = jnp.ones_like(cotangents[:, None, :1])
-            rights = [leaf.reshape(len(ones), 1, -1) for leaf in leaves]
-            return Factors([ones] * len(leaves), rights)
+            return Factors.whole(in_rows(vjp(cotangents)[0]))
 
         return coordinates, pull
 

@@ -1,5 +1,6 @@
 """Weights: pytrees of arrays, vectors of their space, and what is computed of them as such."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,35 @@ Weights = PyTree[Array]
 class Factors(NamedTuple):
     """Vectors of weight space: vector j is ``lefts[k][j].T @ rights[k][j]`` in array k.
 
-    Shapes (vectors, rank, rows) and (vectors, rank, columns), of one rank for all arrays.
+    Shapes (vectors, rank, rows) and (vectors, rank, columns), of one rank for all arrays. Whole
+    vectors are rows of all arrays one behind the other: ``rights[0]`` alone, beside ones.
     """
 
     lefts: list[Array]
     rights: list[Array]
+
+    @classmethod
+    def whole(cls, vectors: Array) -> "Factors":
+        """Those that are the rows of a matrix."""
+        return cls([jnp.ones_like(vectors[:, :1, None])], [vectors[:, None]])
+
+    @property
+    def are_whole(self) -> bool:
+        return len(self.lefts) == 1 and self.lefts[0].shape[1:] == (1, 1)
+
+    def multiplied(self) -> "Factors":
+        """The same vectors whole."""
+        if self.are_whole:
+            return self
+        return Factors.whole(in_rows([a.mT @ b for a, b in zip(*self, strict=True)]))
+
+    def in_arrays(self, weights: Weights) -> "Factors":
+        """The same vectors with factors for each array of the weights."""
+        leaves = jax.tree.leaves(weights)
+        if len(self.rights) == len(leaves):
+            return self
+        rights = jnp.split(self.rights[0], _ends(leaves), -1)
+        return Factors(self.lefts * len(leaves), rights)
 
 
 def move(weights: Weights, vectors: Factors, coefficients: Array) -> Weights:
@@ -37,10 +62,24 @@ def combined(coefficients: Array, left: Array, right: Array) -> Array:
 
 
 def shaped(leaves: list[Array], weights: Weights) -> Weights:
-    """The arrays in ``leaves`` as a tree of the weights' structure and shapes."""
+    """The arrays in ``leaves``, or all in a row, as a tree of the weights' structure and shapes."""
     old, structure = jax.tree.flatten(weights)
+    if len(leaves) < len(old):
+        leaves = jnp.split(leaves[0].reshape(-1), _ends(old))
     shaped = [new.reshape(jnp.shape(leaf)) for new, leaf in zip(leaves, old, strict=True)]
     return jax.tree.unflatten(structure, shaped)
+
+
+def in_rows(vectors: Weights) -> Array:
+    """Vectors, on the leading axis of all arrays, as the rows of a matrix."""
+    leaves = jax.tree.leaves(vectors)
+    rows = [leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) for leaf in leaves]
+    return jnp.concatenate(rows, 1)
+
+
+def _ends(leaves: list[Array]) -> list[int]:
+    """Where arrays end that lie one behind the other, but for the last."""
+    return np.cumsum([np.size(leaf) for leaf in leaves])[:-1].tolist()
 
 
 def squared_norm(tree: PyTree[Array]) -> Array:

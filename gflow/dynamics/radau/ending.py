@@ -8,7 +8,7 @@ import numpy as np
 
 from gflow.dynamics.field import FlowState
 from gflow.dynamics.radau.batching import solve, solve_differentiably
-from gflow.dynamics.radau.newton import failed, norms
+from gflow.dynamics.radau.newton import failed
 from gflow.dynamics.radau.spectral import Systems
 from gflow.dynamics.radau.stages import Attempt, Balance, Solution, Stages
 from gflow.dynamics.radau.tableau import Radau, decay_rates, left_of_residuals, radau
@@ -24,9 +24,8 @@ def error_of_weights(stages: int, h: Array, last: Attempt) -> tuple[list[Array],
     tableau, frame = radau(stages), last.frame
     tail = tableau.legendre[-1]
     parts = [
-        squares_of_coefficients(tableau, left, right)
-        / (w + h * (norms(left) * norms(right)).max()) ** 2
-        for left, right, w in zip(*last.derivatives, frame.sizes, strict=True)
+        squares_of_coefficients(tableau, left, right / scale)
+        for left, right, scale in zip(*last.derivatives, frame.scales, strict=True)
     ]
     third, second, final = jnp.sqrt(jnp.abs(total(parts)))
     damping, projected = h * tableau.damping, frame.project(jnp.tensordot(tail, last.inner, 1))

@@ -211,11 +211,10 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         part = Part.of(field, attempt.frame.log_risk, attempt.offsets)
         everything = self._corrections(field, s, h, state, 0.0)
         if part is None:
-            attempt = everything(attempt, jnp.array(True))
-            return attempt, self.look(field, s, h, state, attempt).balance
+            return everything(attempt, jnp.array(True))
         some = part.field(field), s, h, state, part.log_share(field.problem)
         own = attempt._replace(offsets=attempt.offsets[:, part.margins])
-        found = self._corrections(*some)(own, part.enough)
+        found, among = self._corrections(*some)(own, part.enough)
 
         def margins() -> Array:
             coordinates, _ = field.along(state.weights, found.derivatives, found.coefficients)
@@ -230,49 +229,44 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         done = part.enough & (failed | part.proven(offsets))
         # The frame is the same, and the stiffness is made anew: these are what takes space.
         again = attempt._replace(frame=found.frame, stiffness=found.stiffness)
-        attempt = everything(
-            jax.tree.map(
-                lambda a, b: jnp.where(done, a, b), found._replace(offsets=offsets), again
-            ),
-            ~done,
+        either = lambda a, b: jnp.where(done, a, b)  # noqa: E731
+        attempt, every = everything(
+            jax.tree.map(either, found._replace(offsets=offsets), again), ~done
         )
-
-        def among() -> Balance:
-            seen = self._evaluate(some[0], state.weights, s, h, some[-1])
-            own = attempt.offsets[:, part.margins]
-            return seen(attempt.coefficients, attempt.derivatives, own).balance
-
-        return attempt, jax.lax.cond(
-            done, among, lambda: self.look(field, s, h, state, attempt).balance
-        )
+        return attempt, jax.tree.map(either, among, every)
 
     def _corrections(
         self, field: AbstractField, s: Array, h: Array, state: FlowState, log_share: float
-    ) -> Callable[[Attempt, Array], Attempt]:
-        """Corrections of an attempt until it is solved, if there is to be one."""
-        seen = self._evaluate(field, state.weights, s, h, log_share)
+    ) -> Callable[[Attempt, Array], tuple[Attempt, Balance]]:
+        """Corrections of an attempt until it is solved, and the field there, if there is to be one.
+
+        The same as looks and ``correct`` in turn, in a loop for each decomposition: what a
+        condition gives is copied.
+        """
+        evaluate = self._evaluate(field, state.weights, s, h, log_share)
 
         def look(at: Attempt) -> Stages:
-            return seen(at.coefficients, at.derivatives, at.offsets)
+            return evaluate(at.coefficients, at.derivatives, at.offsets)
 
-        def once(at: Attempt) -> Attempt:
-            return newton.correct(field, self.stages, h, at, look(at))
+        def once(loop: tuple[Attempt, Stages, Array]) -> tuple[Attempt, Stages, Array]:
+            at = newton.correct(field, self.stages, h, *loop[:2])
+            return at, look(at), jnp.array(False)
 
-        # The same as ``correct`` in a loop of its own: what a condition gives is copied.
-        def through(at: Attempt) -> Attempt:
-            fresh = jacobian.decomposed(field, self.stages, h, at, look(at))
-            going = (fresh, jnp.array(True))
+        def unfinished(loop: tuple[Attempt, Stages, Array]) -> Array:
+            at, _, first = loop
+            stale = jacobian.decomposes(at) & jacobian.stale(at)
+            return ~self.solved(at) & (first | ~stale)
 
-            def unfinished(loop: tuple[Attempt, Array]) -> Array:
-                at, first = loop
-                return ~self.solved(at) & (first | ~jacobian.stale(at))
+        def through(loop: tuple[Attempt, Balance]) -> tuple[Attempt, Balance]:
+            seen = look(loop[0])
+            at = jacobian.decomposed(field, self.stages, h, loop[0], seen)
+            at, seen, _ = jax.lax.while_loop(unfinished, once, (at, seen, jnp.array(True)))
+            return at, seen.balance
 
-            further = lambda loop: (once(loop[0]), jnp.array(False))  # noqa: E731
-            return jax.lax.while_loop(unfinished, further, going)[0]
-
-        def all_of_them(attempt: Attempt, wanted: Array) -> Attempt:
-            body = through if jacobian.decomposes(attempt) else once
-            return jax.lax.while_loop(lambda at: wanted & ~self.solved(at), body, attempt)
+        def all_of_them(attempt: Attempt, wanted: Array) -> tuple[Attempt, Balance]:
+            unknown = Balance(*(jnp.zeros((self.stages,), h.dtype) for _ in Balance._fields))
+            going = lambda loop: wanted & ~self.solved(loop[0])  # noqa: E731
+            return jax.lax.while_loop(going, through, (attempt, unknown))
 
         return all_of_them
 

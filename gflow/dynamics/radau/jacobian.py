@@ -40,7 +40,7 @@ def at_first(
         return jnp.zeros_like(gram.matrix), jnp.zeros((), bool)
     if last is not None and not many and decomposes(last):
         return last.stiffness, _serves(last) if gram.order <= SINGLE else jnp.zeros((), bool)
-    _, design = axes(field.problem, gram.order, frame.lefts[0].shape[0])
+    _, design = axes(field.problem)
     rows = _rows(design, gram.order, jnp.zeros((few(gram.order)[-1],), int))
     return Systems.blank(gram, rows), jnp.zeros((), bool)
 
@@ -52,9 +52,8 @@ def decomposes(attempt: Attempt) -> bool:
 
 def stale(attempt: Attempt) -> Array:
     """Whether large systems are to be decomposed: at first, and where they do not do."""
-    # One that has just come within the reach of a rate is not slow.
-    unknown = jnp.isinf(attempt.contraction) & (attempt.size < 1)
-    slow = (attempt.count == PATIENCE) & (attempt.contraction > SLOW) & ~unknown
+    known = jnp.isfinite(attempt.contraction)
+    slow = (attempt.count == PATIENCE) & known & (attempt.contraction > SLOW)
     aged = attempt.kept & (attempt.count >= KEPT_LOOKS) & (attempt.contraction > KEPT)
     return (attempt.count == 0) | slow | aged
 
@@ -86,7 +85,7 @@ def decomposed(
         return attempt
     force, growth, _ = linearised(field, attempt.frame, at)
     gram = attempt.frame.gram
-    _, design = axes(field.problem, gram.order, attempt.frame.lefts[0].shape[0])
+    _, design = axes(field.problem)
     slopes, middle = at.slopes[j], jax.tree.map(lambda x: x[j], at.curvature)
 
     def among(chosen: Array) -> tuple[Products, Array]:
@@ -132,7 +131,7 @@ def linearised(
     field: AbstractField, frame: Frame, at: Stages
 ) -> tuple[Array, Array, Callable[[Array, Array, AbstractCurvature], Array]]:
     r""":math:`A^\top s`, :math:`\varphi`, and what makes :math:`\mu A^\top HA` of a stage."""
-    _, design = axes(field.problem, frame.gram.order, frame.lefts[0].shape[0])
+    _, design = axes(field.problem)
     force = at.force  # unless the axes are others than the problem's coordinates
     if design is not field.problem.design:
         force = at.slopes if design is None else design.gather(at.slopes)

@@ -12,7 +12,7 @@ import numpy as np
 from gflow.dynamics.field import AbstractField
 from gflow.dynamics.radau.gram import Gram
 from gflow.dynamics.radau.spectral import Systems
-from gflow.problem.array import Array
+from gflow.problem.array import Array, total
 from gflow.problem.design import AbstractDesign
 from gflow.problem.risk import Problem
 from gflow.problem.terms import AbstractCurvature
@@ -75,8 +75,9 @@ class Frame(NamedTuple):
     turned: Array
     """The same, turned: to turn it in a product takes ten times as long as the product."""
     gram: Gram
-    sizes: list[Array]
-    """Frobenius norm of each array of weights, where the step begins."""
+    scales: list[Array]
+    """What changes of each array of weights on the step are compared with: its norm where the step
+    begins, and that of the step as it is predicted. Of whole vectors, of each number's array."""
     log_risk: Array
     """There."""
 
@@ -141,17 +142,17 @@ def evaluate(
     log_risk, slopes, curvature = jax.vmap(problem.loss.terms)(offsets, level)
     log_risk = log_risk + log_share
     force = problem.gather(slopes)
-    (lefts, rights), squared = field.bent(weights, vectors, coefficients, pull(force))
-    rate = field.clock.rate(s, log_risk, squared)
-    derivatives = Factors(lefts, [rate[:, None, None] * right for right in rights])
+    derivatives, rate, squared = field.velocities(
+        s, weights, vectors, coefficients, log_risk, pull(force)
+    )
     gap = distance - level[:, None]
     return Stages(derivatives, log_risk, rate, squared, slopes, force, curvature, gap)
 
 
 def frame_of(
-    field: AbstractField, weights: Weights, vectors: Factors, coefficients: Array
+    field: AbstractField, weights: Weights, h: Array, vectors: Factors, coefficients: Array
 ) -> Frame:
-    """G at ``weights + coefficients @ vectors``; the sizes and the risk are those of the weights.
+    """G at ``weights + coefficients @ vectors``, and what a step h from the weights begins with.
 
     Coefficients have shape (J,).
     """
@@ -160,22 +161,46 @@ def frame_of(
     start, _ = field.along(weights, field.no_vectors(weights), nothing)
     coordinates, pull = field.along(weights, vectors, coefficients[None])
     lefts = [left[0] for left in pull(jnp.zeros_like(coordinates)).lefts]  # of every vector
-    basis, _ = axes(problem, coordinates.shape[1], lefts[0].shape[0])
+    basis, _ = axes(problem)
     columns = [right[:, 0, 0] for right in jax.vmap(lambda v: pull(v[None]).rights)(basis)]
-    sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(weights)]
-    log_risk = problem.loss.terms(problem.spread(start[0])).log_risk
+    gram = Gram.of(lefts, columns)
+    if vectors.are_whole:
+        columns = [jnp.kron(*pair) for pair in zip(lefts, columns, strict=True)]
+        lefts = [jnp.ones((1, 1), coordinates.dtype)]
     together = jnp.concatenate(columns, 1)
-    return Frame(lefts, together, together.T, Gram.of(lefts, columns), sizes, log_risk)
+    log_risk = problem.loss.terms(problem.spread(start[0])).log_risk
+    scales = _scales(weights, h, vectors)
+    return Frame(lefts, together, together.T, gram, scales, log_risk)
 
 
-def axes(problem: Problem, num_coordinates: int, rank: int) -> tuple[Array, AbstractDesign | None]:
+def _scales(weights: Weights, h: Array, vectors: Factors) -> list[Array]:
+    """Those of a frame, shapes (1, 1, 1) and (1, 1, columns) beside the right factors."""
+    leaves = jax.tree.leaves(weights)
+    scales = [
+        jnp.sqrt(jnp.sum(leaf**2)) + h * jnp.max(norms(left) * norms(right))
+        for leaf, left, right in zip(leaves, *vectors.in_arrays(weights), strict=True)
+    ]
+    # Of an array that is and stays zero, as far as one knows, the whole stands for it.
+    scales = [jnp.where(scale == 0, total(scales), scale).reshape(1, 1, 1) for scale in scales]
+    if len(vectors.rights) == len(leaves):
+        return scales
+    each = [
+        jnp.broadcast_to(scale, (1, 1, leaf.size))
+        for scale, leaf in zip(scales, leaves, strict=True)
+    ]
+    return [jnp.concatenate(each, 2)]
+
+
+def norms(factors: Array) -> Array:
+    """The Frobenius norm of each vector's factor; products of two bound that of the vector."""
+    return jnp.sqrt(jnp.sum(factors**2, axis=(1, 2)))
+
+
+def axes(problem: Problem) -> tuple[Array, AbstractDesign | None]:
     """The cotangents that G is kept for, of each row of coordinates the same, and A in their terms.
 
     With fewer margins than coordinates the margins serve as coordinates, and A is the identity.
-    Vectors of a lower rank than there are rows are whole arrays, which rows do not share.
     """
     if problem.design is None:
-        return jnp.eye(num_coordinates), None
-    if problem.data.rows is not None and rank < len(problem.data.rows):
-        return jnp.eye(num_coordinates), problem.design
+        return jnp.eye(problem.num_coordinates), None
     return problem.design.axes()
