@@ -4,7 +4,7 @@ Four questions. The closed form `simplex_modes` for K = 2 to 10 and 1 to 4 layer
 tolerance: the error of log t at log R = -10, -1e3, -1e6 and the time of a warm call, the least of
 several. Two outputs against one. Margins in the norm that belongs to the depth, from log R = -1e8
 to where float64 weights end, against certified optima. Ten digits, widths 64-32-32-10, to
-log R = -1e4, the quickest of three calls, beside diffrax's Tsit5, lent gflow's clock and in
+log R = -1e4, a call after a first one, beside diffrax's Tsit5, lent gflow's clock and in
 logarithmic time, its Kvaerno5, and descent in single precision, each for as many steps as its row
 says.
 
@@ -30,10 +30,6 @@ import gflow
 GOALS = (-10.0, -1e3, -1e6)
 FAR = (-1e8, -1e10, -1e12, -1e14)
 WIDTHS = (64, 32, 32, 10)
-
-CALLS = 3
-"""Of gflow on ten digits after a first one, of which the quickest is taken: the pace of a shared
-machine changes within minutes."""
 
 IMPLICIT_STEPS = 3
 """Of a solver that forms the Jacobian of all 3,392 weights: seconds a step."""
@@ -140,7 +136,7 @@ def digits(goal, patience):
         return gflow.gradient_flow(problem, start, until=until, save=2, progress=False, **options)
 
     follow()
-    flow, own = min((clocked(follow) for _ in range(CALLS)), key=lambda call: call[1][0])
+    flow, own = clocked(follow)
     rows = [_row("gflow", flow, own)]
     implicit = kvaerno5(1e-9, fixed=False)
     for name, solver, clock, steps in (

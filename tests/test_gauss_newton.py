@@ -145,6 +145,40 @@ def test_agrees_with_an_explicit_solver_where_that_is_possible(field, long_run):
     )
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_whole_vectors_agree_with_an_integrator_of_the_written_out_gradient(linear):
+    # Arrays that are zero at the start, and stay zero as far as a first step knows, are among them.
+    rng, (num, dim, classes) = np.random.default_rng(3), (25, 4, 3)
+    x, labels = rng.normal(size=(num, dim)), np.arange(num) % classes
+    if linear:
+        forward = lambda w, x: w[1] @ (w[0] @ x)  # noqa: E731
+        network, begin = gflow.DeepLinear(), (np.zeros((4, dim)), rng.normal(size=(classes, 4)))
+    else:
+        forward = lambda w, x: w["out"] @ jnp.tanh(w["in"] @ x + w["b"]) + w["c"]  # noqa: E731
+        network, begin = gflow.Network(forward), {"in": rng.normal(size=(5, dim)) / 2}
+        begin |= {"out": np.zeros((classes, 5)), "b": np.zeros(5), "c": np.zeros(classes)}
+    assert network.no_vectors(begin).are_whole
+    problem = gflow.Problem(gflow.Dataset(x, labels, num_classes=classes), network=network)
+    flow = gflow.gradient_flow(
+        problem, begin, until=gflow.LogTime(2.0), save=3, solver=gflow.GaussNewton(), progress=False
+    )
+    flat, shaped = ravel_pytree(jax.tree.map(jnp.asarray, begin))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(flat):
+        outputs = jax.vmap(lambda x: forward(shaped(flat), x))(jnp.asarray(x))
+        own = jnp.take_along_axis(outputs, jnp.asarray(labels)[:, None], 1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(outputs, axis=1) - own)
+
+    times = np.exp(flow.log_time.values)
+    slope = lambda _, v: -np.asarray(loss(v)[1])  # noqa: E731
+    tight = {"rtol": 1e-11, "atol": 1e-13, "t_eval": times}
+    found = solve_ivp(slope, (0, times[-1]), np.asarray(flat), "DOP853", **tight)
+    theirs = [np.log(loss(jnp.asarray(v))[0]) for v in found.y.T]
+    np.testing.assert_allclose(flow.log_risk.values, theirs, rtol=0, atol=1e-9)
+
+
 def test_reaches_any_horizon_in_few_steps(long_run):
     # 13 decades of log R, 30 units of the clock; an explicit solver needs 1e13 steps.
     _, solution = long_run
