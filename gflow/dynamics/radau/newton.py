@@ -86,7 +86,16 @@ from gflow.dynamics.field import AbstractField
 from gflow.dynamics.radau import jacobian
 from gflow.dynamics.radau.batching import solve
 from gflow.dynamics.radau.spectral import Systems
-from gflow.dynamics.radau.stages import Attempt, Solution, Stages, axes, evaluate, frame_of, norms
+from gflow.dynamics.radau.stages import (
+    Attempt,
+    Solution,
+    Stages,
+    axes,
+    evaluate,
+    frame_of,
+    norms,
+    norms_of_products,
+)
 from gflow.dynamics.radau.tableau import legendre_values, radau
 from gflow.problem.array import Array
 from gflow.problem.weights import Factors, Weights
@@ -218,7 +227,7 @@ def correct(field: AbstractField, stages: int, h: Array, attempt: Attempt, at: S
 
     # Solved when the correction of K is small, and that of the slopes too up to a square.
     sizes = [
-        norms(l1 - l0) * norms(r1 / scale) + norms(l0) * norms((r1 - r0) / scale)
+        norms_of_products(l1 - l0, r1 / scale) + norms_of_products(l0, (r1 - r0) / scale)
         for l0, r0, l1, r1, scale in zip(
             *attempt.derivatives, *derivatives, frame.scales, strict=True
         )

@@ -177,7 +177,7 @@ def _scales(weights: Weights, h: Array, vectors: Factors) -> list[Array]:
     """Those of a frame, shapes (1, 1, 1) and (1, 1, columns) beside the right factors."""
     leaves = jax.tree.leaves(weights)
     scales = [
-        jnp.sqrt(jnp.sum(leaf**2)) + h * jnp.max(norms(left) * norms(right))
+        jnp.sqrt(jnp.sum(leaf**2)) + h * jnp.max(norms_of_products(left, right))
         for leaf, left, right in zip(leaves, *vectors.in_arrays(weights), strict=True)
     ]
     # Of an array that is and stays zero, as far as one knows, the whole stands for it.
@@ -192,8 +192,19 @@ def _scales(weights: Weights, h: Array, vectors: Factors) -> list[Array]:
 
 
 def norms(factors: Array) -> Array:
-    """The Frobenius norm of each vector's factor; products of two bound that of the vector."""
+    """The Frobenius norm of each vector's factor, shape (vectors,)."""
     return jnp.sqrt(jnp.sum(factors**2, axis=(1, 2)))
+
+
+def norms_of_products(left: Array, right: Array) -> Array:
+    r"""The Frobenius norm of each vector in an array, from its factors.
+
+    Of rank one the product of theirs, else $\operatorname{tr}(LL^\top RR^\top)^{1/2}$: near a
+    saddle the terms of a vector cancel, and the product of the norms is larger by $10^3$ and more.
+    """
+    if left.shape[1] == 1:
+        return norms(left) * norms(right)
+    return jnp.sqrt(jnp.maximum(jnp.sum((left @ left.mT) * (right @ right.mT), axis=(1, 2)), 0.0))
 
 
 def axes(problem: Problem) -> tuple[Array, AbstractDesign | None]:
