@@ -310,6 +310,26 @@ def test_two_outputs_are_the_flow_of_one(monkeypatch):
     assert a.attrs["num_classes"] == 2 and "num_classes" not in b.attrs
 
 
+def test_a_small_start_leaves_its_second_plateau_in_the_default_clock():
+    # There the terms of a velocity, one for each contrast of the classes, cancel to a thousandth.
+    problem = gflow.Problem(gflow.datasets.iris_all())
+    start = gflow.init.gaussian((4, 5, 5, 3), scale=0.003, seed=0)
+    flow = gflow.gradient_flow(
+        problem, start, until=gflow.LogRisk(-1.5), save=[-0.93, -1.0, -1.5], max_steps=1000
+    )
+    assert flow.attrs["status"] == "reached", flow.attrs["message"]
+    explicit = gflow.gradient_flow(
+        problem,
+        start,
+        until=gflow.LogTime(float(flow.log_time[-1])),
+        save=flow.log_time.values[1:],
+        clock=gflow.clocks.LogTime(),
+        solver=diffrax.Dopri8(),
+    )
+    np.testing.assert_allclose(flow.log_risk[1:], explicit.log_risk[1:], rtol=1e-6)
+    assert flow.imbalance_drift.max() < 1e-11
+
+
 @pytest.mark.parametrize("depth", [2, 4])
 def test_one_point_a_class_is_the_closed_form(depth):
     num = 4
@@ -471,6 +491,22 @@ def test_a_column_of_classes_is_read(tmp_path):
         gflow.Dataset.from_csv(path, classes=["elm", "fir"])
     with pytest.raises(ValueError, match=r"`classes` is given beside"):
         gflow.Dataset.from_csv(path, classes=True, positive="elm")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("11", r"line 2, column 2 \('y'\): every label is '1'; expected two classes"),
+        (["0", "1", "1.5"], r"line 4, .*'1.5', no whole number.*gflow.Regression.from_csv"),
+        (["0", "one", "2"], r"line 3, .*'one', where most are numbers; .*`classes=\[\.\.\.\]`"),
+        (["a", "b", "2"], r"line 4, .*'2', where most are words"),
+    ],
+)
+def test_labels_that_are_hardly_classes_are_asked_about(tmp_path, labels, message):
+    path = tmp_path / "some.csv"
+    path.write_text("x,y\n" + "".join(f"{k},{label}\n" for k, label in enumerate(labels)))
+    with pytest.raises(ValueError, match=message):
+        gflow.Dataset.from_csv(path, classes=True)
 
 
 def test_real_data_have_all_their_classes():

@@ -391,6 +391,9 @@ def test_what_pandas_writes_is_read_as_it_was(tmp_path, frame, options, index):
         ("0,1\n1.5,1\n-2.0,-1\n", {"header": True}, 2),
         ("0,1\n1.5,1\n-2.0,-1\n", {"header": False}, 3),
         ('"","x1","y"\n"1",0.5,1\n"2",-1,-1\n', {}, 2),
+        ("1,2,3\n3,4,1\n5,6,1\n3,7,2\n", {"classes": True, "header": False}, 4),
+        ("1,2,4\n3,4,1\n5,6,1\n3,7,2\n", {"classes": True}, 4),
+        ("0,1,2\n.3,4,7\n.5,6,8\n", {"classes": [8, 7]}, 2),
     ],
 )
 def test_the_first_row_is_taken_for_what_it_is(tmp_path, text, options, points):
@@ -407,6 +410,10 @@ COUNTED = "".join(f"{k},{k / 3},{(-1) ** k}\n" for k in range(8))
         ("2019,2020,y\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes"}, r"line 1: .*`header=True` or"),
         ("NA,NA,y\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes"}, r"line 1: .*`header=True` or"),
         ("NA,NA,yes\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes"}, r"line 1, column 1: got 'NA'"),
+        ("1,2,3\n3,4,1\n5,6,1\n3,7,2\n", {"classes": True}, r"line 1: '1,2,3' may be names"),
+        ("1.0,2.0,3\n.3,4,1\n5,6,2\n", {"classes": True}, r"line 1: .* may be names"),
+        ("0,1,2\n.3,4,7\n.5,6,8\n", {"classes": True}, r"line 1: '0,1,2' may be names"),
+        ("1,2,3\n3,4,1\n5,6,-1\n", {}, r"line 1: '1,2,3' may be names"),
         (COUNTED, {}, r"column 1 counts the rows.*`header=False`"),
         (f"id,x,y\n{COUNTED}", {}, r"column 1 \('id'\) counts the rows.*`header=True`"),
         (",x,y\na,1,1\nb,2,-1\n", {}, r"column 1 has no name and does not number"),

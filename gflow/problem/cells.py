@@ -1,7 +1,7 @@
 """Which cells of a text table are data: its header, its row numbers, and what is missing."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 MISSING = {
@@ -43,17 +43,17 @@ def is_missing(cell: str) -> bool:
     return cell.lower() in MISSING
 
 
-def has_header(rows: Rows, column: int | str, positive: str | float | None) -> bool:
+def has_header(rows: Rows, column: int | str, wanted: Collection[str] | None) -> bool:
     """Whether the first row names the columns.
 
     It does if one of its cells is a word above numbers, or if none is a number. It may if its
     numbers run on as names do (0, 1, 2 as pandas counts columns, or 2019, 2020), and does then if
-    the one above the labels is none.
+    the one above the labels can be no label and there are fractions below.
 
     Args:
         rows: the cells, all rows of one length.
         column: of the labels, by name or position.
-        positive: the label that becomes +1, if it is told.
+        wanted: the labels that a point may have, as far as they are told; None for any number.
 
     Raises:
         UnsureError: when the first row may be either.
@@ -72,9 +72,7 @@ def has_header(rows: Rows, column: int | str, positive: str | float | None) -> b
         return True
     values = [cell for cell in first if is_number(cell) and not is_missing(cell)]
     above, labels = first[label], set(columns[label])
-    seen = _is_among(above, labels) or _is_among(
-        above, {"1", "-1"} if positive is None else {str(positive)}
-    )
+    seen = _is_among(above, labels) or _is_among(above, wanted or ())
     features = [j for j in range(width) if j != label]
     if not any(is_number(first[j]) and not is_missing(first[j]) for j in features):
         if any(words[j] for j in features) or not rest:
@@ -84,7 +82,7 @@ def has_header(rows: Rows, column: int | str, positive: str | float | None) -> b
         return False
     if not rest or any(words[j] for j in features) or is_missing(above):
         return False
-    broken = any("." in cell for cells in columns for cell in cells if is_number(cell))
+    broken = _have_fractions(columns) and not _have_fractions([values])
     if not _runs_on(values, broken):
         if is_number(above) and labels and not any(map(is_number, labels)) and not seen:
             raise UnsureError("has a number where all other labels are words")
@@ -93,7 +91,7 @@ def has_header(rows: Rows, column: int | str, positive: str | float | None) -> b
         if seen or len(labels) < 2:
             return False
         raise UnsureError("may be names of columns, or a point whose label no other point has")
-    if seen or (positive is not None and of_numbers[label] and not broken):
+    if seen or (of_numbers[label] and (wanted is None or not broken)):
         raise UnsureError("may be names of columns, or a point")
     return True
 
@@ -151,7 +149,12 @@ def _counts(cells: Sequence[str]) -> bool:
     )
 
 
-def _is_among(cell: str, labels: set[str]) -> bool:
+def _have_fractions(columns: Rows) -> bool:
+    """Whether a number among cells is written with a point."""
+    return any("." in cell for cells in columns for cell in cells if is_number(cell))
+
+
+def _is_among(cell: str, labels: Collection[str]) -> bool:
     if is_number(cell):
         return float(cell) in {float(label) for label in labels if is_number(label)}
     return cell in labels

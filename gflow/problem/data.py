@@ -327,8 +327,9 @@ class Dataset(AbstractData):
         """
         path = file_path("path", path)
         header = flag("header", header, none=True)
+        wanted = tables.wanted(positive, negative, classes)
         table = tables.read(
-            path, delimiter, header=header, label_column=label_column, positive=positive
+            path, delimiter, header=header, label_column=label_column, wanted=wanted
         )
         column = tables.position(table, label_column)
         features = tables.features(table, column, told=header is not None)

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ def read(
     *,
     header: bool | None = None,
     label_column: int | str = -1,
-    positive: str | float | None = None,
+    wanted: Collection[str] | None = None,
 ) -> Table:
     """Read a table whose rows all have as many cells as its first.
 
@@ -60,7 +60,9 @@ def read(
         path: the file.
         delimiter: between cells.
         header: whether the first line names the columns; None looks (see `cells.has_header`).
-        label_column, positive: of `Dataset.from_csv`, by which it is seen whether it does.
+        label_column: of `Dataset.from_csv`.
+        wanted: the labels that a point may have; None for any number. By both it is seen whether
+            the first line does.
     """
     rows: list[list[str]] = []
     lines: list[int] = []
@@ -100,7 +102,7 @@ def read(
     if not rows:
         raise ValueError(f"{path}: it holds nothing; expected one line a point.")
     try:
-        named = has_header(rows, label_column, positive) if header is None else header
+        named = has_header(rows, label_column, wanted) if header is None else header
     except UnsureError as error:
         raise ValueError(
             f"{path}, line {lines[0]}: {delimiter.join(rows[0])[:80]!r} {error}. Say which: "
@@ -256,9 +258,21 @@ def signs(
             raise ValueError(
                 f"{table.place(i, column)}: the label is {label!r}, expected -1 or +1. The labels "
                 f"are {shown}: say which one is +1, for example `positive={values[-1]!r}`, set "
-                "`classes=True` if each is a class, or choose another `label_column`."
+                "`classes` to true if each is a class, or choose another `label_column`."
             )
     return np.array([float(label) for label in found]), np.ones(len(found), dtype=bool)
+
+
+def wanted(
+    positive: Label | None,
+    negative: Label | Sequence[Label] | None,
+    classes: bool | Sequence[Label],
+) -> set[str] | None:
+    """The labels that are asked for, of which None is any: arguments of `Dataset.from_csv`."""
+    if classes is True:
+        return None
+    named = [*several(None if classes is False else classes), positive, *several(negative)]
+    return {str(each) for each in named if each is not None} or {"-1", "1"}
 
 
 def numbered(
@@ -272,7 +286,8 @@ def numbered(
         classes: true for all that occur, in order, or the labels in the order wanted.
 
     Raises:
-        ValueError: when `classes` has fewer than two labels, or one twice or that does not occur.
+        ValueError: when `classes` has fewer than two labels, or one twice or that does not occur;
+            or is true, and the labels are one, or not whole numbers alone or words alone.
     """
     given = [] if isinstance(classes, bool) else [str(each) for each in several(classes)]
     found = labels(table, column, set(given))
@@ -282,6 +297,13 @@ def numbered(
     known = sorted(set(values))
     wanted = known if isinstance(classes, bool) else given
     shown = ", ".join(map(repr, known[:8])) + (", ..." if len(known) > 8 else "")
+    if isinstance(classes, bool):
+        _check_kind(table, column, found)
+    if len(known) < 2:
+        raise ValueError(
+            f"{table.place(0, column)}: every label is {found[0]!r}; expected two classes at "
+            "least. Choose another `label_column`."
+        )
     if len(wanted) < 2 or len(set(wanted)) < len(wanted) or not set(wanted) <= set(known):
         raise ValueError(
             f"`classes` is {classes!r}; expected True, or at least two different ones of the "
@@ -290,6 +312,25 @@ def numbered(
     number = {label: float(k) for k, label in enumerate(wanted)}
     numbers = np.array([number.get(label, np.nan) for label in values])
     return numbers, ~np.isnan(numbers), len(wanted)
+
+
+def _check_kind(table: Table, column: int, found: list[str]) -> None:
+    """Raise a ValueError unless labels are all whole numbers or all words."""
+    numeric = [is_number(label) for label in found]
+    if any(numeric) and not all(numeric):
+        odd = numeric.index(numeric.count(True) < len(numeric) / 2)
+        raise ValueError(
+            f"{table.place(odd, column)}: the label is {found[odd]!r}, where most are "
+            f"{'words' if numeric[odd] else 'numbers'}; expected whole numbers alone, or words "
+            "alone. If it is a class of its own, list the labels: `classes=[...]`."
+        )
+    for i, label in enumerate(found if all(numeric) else ()):
+        if not float(label).is_integer():
+            raise ValueError(
+                f"{table.place(i, column)}: the label is {label!r}, no whole number. If it is a "
+                "class, list the labels: `classes=[...]`; numbers to be predicted are read by "
+                "gflow.Regression.from_csv."
+            )
 
 
 def two_classes(
