@@ -7,19 +7,31 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gflow.quantities import Kind, quantity
+from gflow.quantities import QUANTITIES, Kind, quantity
 from gflow.record import CERTIFIED
 
 
 class Record(xr.Dataset):
     """An ``xarray.Dataset`` whose text and HTML begin with the record's headline.
 
-    Nothing else differs: it is selected, computed with, saved and plotted as any Dataset is. A
-    subclass, since xarray has no other way to print a line first; in a file of its own, since
-    importing xarray is slow.
+    And an observable that is not there says of which problems it is. Nothing else differs: it is
+    selected, computed with, saved and plotted as any Dataset is. A subclass, since xarray has no
+    other way to print a line first; in a file of its own, since importing xarray is slow.
     """
 
     __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return super().__getitem__(key)
+        except KeyError as error:
+            row = QUANTITIES.get(key) if isinstance(key, str) else None
+            if row is None or not row.needs:
+                raise
+            raise KeyError(
+                f"The record has no {key!r} ({row.meaning}), which is recorded of problems with "
+                f"{', '.join(row.needs)}."
+            ) from error
 
     def __repr__(self) -> str:
         return _above(headline(self), super().__repr__())

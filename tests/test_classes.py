@@ -106,6 +106,11 @@ def test_what_does_not_fit_the_classes_is_named(start):
         gflow.gradient_flow(scalar, np.ones(2), until=FIRST)
     with pytest.raises(ValueError, match=r"of one output; the data have 3 classes"):
         gflow.gradient_flow(PROBLEM, start, until=gflow.Misalignment(0.1))
+    for number in (0, 1, True):
+        with pytest.raises(ValueError, match=r"`num_classes` is .*; expected a whole number from"):
+            gflow.CrossEntropy(number)
+    with pytest.raises(ValueError, match=r"`norm` is True; expected 2, 1"):
+        gflow.max_margin(three(), norm=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -293,6 +298,28 @@ def test_claims_say_where_a_direction_does_not_grow_or_has_not_settled(flow):
     assert law.value == pytest.approx(0.4) and law.holds is None
     assert "cos^2 of weights and slope is 0.4" in law.why
     assert gflow.verify(late.assign(kkt_residual=0 * apart))["law of time"].holds is False
+
+
+def test_what_a_record_of_classes_does_not_hold_is_told(flow):
+    with pytest.raises(KeyError, match=r"direction_error.*of problems with .*one output"):
+        flow["direction_error"]
+    with pytest.raises(KeyError, match=r"No variable named 'marginn'. Did you mean"):
+        flow["marginn"]
+
+
+def test_claims_of_classes_that_cannot_be_separated_are_told_without_a_warning(recwarn):
+    inputs, classes = np.random.default_rng(0).normal(size=(30, 3)), np.arange(30) % 3
+    problem = gflow.Problem(gflow.Dataset(inputs, classes, num_classes=3).scaled())
+    start = (gflow.init.gaussian((3, 3), seed=0)[0],)
+    flow = gflow.gradient_flow(problem, start, until=gflow.Time(1e4), save=8)
+    claims = gflow.verify(flow)
+    assert not recwarn.list  # of one layer none of the start either: there is no saddle
+    assert claims["risk decreases"].holds
+    for name in ("margin is maximal in its norm", "law of time"):
+        assert claims[name].holds is None and np.isnan(claims[name].value)
+        assert "not linearly separable" in claims[name].why
+    beyond = gflow.gradient_flow(problem, start, until=gflow.LogRisk(-10.0), max_steps=500)
+    assert beyond.attrs["status"] == "stalled" and "not separable" in beyond.attrs["message"]
 
 
 def test_two_outputs_are_the_flow_of_one(monkeypatch):

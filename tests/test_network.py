@@ -153,6 +153,8 @@ def test_a_model_is_split_as_the_message_says():
         (lambda w, x: w @ x, "2", r"`homogeneity` is '2'; expected the degree"),
         (3, None, r"`apply` is 3; expected the function"),
         (lambda w, x: w * x, None, r"returns shape \(2,\)"),
+        (lambda w, x: (w @ x).astype(complex), None, r"numbers of type complex128; expected real"),
+        (lambda w, x: jnp.round(w @ x).astype(int), None, r"returns numbers of type int64"),
         (lambda w, x: w @ x[:1, None, None], None, r"`apply\(weights, x\)` raises|returns shape"),
     ],
 )

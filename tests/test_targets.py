@@ -60,8 +60,6 @@ def test_a_malformed_table_of_targets_is_reported_with_its_place(tmp_path, text,
         gflow.Regression.from_csv(table(tmp_path, text), target_columns=columns)
 
 
-CONFIG = """
-[data]
 def test_no_target_is_taken_for_the_name_of_a_column(tmp_path):
     path = table(tmp_path, "1,2,3\n3.5,4,1\n5,6,1\n")
     with pytest.raises(ValueError, match=r"line 1: '1,2,3' may be names of columns, or a point"):
@@ -69,6 +67,8 @@ def test_no_target_is_taken_for_the_name_of_a_column(tmp_path):
     assert gflow.Regression.from_csv(path, header=False).targets.tolist() == [3, 1, 1]
 
 
+CONFIG = """
+[data]
 file = "targets.csv"
 target_columns = ["red", "blue"]
 [network]

@@ -269,7 +269,7 @@ def check_weights(
             "output. For one layer write `(matrix,)`."
         )
     if len(weights) == 0:
-        raise ValueError("`weights` is empty; expected at least one matrix, shape (1, d).")
+        raise ValueError("`weights` is empty; expected at least one matrix.")
     checked: list[np.ndarray] = []
     for k, layer in enumerate(weights):
         matrix = numbers_of(f"weights[{k}]", layer)

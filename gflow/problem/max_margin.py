@@ -168,7 +168,7 @@ def max_margin(
     from gflow.problem.margin_units import in_equal_units
 
     z = _signed_inputs(data)
-    if norm not in (1, 2, math.inf, "nuclear"):
+    if isinstance(norm, bool) or norm not in (1, 2, math.inf, "nuclear"):
         raise ValueError(f'`norm` is {norm!r}; expected 2, 1, math.inf or "nuclear".')
     # Entries of order one; by a power of two, so that scaling is exact.
     given, exponent = z, math.frexp(float(np.abs(z).max()))[1]

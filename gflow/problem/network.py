@@ -349,6 +349,11 @@ class Network(AbstractNetwork):
                 else f"as many outputs as a point has targets, shape {expected}."
             )
             raise ValueError(f"{self.called} returns {what}; expected {way}")
+        if not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ValueError(
+                f"{self.called} returns numbers of type {out.dtype}; expected real ones with a "
+                "gradient, float64."
+            )
         if self.homogeneity is not None:
             self._check_homogeneity(weights, data)
         return weights

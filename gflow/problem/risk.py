@@ -281,9 +281,9 @@ class Problem(Module):
                 "stays there for ever. Start from weights whose product or gradient is not zero "
                 "(at most one layer may vanish)."
             )
-        # Of a network without a degree zero weights need not give zero margins, and of one with
-        # kinks the paper says nothing.
-        special = not self.loss.attained and self.network.degree(weights) is not None
+        # Of a network without a degree zero weights need not give zero margins, of one with kinks
+        # the paper says nothing, and of degree one there is no saddle.
+        special = not self.loss.attained and self.network.degree(weights) not in (None, 1)
         special = special and self.network.kinks(weights, self.data) is None
         if special and log_risk > at_zero + ROUND_OFF:
             warnings.warn(

@@ -22,9 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from gflow.problem.abstract_data import AbstractData
+from gflow.problem.arguments import positive_count
 from gflow.problem.array import Array
 from gflow.problem.losses import AbstractLoss, Exponential, Logistic, exponential_advance
 from gflow.problem.terms import AbstractJointLoss, LossTerms, Shares, sum_of_exponentials
+
+
+def _count(num_classes: int | None) -> int | None:
+    return None if num_classes is None else positive_count("num_classes", num_classes, 2)
 
 
 class SoftMargin(AbstractJointLoss):
@@ -32,6 +37,9 @@ class SoftMargin(AbstractJointLoss):
 
     Attributes:
         num_classes: K, which the problem takes from its data.
+
+    Raises:
+        ValueError: when that is given and no whole number from 2 on.
     """
 
     num_classes: eqx.AbstractVar[int | None]
@@ -151,7 +159,7 @@ class CrossEntropy(SoftMargin):
     1.098612
     """
 
-    num_classes: int | None = eqx.field(static=True, default=None)
+    num_classes: int | None = eqx.field(static=True, default=None, converter=_count)
 
     @property
     def of_one(self) -> Logistic:
@@ -171,7 +179,7 @@ class CrossEntropy(SoftMargin):
 class PairwiseExponential(SoftMargin):
     r"""The pairwise exponential loss $\sum_{k\ne y}e^{-m_k}$, for K classes."""
 
-    num_classes: int | None = eqx.field(static=True, default=None)
+    num_classes: int | None = eqx.field(static=True, default=None, converter=_count)
 
     @property
     def of_one(self) -> Exponential:

@@ -30,7 +30,7 @@ def risk_decreases(facts: Facts) -> Claim:
         PAPER,
         "largest relative change of log R",
         value,
-        "<= 0 between saved points",
+        f"<= {ROUND_OFF if 0 < value <= ROUND_OFF else 0:g} between saved points",
         None if not len(rises) else value <= ROUND_OFF,
         "there is one saved point" if not len(rises) else "compared at every saved point",
         facts.step_obstacles,

@@ -260,7 +260,7 @@ def limit_norm(facts: Facts) -> Claim:
         f"min m_ik/|W| -> the largest, in the {norm.name} norm; bounded by the run's own shares",
         norm.source,
         "relative gap to the bound",
-        float(gap[-1]),
+        float(gap[-1]) if facts["min_margin"][-1] > 0 else math.nan,
         "0",
         found,
         facts.tail_obstacles,
@@ -366,6 +366,8 @@ def time_law(facts: Facts) -> Claim:
 
 
 def _square_cosine(facts: Facts, at: int) -> float:
-    """Of the angle between weights and slope, from Lyu and Li's epsilon."""
+    """Of the angle between weights and slope, from Lyu and Li's epsilon; of separated data."""
+    if not facts["min_margin"][at] > 0:
+        return math.nan
     scaled = facts["norm"][at] / facts["min_margin"][at] ** (1 / facts.depth)
     return float((1 - (facts["kkt_residual"][at] / scaled) ** 2 / 2) ** 2)
