@@ -357,6 +357,26 @@ def test_a_small_start_leaves_its_second_plateau_in_the_default_clock():
     assert flow.imbalance_drift.max() < 1e-11
 
 
+def test_four_layers_leave_a_plateau_of_twenty_thousand_in_either_clock():
+    # The largest curvature is 3,000: explicit steps would be three millions.
+    rng = np.random.default_rng(2)
+    classes, centres = np.arange(18) % 3, 3 * rng.normal(size=(3, 4))
+    inputs = centres[classes] + 0.3 * rng.normal(size=(18, 4))
+    problem = gflow.Problem(gflow.Dataset(inputs, classes, num_classes=3).scaled())
+    start = gflow.init.gaussian((4, 5, 5, 5, 3), scale=0.03, seed=2)
+    flows = [
+        gflow.gradient_flow(
+            problem, start, until=gflow.LogRisk(-2.0), save=3, max_steps=2000, clock=clock
+        )
+        for clock in (None, gflow.clocks.LogTime())
+    ]
+    for flow in flows:
+        assert flow.attrs["status"] == "reached", flow.attrs["message"]
+        assert flow.clock_error.max() < 1e-8 and flow.imbalance_drift.max() < 1e-10
+    assert 2e4 < np.exp(flows[0].log_time[-1]) < 3e4
+    np.testing.assert_allclose(flows[0].log_time[1:], flows[1].log_time[1:], rtol=INTEGRATORS)
+
+
 @pytest.mark.parametrize("depth", [2, 4])
 def test_one_point_a_class_is_the_closed_form(depth):
     num = 4

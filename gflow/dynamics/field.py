@@ -137,6 +137,30 @@ class AbstractField(Module):
         """Why the field has lost its meaning at given weights; None where it has not."""
 
 
+CANCELLED = 1e-4
+"""Part of the squared norms of its terms below which the square of a vector is computed anew."""
+
+
+def _squares(vectors: Factors) -> Array:
+    r"""$\lVert l^\top r\rVert_F^2$ of each vector, over all arrays.
+
+    As $\langle ll^\top, rr^\top\rangle$, which is less to compute. Near a saddle the terms of a
+    vector cancel, one for each contrast of the classes, to a thousandth and less: that has then
+    lost the square of it, and the terms are added first.
+    """
+    pairs = list(zip(*vectors, strict=True))
+    grams = [(left @ left.mT, right @ right.mT) for left, right in pairs]
+    found = total(jnp.sum(a * b, (1, 2)) for a, b in grams)
+    if pairs[0][0].shape[1] == 1:
+        return found
+    terms = total(jnp.trace(a, axis1=1, axis2=2) * jnp.trace(b, axis1=1, axis2=2) for a, b in grams)
+
+    def added_first() -> Array:
+        return total(jnp.sum((left.mT @ right) ** 2, (1, 2)) for left, right in pairs)
+
+    return jax.lax.cond(jnp.any(found < CANCELLED * terms), added_first, lambda: found)
+
+
 SMALL_SYSTEM = 64
 """Up to so many coordinates the implicit solver's dense systems cost less than an explicit
 solver's extra evaluations, and one compilation serves the whole run."""
@@ -170,12 +194,7 @@ class FlowField(AbstractField):
     def bent(
         self, weights: Weights, vectors: Factors, coefficients: Array, slopes: Factors
     ) -> tuple[Factors, Array]:
-        # |l^T r|_F^2 = <l l^T, r r^T>.
-        squares = [
-            jnp.sum((left @ left.mT) * (right @ right.mT), (1, 2))
-            for left, right in zip(*slopes, strict=True)
-        ]
-        return slopes, total(squares)
+        return slopes, _squares(slopes)
 
     @property
     def separates_points(self) -> bool:

@@ -86,7 +86,8 @@ _WORDS: dict[Reason, tuple[str, str]] = {
     Reason.REACHED_AT_START: ("reached", "{rule!r} is met at the start; no step was made"),
     Reason.MAX_STEPS: (
         "max_steps",
-        "{steps} steps were tried before {rule!r} was reached; raise `max_steps`, or loosen `rtol`",
+        "{steps} steps were tried before {rule!r} was reached; raise `max_steps`, or loosen "
+        "`rtol`; on a plateau `clock=gflow.clocks.LogTime()` takes fewer",
     ),
     Reason.MAX_ITERATES: (
         "max_steps",

@@ -20,6 +20,8 @@ class Step(NamedTuple):
     error: FlowState
     memory: Any
     """What the next step is told of this one, a pytree of arrays."""
+    round_off: Any = 0.0
+    """What of the scaled time's error may be there at any length of the step."""
 
 
 class AbstractMethod(Module):

@@ -15,6 +15,9 @@ from gflow.dynamics.radau.tableau import Radau, decay_rates, left_of_residuals, 
 from gflow.problem.array import Array, total
 from gflow.problem.weights import combined, move, shaped
 
+ROUND_OFF = 8 * float(np.finfo(np.float64).eps)
+"""That of log R, as a part of the largest margin."""
+
 
 def error_of_weights(stages: int, h: Array, last: Attempt) -> tuple[list[Array], Array]:
     """Last Legendre coefficient of the derivative, times its decay, its stiff part damped.
@@ -51,6 +54,8 @@ class End(NamedTuple):
     error: FlowState
     """Infinite where Newton's iteration failed; the state is then that of the start."""
     time_slopes: Array
+    round_off: Array
+    """What of the scaled time's error may be that of log R, as its margins are rounded."""
 
 
 def end(
@@ -89,7 +94,9 @@ def end(
     beyond = final * rate ** jnp.arange(1, p + 1, dtype=rate.dtype)
     tail = h * beyond @ left_of_residuals(h * decay)
     balance = at.log_risk[-1] - log_risk + matrix[-1] @ decay
-    time_error = jnp.maximum(tail, 10 * jnp.abs(u[-1] * balance) / jnp.hypot(1.0, log_risk))
+    from_balance = 10 * jnp.abs(u[-1]) / jnp.hypot(1.0, log_risk)
+    time_error = jnp.maximum(tail, from_balance * jnp.abs(balance))
+    round_off = from_balance * ROUND_OFF * jnp.max(jnp.abs(solution.offsets))
     given_up = failed(solution.newton_error, tolerance)
     # Time does not run backwards: u is at least what the risk has left of it. With an even number
     # of stages a step that is long beside 1/decay, as to a risk's round-off, can lead below zero.
@@ -99,7 +106,7 @@ def end(
     after = jax.tree.map(lambda new, old: jnp.where(given_up, old, new), after, before)
     off = FlowState(shaped(errors, before.weights), jax.lax.stop_gradient(time_error))
     off = jax.tree.map(lambda e: jnp.where(given_up, jnp.inf, e), off)
-    return End(after, off, time_slopes)
+    return End(after, off, time_slopes, jax.lax.stop_gradient(round_off))
 
 
 # The coefficients of L_j^T R_j, from those of L and of R. Of the matrices themselves the last ones

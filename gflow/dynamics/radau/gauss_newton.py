@@ -292,7 +292,7 @@ class GaussNewton(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         error = ending.error_of_weights(self.stages, h, attempt)
         log_risk = attempt.frame.log_risk
         end = ending.end(self.stages, self.tolerance, h, state, log_risk, found, error, seen)
-        return Step(end.state, end.error, found)
+        return Step(end.state, end.error, found, end.round_off)
 
     def tally(self, memory: Solution) -> tuple[Array, Array]:
         return memory.num_evaluations, memory.num_iterations

@@ -138,6 +138,8 @@ def linearised(
     seen = jnp.sum(frame.gram.times(force) * force, 1)
     resting = seen == 0  # at risk zero, or beyond the range of squares
     growth = jnp.where(resting, 1.0, jnp.sqrt(at.squared_norm / jnp.where(resting, 1.0, seen)))
+    # Near a saddle both are what is left of terms that cancel, and their ratio says nothing.
+    growth = jnp.clip(growth, 1 / frame.most, frame.most)
 
     def stiffness(mu: Array, force: Array, curvature: AbstractCurvature) -> Array:
         return mu * _stiffness(field, curvature, design, force)

@@ -78,6 +78,9 @@ class Frame(NamedTuple):
     scales: list[Array]
     """What changes of each array of weights on the step are compared with: its norm where the step
     begins, and that of the step as it is predicted. Of whole vectors, of each number's array."""
+    most: Array
+    """Bound of the ratio of :math:`G_i` and :math:`G_0`, which are products of arrays: by how much
+    all of them together may grow."""
     log_risk: Array
     """There."""
 
@@ -169,26 +172,29 @@ def frame_of(
         lefts = [jnp.ones((1, 1), coordinates.dtype)]
     together = jnp.concatenate(columns, 1)
     log_risk = problem.loss.terms(problem.spread(start[0])).log_risk
-    scales = _scales(weights, h, vectors)
-    return Frame(lefts, together, together.T, gram, scales, log_risk)
+    scales, most = _scales(weights, h, vectors)
+    return Frame(lefts, together, together.T, gram, scales, most, log_risk)
 
 
-def _scales(weights: Weights, h: Array, vectors: Factors) -> list[Array]:
-    """Those of a frame, shapes (1, 1, 1) and (1, 1, columns) beside the right factors."""
+def _scales(weights: Weights, h: Array, vectors: Factors) -> tuple[list[Array], Array]:
+    """A frame's scales, (1, 1, 1) and (1, 1, columns) beside right factors, and ``most``."""
     leaves = jax.tree.leaves(weights)
+    sizes = [jnp.sqrt(jnp.sum(leaf**2)) for leaf in leaves]
     scales = [
-        jnp.sqrt(jnp.sum(leaf**2)) + h * jnp.max(norms_of_products(left, right))
-        for leaf, left, right in zip(leaves, *vectors.in_arrays(weights), strict=True)
+        size + h * jnp.max(norms_of_products(left, right))
+        for size, left, right in zip(sizes, *vectors.in_arrays(weights), strict=True)
     ]
+    most = jnp.prod(jnp.stack([b / a for a, b in zip(sizes, scales, strict=True)]))
+    most = jnp.where(jnp.isnan(most), jnp.inf, most)  # of an array that is zero
     # Of an array that is and stays zero, as far as one knows, the whole stands for it.
     scales = [jnp.where(scale == 0, total(scales), scale).reshape(1, 1, 1) for scale in scales]
     if len(vectors.rights) == len(leaves):
-        return scales
+        return scales, most
     each = [
         jnp.broadcast_to(scale, (1, 1, leaf.size))
         for scale, leaf in zip(scales, leaves, strict=True)
     ]
-    return [jnp.concatenate(each, 2)]
+    return [jnp.concatenate(each, 2)], most
 
 
 def norms(factors: Array) -> Array:
