@@ -101,6 +101,8 @@ def test_what_does_not_fit_the_classes_is_named(start):
         gflow.Problem(gflow.datasets.two_point(), loss=gflow.PairwiseExponential())
     with pytest.raises(ValueError, match=r"expected 3 rows, an output for each class"):
         gflow.gradient_flow(PROBLEM, gflow.init.gaussian((2, 4, 2)), until=FIRST)
+    with pytest.raises(ValueError, match=r"expected 3 rows, an output for each class"):
+        gflow.init.admissible(gflow.init.gaussian((2, 4, 2)), PROBLEM)
     scalar = gflow.Problem(three(), gflow.Network(lambda w, x: jnp.dot(w, x)))
     with pytest.raises(ValueError, match=r"expected one output a class, shape \(3,\)"):
         gflow.gradient_flow(scalar, np.ones(2), until=FIRST)

@@ -394,6 +394,8 @@ def test_what_pandas_writes_is_read_as_it_was(tmp_path, frame, options, index):
         ("1,2,3\n3,4,1\n5,6,1\n3,7,2\n", {"classes": True, "header": False}, 4),
         ("1,2,4\n3,4,1\n5,6,1\n3,7,2\n", {"classes": True}, 4),
         ("0,1,2\n.3,4,7\n.5,6,8\n", {"classes": [8, 7]}, 2),
+        ("1.5,2.5,none of it\n3,4,1\n2,2,0\n", {"classes": True, "header": True}, 2),
+        ("x,y\n3,0\n2,1\n1,2\n", {"classes": range(3)}, 3),
     ],
 )
 def test_the_first_row_is_taken_for_what_it_is(tmp_path, text, options, points):
@@ -412,6 +414,11 @@ COUNTED = "".join(f"{k},{k / 3},{(-1) ** k}\n" for k in range(8))
         ("NA,NA,yes\n1.5,2,yes\n-1,-2,no\n", {"positive": "yes"}, r"line 1, column 1: got 'NA'"),
         ("1,2,3\n3,4,1\n5,6,1\n3,7,2\n", {"classes": True}, r"line 1: '1,2,3' may be names"),
         ("1.0,2.0,3\n.3,4,1\n5,6,2\n", {"classes": True}, r"line 1: .* may be names"),
+        ("1.5,2.5,none of it\n3,4,1\n2,2,0\n", {"classes": True}, r"line 1: .*has a word above"),
+        ("10%,2,1\n3,4,1\n2,2,-1\n", {}, r"line 1: '10%,2,1' has a word above numbers, and a"),
+        ("inf,2,1\n2,3,-1\n", {}, r"line 1, column 1: got 'inf', expected a finite number"),
+        (",x,y\n" + COUNTED, {"label_column": 0}, r"column 1 .* numbers the rows, .*labels"),
+        ("x,y\n1,a\n2,b\n", {"classes": {"a", "b"}}, r"`classes` is a set; .*list of labels"),
         ("0,1,2\n.3,4,7\n.5,6,8\n", {"classes": True}, r"line 1: '0,1,2' may be names"),
         ("1,2,3\n3,4,1\n5,6,-1\n", {}, r"line 1: '1,2,3' may be names"),
         (COUNTED, {}, r"column 1 counts the rows.*`header=False`"),

@@ -170,6 +170,21 @@ def test_the_degree_of_networks_in_single_precision_is_believed():
     single.check(np.ones(2), DATA)
 
 
+def test_several_outputs_in_single_precision_are_followed():
+    inputs, classes = np.eye(3) + 0.1, np.arange(3)
+    problem = gflow.Problem(
+        gflow.Dataset(inputs, classes, num_classes=3),
+        gflow.Network(lambda w, x: w.astype(jnp.float32) @ x.astype(jnp.float32)),
+    )
+    until = gflow.LogRisk(-1.0)
+    single = gflow.gradient_flow(problem, 0.1 * np.eye(3), until=until, save=2, rtol=1e-5)
+    assert single.attrs["status"] == "reached"
+    exact = gflow.gradient_flow(
+        gflow.Problem(problem.data), (0.1 * np.eye(3),), until=until, save=2
+    )
+    np.testing.assert_allclose(single.log_time[-1], exact.log_time[-1], rtol=1e-5)
+
+
 def test_the_layers_of_an_mlp_come_back_from_a_record_with_their_biases():
     weights = (np.ones((3, 2)), (np.full((2, 3), 2.0), np.full(2, 3.0)))
     names = [f"final_weights_{k}" for k in range(1, 4)]

@@ -46,7 +46,8 @@ def is_missing(cell: str) -> bool:
 def has_header(rows: Rows, column: int | str, wanted: Collection[str] | None) -> bool:
     """Whether the first row names the columns.
 
-    It does if one of its cells is a word above numbers, or if none is a number. It may if its
+    It does if one of its cells is a word above numbers, and no other a fraction or a label, or if
+    none is a number. It may if its
     numbers run on as names do (0, 1, 2 as pandas counts columns, or 2019, 2020), and does then if
     the one above the labels can be no label and there are fractions below.
 
@@ -68,11 +69,13 @@ def has_header(rows: Rows, column: int | str, wanted: Collection[str] | None) ->
     columns = [[row[j] for row in rest if not is_missing(row[j])] for j in range(width)]
     of_numbers = [bool(cells) and all(map(is_number, cells)) for cells in columns]
     words = [not is_number(cell) and not is_missing(cell) for cell in first]
-    if any(word and numbers for word, numbers in zip(words, of_numbers, strict=True)):
-        return True
     values = [cell for cell in first if is_number(cell) and not is_missing(cell)]
     above, labels = first[label], set(columns[label])
     seen = _is_among(above, labels) or _is_among(above, wanted or ())
+    if any(word and numbers for word, numbers in zip(words, of_numbers, strict=True)):
+        if seen or any(float(value) < 0 or not float(value).is_integer() for value in values):
+            raise UnsureError("has a word above numbers, and a number or label that is no name")
+        return True
     features = [j for j in range(width) if j != label]
     if not any(is_number(first[j]) and not is_missing(first[j]) for j in features):
         if any(words[j] for j in features) or not rest:
@@ -116,9 +119,15 @@ def row_numbers(rows: Rows, header: Sequence[str] | None, label: int, *, told: b
     for j in range(width - 1):
         name = None if header is None else header[j]
         cells = [row[j] for row in rows]
+        unnamed = name is not None and UNNAMED.fullmatch(name)
         if j == label:
+            if unnamed and _counts(cells):
+                raise UnsureError(
+                    f"column {j + 1} has no name and numbers the rows, and is to hold the labels. "
+                    "Choose another `label_column`"
+                )
             break
-        if name is not None and UNNAMED.fullmatch(name):
+        if unnamed:
             if not all(cell.isdecimal() for cell in cells) or len(set(cells)) < len(cells):
                 raise UnsureError(
                     f"column {j + 1} has no name and does not number the rows. Give it a name if "
@@ -163,7 +172,7 @@ def _is_among(cell: str, labels: Collection[str]) -> bool:
 def _runs_on(cells: Sequence[str], broken: bool) -> bool:
     """Whether whole numbers go up by equal steps: by ones, or three of them, or above fractions."""
     values = [float(cell) for cell in cells]
-    if len(values) < 2 or any(value < 0 or value != int(value) for value in values):
+    if len(values) < 2 or any(value < 0 or not value.is_integer() for value in values):
         return False
     steps = {after - before for before, after in pairwise(values)}
     if len(steps) != 1 or min(steps) <= 0:

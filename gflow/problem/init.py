@@ -192,12 +192,13 @@ def admissible(weights: Sequence[np.ndarray], problem: Problem) -> LayerWeights:
     finite weights does not ask for it.
 
     Raises:
-        ValueError: when the product is orthogonal to the gradient at zero, so no scaling helps.
+        ValueError: when the weights do not fit the problem, or the product is orthogonal to the
+            gradient at zero, so no scaling helps.
     """
     expect("problem", problem, Problem, A_PROBLEM)
     if problem.loss.attained:
         return from_arrays(weights)
-    *rest, last = from_arrays(weights)
+    *rest, last = problem.network.check(from_arrays(weights), problem.data)
     at_zero = level_at_zero(problem)
 
     def excess(factor: float) -> float:

@@ -262,7 +262,8 @@ class Network(AbstractNetwork):
         return margins, pull
 
     def _at_once(self, weights: Weights, points: Array) -> Array:
-        return jax.vmap(lambda x: self.apply(weights, x))(points)
+        # In the type of the points, whatever the network computes in.
+        return jax.vmap(lambda x: self.apply(weights, x))(points).astype(points.dtype)
 
     # What is inside a network may be a hundred times its inputs: of many points some at a time, and
     # in a gradient computed once more instead of kept.

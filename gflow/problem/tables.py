@@ -289,6 +289,11 @@ def numbered(
         ValueError: when `classes` has fewer than two labels, or one twice or that does not occur;
             or is true, and the labels are one, or not whole numbers alone or words alone.
     """
+    if isinstance(classes, set | frozenset | dict):
+        raise ValueError(
+            f"`classes` is a {type(classes).__name__}; expected True, or a list of labels, whose "
+            "order is that of the classes."
+        )
     given = [] if isinstance(classes, bool) else [str(each) for each in several(classes)]
     found = labels(table, column, set(given))
     values: list[Any] = list(found)
@@ -385,7 +390,7 @@ def several(labels: Any) -> list[Any]:
     """Labels as a list: none, one or several."""
     if labels is None:
         return []
-    return list(labels) if isinstance(labels, list | tuple | set) else [labels]
+    return list(labels) if isinstance(labels, list | tuple | set | range | np.ndarray) else [labels]
 
 
 def _as_number(label: Any) -> Any:

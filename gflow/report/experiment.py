@@ -332,7 +332,7 @@ def conclusion(outcomes: Sequence[Outcome]) -> str:
     applicable = counts[True] + counts[False]
     text = f"{counts[True]} of {applicable} applicable claims hold"
     if counts[None]:
-        text += f"; {counts[None]} are not applicable"
+        text += f"; {counts[None]} not applicable"
     for o in outcomes:
         for label, claim in o.failed:
             text += f"\nFAILS: {o.experiment.name}, {label}: {claim.name}"

@@ -248,6 +248,7 @@ def limit_norm(facts: Facts) -> Claim:
             None,
             "the quasi-norm is not convex, so that no bound meets the margin; the KKT conditions "
             f"are what the theory states, epsilon = {float(facts['kkt_residual'][-1]):.3g}",
+            facts.tail_obstacles,
         )
     gap = 1 - facts[norm.margin] / np.fmin.accumulate(facts[norm.bound])
     noise = SHARE_NOISE * float(np.finfo(float).eps * facts.s[-1])
