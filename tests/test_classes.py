@@ -324,6 +324,13 @@ def test_claims_of_classes_that_cannot_be_separated_are_told_without_a_warning(r
     assert beyond.attrs["status"] == "stalled" and "not separable" in beyond.attrs["message"]
 
 
+def test_a_layer_too_narrow_for_the_classes_is_named():
+    start = gflow.init.admissible(gflow.init.gaussian((2, 1, 3), seed=0), PROBLEM)
+    flow = gflow.gradient_flow(PROBLEM, start, until=gflow.LogRisk(-5.0), max_steps=1000)
+    assert flow.attrs["status"] == "precision_lost" and float(flow.margin[-1]) < 0
+    assert "width 1 leaves fewer than the 2 directions of 3 classes" in flow.attrs["message"]
+
+
 def test_two_outputs_are_the_flow_of_one(monkeypatch):
     data = gflow.datasets.separable(n=10, d=3, margin=0.2, seed=3)
     pair = gflow.Problem(gflow.Dataset(data.inputs, (1 - data.labels) / 2, num_classes=2))

@@ -164,12 +164,22 @@ def _why_rounded(problem: Problem, weights: Weights) -> str:
     w, z = np.ravel(end_to_end(layers)), np.asarray(labelled(problem.data).signed_inputs)
     terms = float(np.max(np.abs(z) @ np.abs(w)))
     smallest = float(np.min(z @ w))
+    rank, several = min(min(np.shape(matrix)) for matrix in layers), problem.data.num_classes
+    if several is not None and rank < several - 1 and smallest <= 0:
+        return (
+            f" (a layer of width {rank} leaves fewer than the {several - 1} directions of "
+            f"{several} classes, and not every margin is positive: the risk may have a positive "
+            "infimum; widen the layer)"
+        )
     if terms < LARGE_TERMS * max(1.0, abs(smallest)):
         return ""
+    further = (
+        "; once every margin exceeds 1 the default solver goes on in coordinates without this loss"
+    )
     return (
         f" (margins are sums of terms of size {terms:.1g}, which float64 holds to "
-        f"{EPSILON * terms:.0e}, as for data that are almost not separable; once every margin "
-        "exceeds 1 the default solver goes on in coordinates without this loss)"
+        f"{EPSILON * terms:.0e}, as for data that are almost not separable"
+        f"{further if several is None else ''})"
     )
 
 
