@@ -26,7 +26,7 @@ from gflow.dynamics.clocks import AbstractClock
 from gflow.problem.array import Array, total
 from gflow.problem.module import Module
 from gflow.problem.risk import Problem
-from gflow.problem.weights import Factors, Weights
+from gflow.problem.weights import Factors, Weights, squared_norms
 
 
 class FlowState(NamedTuple):
@@ -144,16 +144,15 @@ CANCELLED = 1e-4
 def _squares(vectors: Factors) -> Array:
     r"""$\lVert l^\top r\rVert_F^2$ of each vector, over all arrays.
 
-    As $\langle ll^\top, rr^\top\rangle$, which is less to compute. Near a saddle the terms of a
-    vector cancel, one for each contrast of the classes, to a thousandth and less: that has then
-    lost the square of it, and the terms are added first.
+    By Gram matrices, which is less to compute. Near a saddle the terms of a vector cancel, one for
+    each contrast of the classes, to a thousandth and less: that has then lost the square of it, and
+    the terms are added first.
     """
     pairs = list(zip(*vectors, strict=True))
-    grams = [(left @ left.mT, right @ right.mT) for left, right in pairs]
-    found = total(jnp.sum(a * b, (1, 2)) for a, b in grams)
+    found = total(squared_norms(left, right) for left, right in pairs)
     if pairs[0][0].shape[1] == 1:
         return found
-    terms = total(jnp.trace(a, axis1=1, axis2=2) * jnp.trace(b, axis1=1, axis2=2) for a, b in grams)
+    terms = total(jnp.sum(left**2, (1, 2)) * jnp.sum(right**2, (1, 2)) for left, right in pairs)
 
     def added_first() -> Array:
         return total(jnp.sum((left.mT @ right) ** 2, (1, 2)) for left, right in pairs)

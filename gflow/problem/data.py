@@ -317,8 +317,9 @@ class Dataset(AbstractData):
                 with others are left out.
             delimiter: what separates the columns.
             header: whether the first line names the columns. By default it is looked at: it does if
-                it has a word above a column of numbers or no number at all; where it cannot be
-                told, as for the names 0, 1, 2 that pandas gives, there is an error that asks.
+                it has a word above a column of numbers, and no fraction and no label beside it, or
+                no number at all; where it cannot be told, as for the names 0, 1, 2 that pandas
+                gives above whole numbers, there is an error that asks.
             name: the name of the data set; the name of the file without its suffix unless given.
 
         Raises:

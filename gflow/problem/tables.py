@@ -300,7 +300,7 @@ def numbered(
     if all(is_number(label) for label in (*found, *given)):
         values, given = [float(label) for label in found], [float(label) for label in given]
     known = sorted(set(values))
-    wanted = known if isinstance(classes, bool) else given
+    order = known if isinstance(classes, bool) else given
     shown = ", ".join(map(repr, known[:8])) + (", ..." if len(known) > 8 else "")
     if isinstance(classes, bool):
         _check_kind(table, column, found)
@@ -309,14 +309,14 @@ def numbered(
             f"{table.place(0, column)}: every label is {found[0]!r}; expected two classes at "
             "least. Choose another `label_column`."
         )
-    if len(wanted) < 2 or len(set(wanted)) < len(wanted) or not set(wanted) <= set(known):
+    if len(order) < 2 or len(set(order)) < len(order) or not set(order) <= set(known):
         raise ValueError(
             f"`classes` is {classes!r}; expected True, or at least two different ones of the "
             f"labels, which are {shown}."
         )
-    number = {label: float(k) for k, label in enumerate(wanted)}
+    number = {label: float(k) for k, label in enumerate(order)}
     numbers = np.array([number.get(label, np.nan) for label in values])
-    return numbers, ~np.isnan(numbers), len(wanted)
+    return numbers, ~np.isnan(numbers), len(order)
 
 
 def _check_kind(table: Table, column: int, found: list[str]) -> None:

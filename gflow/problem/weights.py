@@ -82,6 +82,11 @@ def _ends(leaves: list[Array]) -> list[int]:
     return np.cumsum([np.size(leaf) for leaf in leaves])[:-1].tolist()
 
 
+def squared_norms(left: Array, right: Array) -> Array:
+    r"""$\lVert l^\top r\rVert_F^2 = \langle ll^\top, rr^\top\rangle$ of each vector in an array."""
+    return jnp.sum((left @ left.mT) * (right @ right.mT), (1, 2))
+
+
 def squared_norm(tree: PyTree[Array]) -> Array:
     """Sum of the squares of all entries of a pytree."""
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))  # pyright: ignore

@@ -16,7 +16,7 @@ from gflow.problem.array import Array, total
 from gflow.problem.design import AbstractDesign
 from gflow.problem.risk import Problem
 from gflow.problem.terms import AbstractCurvature
-from gflow.problem.weights import Factors, Weights
+from gflow.problem.weights import Factors, Weights, squared_norms
 
 
 class Solution(NamedTuple):
@@ -210,7 +210,7 @@ def norms_of_products(left: Array, right: Array) -> Array:
     """
     if left.shape[1] == 1:
         return norms(left) * norms(right)
-    return jnp.sqrt(jnp.maximum(jnp.sum((left @ left.mT) * (right @ right.mT), axis=(1, 2)), 0.0))
+    return jnp.sqrt(jnp.maximum(squared_norms(left, right), 0.0))
 
 
 def axes(problem: Problem) -> tuple[Array, AbstractDesign | None]:
